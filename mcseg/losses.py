@@ -1,0 +1,253 @@
+"""Objectives for semantic segmentation: the margin-calibrated log-loss as a function and as a module."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from mcseg.kernels import check_backend, pixel_loss
+from mcseg.margins import ClassPixels, MarginOffsets, Scheme, check_settings, margin_offsets
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+def margin_calibration_loss(
+    logits: Tensor,
+    target: Tensor,
+    offsets: MarginOffsets,
+    *,
+    foreground_weight: float | None = None,
+    ignore_index: int = 255,
+    reduction: Reduction = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    r"""Compute the margin-calibrated log-loss of logits against labels.
+
+    With class margins ``s_k = z_k - max_{j != k} z_j``, ``softplus(t) = log(1 + exp(t))`` and label ``y``, a pixel has
+    the loss::
+
+        [ foreground_weight * softplus(foreground_y - s_y) + sum_{k != y} softplus(background_k + s_k) ] / C
+
+    After Yu et al., "Distribution-Aware Margin Calibration for Semantic Segmentation in Images", IJCV 130(1):95-110,
+    2022, arXiv 2112.11554.
+
+    Args:
+        logits: ``(N, C, *spatial)``, floating point, C >= 2, any number of spatial dimensions, any strides. Unbounded
+            scores, not probabilities; never overwritten.
+        target: ``(N, *spatial)``, any integer dtype, ``0..C-1``, or ``ignore_index`` where void.
+        offsets: Two tensors ``(C,)``, as from `mcseg.margins.margin_offsets`; constants, no gradient flows to them.
+        foreground_weight: Weight >= 0 of the labelled class; None is C, as in the paper's code.
+        ignore_index: Label of void pixels: they have loss 0 and gradient 0, whatever their logits.
+        reduction: ``"mean"`` over labelled pixels (0 where there are none), ``"sum"``, or ``"none"`` for all pixels.
+        backend: ``"auto"``, ``"fused"`` or ``"reference"``; the same function computed in different ways.
+
+    Returns:
+        A scalar, or ``(N, *spatial)`` for ``"none"``; >= 0, in the dtype of the logits or float32, whichever is wider.
+
+    Raises:
+        TypeError: Logits are not floating point, or the target is not of an integer dtype.
+        ValueError: Shapes do not go together, the number of classes is not that of the offsets, the reduction or
+            backend is unknown, or (CPU only) a label is neither a class nor ``ignore_index``.
+
+    Note:
+        All void gives 0 with zero gradient. A NaN logit at a labelled pixel gives NaN.
+
+    Example:
+        >>> offsets = MarginOffsets(torch.zeros(2), torch.zeros(2))
+        >>> margin_calibration_loss(torch.tensor([[2.0, -1.0]]), torch.tensor([0]), offsets)
+        tensor(0.0729)
+    """
+    _check_inputs(logits, target, offsets)
+    _check_choices(foreground_weight, reduction, backend)
+    target = target.long()
+    pixels = pixel_loss(
+        logits,
+        target,
+        *offsets,
+        foreground_weight=logits.shape[1] if foreground_weight is None else foreground_weight,
+        ignore_index=ignore_index,
+        backend=backend,
+    )
+    if reduction == "none":
+        return pixels
+    total = pixels.sum()
+    return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)
+
+
+class MarginCalibrationLoss(nn.Module):
+    """`margin_calibration_loss` with offsets from the pixel counts of the training labels.
+
+    Call `calibrate` once before the first use. The offsets travel in the ``state_dict``, so a loss that loads a
+    calibrated checkpoint needs no training labels. They stay float64 when the module is cast to another dtype.
+
+    Args:
+        num_classes: C >= 2.
+        scheme: How counts become offsets, see `mcseg.margins.margin_offsets`.
+        tau: Scale of the offsets of scheme ``"ijcv2022"``, > 0.
+        upsilon: Background against foreground in ``"ijcv2022"``, > 0.
+        foreground_weight: Weight >= 0 of the labelled class; None is ``num_classes``.
+        ignore_index: Label of void pixels.
+        reduction: ``"mean"`` over labelled pixels, ``"sum"`` or ``"none"``.
+        backend: ``"auto"``, ``"fused"`` or ``"reference"``.
+        max_margin: Largest offset of scheme ``"miou"``, > 0.
+
+    Attributes:
+        foreground_offsets: Buffer, float64 ``(C,)``, NaN until calibrated.
+        background_offsets: Buffer, likewise.
+
+    Raises:
+        ValueError: A setting is out of its range.
+
+    Example:
+        >>> loss = MarginCalibrationLoss(num_classes=2, tau=1.0).calibrate([900, 100])
+        >>> loss(torch.tensor([[2.0, -1.0]]), torch.tensor([0]))
+        tensor(0.0813)
+    """
+
+    foreground_offsets: Tensor
+    background_offsets: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        scheme: Scheme = "ijcv2022",
+        tau: float = 10.0,
+        upsilon: float = 1.0,
+        foreground_weight: float | None = None,
+        ignore_index: int = 255,
+        reduction: Reduction = "mean",
+        backend: str = "auto",
+        max_margin: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes: found {num_classes}, expected at least 2: a margin needs a rival class")
+        check_settings(scheme, tau, upsilon, max_margin)
+        _check_choices(foreground_weight, reduction, backend)
+        self.num_classes = num_classes
+        self.scheme: Scheme = scheme
+        self.tau = tau
+        self.upsilon = upsilon
+        self.foreground_weight = foreground_weight
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+        self.backend = backend
+        self.max_margin = max_margin
+        self.register_buffer("foreground_offsets", torch.full((num_classes,), torch.nan, dtype=torch.float64))
+        self.register_buffer("background_offsets", torch.full((num_classes,), torch.nan, dtype=torch.float64))
+        # a flag beside the buffers: looking for NaN in them at each step would make the host wait for the device
+        self._calibrated = False
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the offsets are known."""
+        return self._calibrated
+
+    @property
+    def offsets(self) -> MarginOffsets:
+        """Offsets in use; RuntimeError before calibration."""
+        if not self._calibrated:
+            raise RuntimeError(
+                f"{type(self).__name__} is not calibrated: call loss.calibrate(class_pixels) with the pixel counts of "
+                "the training labels, or load a calibrated state_dict (inside a Trainer, the data module calibrates it)"
+            )
+        return MarginOffsets(self.foreground_offsets, self.background_offsets)
+
+    def calibrate(self, class_pixels: ClassPixels) -> Self:
+        """Set the offsets from ``(C,)`` counts of labelled training pixels per class, void excluded.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            ValueError: The number of counts is not ``num_classes``, or `mcseg.margins.margin_offsets` refuses them.
+        """
+        offsets = margin_offsets(class_pixels, self.scheme, self.tau, self.upsilon, self.max_margin)
+        if (found := len(offsets.foreground)) != self.num_classes:
+            raise ValueError(
+                f"class_pixels: found {found} counts, expected {self.num_classes}: one for each of num_classes"
+            )
+        self.foreground_offsets.copy_(offsets.foreground)
+        self.background_offsets.copy_(offsets.background)
+        self._calibrated = True
+        return self
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the loss of ``logits (N, C, *spatial)`` against ``target (N, *spatial)``.
+
+        Raises:
+            RuntimeError: The loss is not calibrated.
+            TypeError: As `margin_calibration_loss`, likewise ValueError.
+        """
+        return margin_calibration_loss(
+            logits,
+            target,
+            self.offsets,
+            foreground_weight=self.foreground_weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """Name the settings and whether the offsets are known."""
+        names = ("num_classes", "scheme", "tau", "upsilon", "foreground_weight", "ignore_index", "reduction", "backend")
+        settings = {name: getattr(self, name) for name in (*names, "max_margin")} | {"calibrated": self._calibrated}
+        return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # .half() and .to(dtype) would round the offsets: hide them from `fn`, then follow it to its device only
+        kept = {"foreground_offsets": self.foreground_offsets, "background_offsets": self.background_offsets}
+        for name in kept:
+            del self._buffers[name]
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            device = fn(torch.empty((), device=kept["foreground_offsets"].device)).device
+        finally:
+            self._buffers.update(kept)
+        for name, offsets in kept.items():
+            if offsets.is_meta and device.type != "meta":  # to_empty() of a module that was built without storage
+                offsets = torch.full_like(offsets, torch.nan, device="cpu")
+                self._calibrated = False
+            # mps has no float64
+            self._buffers[name] = offsets.to(torch.float32 if device.type == "mps" else torch.float64).to(device)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        offsets = torch.cat([self.foreground_offsets, self.background_offsets])
+        self._calibrated = not offsets.is_meta and not bool(offsets.isnan().any())
+
+
+def _check_inputs(logits: Tensor, target: Tensor, offsets: MarginOffsets) -> None:
+    if not logits.is_floating_point():
+        raise TypeError(f"logits: found dtype {logits.dtype}, expected floating point: the network's raw output")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target: found dtype {target.dtype}, expected an integer dtype; convert labels with .long()")
+    if logits.ndim < 2 or logits.shape[1] < 2:
+        raise ValueError(f"logits: found shape {tuple(logits.shape)}, expected (N, C, *spatial) with C >= 2 classes")
+    expected = (logits.shape[0], *logits.shape[2:])
+    if target.shape != expected:
+        raise ValueError(
+            f"target: found shape {tuple(target.shape)}, expected {expected} for logits {tuple(logits.shape)}: "
+            "class indices without a class dimension, logits resized to the labels"
+        )
+    for name, offset in zip(MarginOffsets._fields, offsets, strict=True):
+        if offset.shape != logits.shape[1:2]:
+            raise ValueError(
+                f"logits: found {logits.shape[1]} classes but {name} offsets of shape {tuple(offset.shape)}, expected "
+                f"one offset per class; give the network and the loss the same number of classes"
+            )
+
+
+def _check_choices(foreground_weight: float | None, reduction: str, backend: str) -> None:
+    if foreground_weight is not None and not (math.isfinite(foreground_weight) and foreground_weight >= 0):
+        raise ValueError(
+            f"foreground_weight: found {foreground_weight}, expected a finite number >= 0, or None for the number of "
+            "classes"
+        )
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction: found {reduction!r}, expected one of {', '.join(map(repr, get_args(Reduction)))}")
+    check_backend(backend)
