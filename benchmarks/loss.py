@@ -40,9 +40,7 @@ def plain_autograd_loss(logits: Tensor, target: Tensor, offsets: MarginOffsets) 
     runner_up = pixels.masked_fill(is_top, -torch.inf).max(dim=1, keepdim=True).values
     margin = torch.where(is_top, pixels - runner_up, pixels - top)
     foreground, background = offsets.foreground.to(logits.dtype), offsets.background.to(logits.dtype)
-    terms = torch.where(
-        positive, num_classes * F.softplus(foreground - margin), F.softplus(background + margin)
-    )  # (P, C)
+    terms = torch.where(positive, num_classes * F.softplus(foreground - margin), F.softplus(background + margin))  # (P, C)
     return terms.mean()
 
 

@@ -1,3 +1,49 @@
 """Semantic segmentation trained for mIoU: margin calibration for PyTorch Lightning."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mcseg.callbacks import JaccardCallback, PredictionPanel, PredictionWriter
+    from mcseg.data import CamVidData, FolderData, SegmentationData, SyntheticData
+    from mcseg.losses import MarginCalibrationLoss, margin_calibration_loss
+    from mcseg.margins import MarginOffsets, margin_offsets
+    from mcseg.metrics import Scores, SegmentationScores, score
+    from mcseg.module import SegmentationModule
+
+_HOMES = {
+    "mcseg.callbacks": ("JaccardCallback", "PredictionPanel", "PredictionWriter"),
+    "mcseg.data": ("CamVidData", "FolderData", "SegmentationData", "SyntheticData"),
+    "mcseg.losses": ("MarginCalibrationLoss", "margin_calibration_loss"),
+    "mcseg.margins": ("MarginOffsets", "margin_offsets"),
+    "mcseg.metrics": ("Scores", "SegmentationScores", "score"),
+    "mcseg.module": ("SegmentationModule",),
+}
+__all__ = [
+    "CamVidData",
+    "FolderData",
+    "JaccardCallback",
+    "MarginCalibrationLoss",
+    "MarginOffsets",
+    "PredictionPanel",
+    "PredictionWriter",
+    "Scores",
+    "SegmentationData",
+    "SegmentationModule",
+    "SegmentationScores",
+    "SyntheticData",
+    "__version__",
+    "margin_calibration_loss",
+    "margin_offsets",
+    "score",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's module when the name is first used, so that ``import mcseg`` stays quick."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

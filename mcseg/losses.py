@@ -166,9 +166,7 @@ class MarginCalibrationLoss(nn.Module):
         """
         offsets = margin_offsets(class_pixels, self.scheme, self.tau, self.upsilon, self.max_margin)
         if (found := len(offsets.foreground)) != self.num_classes:
-            raise ValueError(
-                f"class_pixels: found {found} counts, expected {self.num_classes}: one for each of num_classes"
-            )
+            raise ValueError(f"class_pixels: found {found} counts, expected {self.num_classes}: one for each of num_classes")
         self.foreground_offsets.copy_(offsets.foreground)
         self.background_offsets.copy_(offsets.background)
         self._calibrated = True
@@ -245,8 +243,7 @@ def _check_inputs(logits: Tensor, target: Tensor, offsets: MarginOffsets) -> Non
 def _check_choices(foreground_weight: float | None, reduction: str, backend: str) -> None:
     if foreground_weight is not None and not (math.isfinite(foreground_weight) and foreground_weight >= 0):
         raise ValueError(
-            f"foreground_weight: found {foreground_weight}, expected a finite number >= 0, or None for the number of "
-            "classes"
+            f"foreground_weight: found {foreground_weight}, expected a finite number >= 0, or None for the number of classes"
         )
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction: found {reduction!r}, expected one of {', '.join(map(repr, get_args(Reduction)))}")

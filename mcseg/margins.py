@@ -140,9 +140,7 @@ def _counts(class_pixels: ClassPixels) -> Tensor:
     if len(n) < 2:
         raise ValueError(f"class_pixels: found {len(n)} class(es), expected at least two: a margin needs a rival class")
     if bad := torch.nonzero(~n.isfinite() | (n < 0)).flatten().tolist():
-        raise ValueError(
-            f"class_pixels: found {float(n[bad[0]]):g} for class {_listed(bad)}, expected finite counts >= 0"
-        )
+        raise ValueError(f"class_pixels: found {float(n[bad[0]]):g} for class {_listed(bad)}, expected finite counts >= 0")
     if shares := torch.nonzero((n > 0) & (n < 1)).flatten().tolist():
         raise ValueError(
             f"class_pixels: found {float(n[shares[0]]):g} for class {_listed(shares)}, expected counts, not shares; "

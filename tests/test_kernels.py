@@ -226,9 +226,7 @@ def test_extreme_logits_stay_finite(backend, dtype):
     loss, gradient = run(backend, logits, torch.tensor([1, 0, 2]), torch.ones(3), torch.ones(3))
     expected = oracle(logits, torch.tensor([1, 0, 2]), [1.0] * 3, [1.0] * 3, 3.0)
     torch.testing.assert_close(loss.double(), expected[0], rtol=1e-6, atol=0)
-    torch.testing.assert_close(
-        gradient.double(), expected[1], rtol=2**-7 if dtype != torch.float32 else 1e-6, atol=1e-7
-    )
+    torch.testing.assert_close(gradient.double(), expected[1], rtol=2**-7 if dtype != torch.float32 else 1e-6, atol=1e-7)
 
 
 def test_small_losses_keep_their_digits():

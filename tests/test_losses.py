@@ -161,9 +161,7 @@ def test_state_dict_round_trip(loss, case):
     assert not loss.is_calibrated
 
 
-@pytest.mark.parametrize(
-    "cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to("cpu", torch.half)]
-)
+@pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to("cpu", torch.half)])
 def test_casting_leaves_the_offsets(loss, cast):
     expected = margin_offsets(COUNTS)
     model = nn.ModuleDict({"layer": nn.Linear(2, 2), "objective": loss})

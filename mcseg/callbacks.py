@@ -1,0 +1,300 @@
+"""Callbacks: mIoU and its table, pictures of predictions, curves, and prediction files."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import BasePredictionWriter, Callback
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+
+from mcseg import pictures
+from mcseg.metrics import Scores, SegmentationScores
+
+IGNORE_INDEX = 255
+
+
+def _classes(trainer: pl.Trainer, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Class names: given, or the data module's, or the train ids."""
+    found = names or getattr(getattr(trainer, "datamodule", None), "class_names", None)
+    return tuple(found or map(str, range(trainer.lightning_module.hparams["num_classes"])))
+
+
+def _palette(trainer: pl.Trainer, classes: int) -> pictures.Palette:
+    """Class colours: the data module's, or distinguishable ones."""
+    found = getattr(getattr(trainer, "datamodule", None), "palette", None)
+    return tuple(found) if found else pictures.default_palette(classes)
+
+
+class JaccardCallback(Callback):
+    """Scores validation and test from one confusion matrix over the whole split.
+
+    Logs ``<split>/miou`` (classes with neither target nor predicted pixels left out), ``<split>/iou/<class>``,
+    ``<split>/pixel_accuracy`` and ``<split>/classes_averaged``, and prints a table per class at the end of ``validate`` and
+    ``test`` and of a training run. The step must return a dict with ``preds`` and ``target``, both (N,H,W). Duplicates that
+    a distributed sampler adds to give each process as many images are not counted.
+
+    Args:
+        class_names: names for the keys and the table; None takes the data module's ``class_names``, or the train ids.
+    """
+
+    def __init__(self, class_names: list[str] | None = None) -> None:
+        self.class_names = class_names
+        self.scores: dict[str, Scores] = {}
+        self._metric: SegmentationScores | None = None
+        self._seen = 0
+
+    def _start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        classes = len(_classes(trainer, self.class_names))
+        self._metric = SegmentationScores(classes, IGNORE_INDEX).to(module.device)
+        self._seen = 0
+
+    def _count(self, trainer: pl.Trainer, outputs: Any, loader: Any) -> None:
+        assert self._metric is not None
+        target = outputs["target"]
+        if trainer.world_size > 1:
+            # Lightning's sampler deals image j to rank j % world_size and fills up with repeated images at the end.
+            position = (
+                self._seen + torch.arange(len(target), device=target.device)
+            ) * trainer.world_size + trainer.global_rank
+            repeated = (position >= len(loader.dataset)).view(-1, *[1] * (target.ndim - 1))
+            target = target.masked_fill(repeated, IGNORE_INDEX)
+        self._seen += len(target)
+        self._metric.update(outputs["preds"], target)
+
+    def _finish(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
+        assert self._metric is not None
+        scores = self._metric.scores()
+        if trainer.sanity_checking:
+            return
+        self.scores[split] = scores
+        module.log(f"{split}/miou", scores.miou, prog_bar=True)
+        values = {"pixel_accuracy": scores.pixel_accuracy, "classes_averaged": float(scores.classes_averaged)}
+        values |= {
+            f"iou/{name}": float(value)
+            for name, value in zip(_classes(trainer, self.class_names), scores.iou, strict=True)
+            if not value.isnan()
+        }
+        module.log_dict({f"{split}/{name}": value for name, value in values.items()})
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to count."""
+        self._start(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count a batch."""
+        self._count(trainer, outputs, trainer.val_dataloaders)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the scores."""
+        self._finish(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to count."""
+        self._start(trainer, pl_module)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count a batch."""
+        self._count(trainer, outputs, trainer.test_dataloaders)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the scores."""
+        self._finish(trainer, pl_module, "test")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the table, unless a training run goes on."""
+        if trainer.state.fn == "validate":
+            self._print(trainer, "val")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the table."""
+        self._print(trainer, "test")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the table of the last validation."""
+        self._print(trainer, "val")
+
+    def _print(self, trainer: pl.Trainer, split: str) -> None:
+        if split in self.scores:
+            rank_zero_info("\n" + score_table(self.scores[split], _classes(trainer, self.class_names), split))
+
+
+def score_table(scores: Scores, names: Sequence[str], split: str) -> str:
+    """Lay the scores out as text: a row per class with its share of the pixels, IoU, precision and recall in percent."""
+    width = max(len("class"), *map(len, names))
+    rows = [f"{'class':<{width}}  {'pixels %':>8}  {'IoU %':>6}  {'precision %':>11}  {'recall %':>8}"]
+    for index in range(len(names)):
+        share, iou, precision, recall = (
+            "-" if column[index].isnan() else f"{100 * float(column[index]):.{digits}f}"
+            for column, digits in ((scores.share, 3), (scores.iou, 1), (scores.precision, 1), (scores.recall, 1))
+        )
+        rows.append(f"{names[index]:<{width}}  {share:>8}  {iou:>6}  {precision:>11}  {recall:>8}")
+    line = "-" * max(map(len, rows))
+    left_out = len(names) - scores.classes_averaged
+    note = f" ({left_out} without a pixel in targets and predictions left out)" if left_out else ""
+    total = (
+        f"{split}: mIoU {100 * scores.miou:.2f} % over {scores.classes_averaged} of {len(names)} classes{note}, "
+        f"pixel accuracy {100 * scores.pixel_accuracy:.2f} %"
+    )
+    return "\n".join([rows[0], line, *rows[1:], line, total])
+
+
+class PredictionPanel(Callback):
+    """Pictures of the first validation or test images: image | target | prediction, with a legend of the classes.
+
+    Each is written as PNG into ``<run folder>/panels`` and given to loggers that take pictures (W&B, TensorBoard).
+
+    Args:
+        images: how many images a panel shows.
+        every_n_epochs: how often a training run makes one; the last epoch always does.
+    """
+
+    def __init__(self, images: int = 4, every_n_epochs: int = 5) -> None:
+        self.images = images
+        self.every_n_epochs = every_n_epochs
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def _wanted(self, trainer: pl.Trainer) -> bool:
+        last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+        due = trainer.state.fn != "fit" or last or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        return due and trainer.is_global_zero and not trainer.sanity_checking
+
+    def _keep(self, trainer: pl.Trainer, outputs: Any, batch: Any) -> None:
+        if self._wanted(trainer):
+            for image, target, preds in zip(batch["image"], outputs["target"], outputs["preds"], strict=True):
+                if len(self._rows) < self.images:
+                    self._rows.append((image.cpu(), target.cpu(), preds.cpu()))
+
+    def _draw(self, trainer: pl.Trainer, split: str) -> None:
+        rows, self._rows = self._rows, []
+        if not rows:
+            return
+        names = _classes(trainer)
+        panel = pictures.panel(rows, names, _palette(trainer, len(names)))
+        title = f"{split}-epoch{trainer.current_epoch:03d}" if trainer.state.fn == "fit" else split
+        pictures.save(panel, Path(trainer.default_root_dir) / "panels" / f"{title}.png")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_image"):  # W&B and others
+                logger.log_image(key=f"{split}/panel", images=[panel], step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                pixels = pictures.as_array(panel)
+                logger.experiment.add_image(f"{split}/panel", pixels, trainer.global_step, dataformats="HWC")
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first images."""
+        self._keep(trainer, outputs, batch)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the first images."""
+        self._keep(trainer, outputs, batch)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw and log."""
+        self._draw(trainer, "val")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw and log."""
+        self._draw(trainer, "test")
+
+
+class TrainingCurves(Callback):
+    """Keeps ``curves.png`` in the run folder: training loss, mIoU and IoU per class over the epochs."""
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, float]] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the epoch and draw anew."""
+        if not trainer.is_global_zero:
+            return
+        wanted = ("train/loss", "val/miou", "val/iou/")
+        values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(wanted)}
+        self.history.append({"epoch": trainer.current_epoch, **values})
+        pictures.save_curves(self.history, Path(trainer.default_root_dir) / "curves.png")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the history to the checkpoint, so that a resumed run goes on with it."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the history from a checkpoint."""
+        self.history = list(state_dict["history"])
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes each prediction as palette PNG (pixel value = train id) and as overlay on its image, at the image's size.
+
+    Files are named after the images, sub-folders kept: ``masks/<name>.png`` and ``overlays/<name>.jpg``.
+
+    Args:
+        output_dir: where to write; None is the run folder.
+        overlays: write the overlays as well.
+    """
+
+    def __init__(self, output_dir: str | os.PathLike[str] | None = None, overlays: bool = True) -> None:
+        super().__init__(write_interval="batch")
+        self.output_dir = output_dir
+        self.overlays = overlays
+        self._written = 0
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the files of a batch."""
+        folder = Path(self.output_dir or trainer.default_root_dir)
+        names = _classes(trainer)
+        palette = _palette(trainer, len(names))
+        for name, image, preds in zip(batch["name"], batch["image"], prediction, strict=True):
+            mask = pictures.palette_image(preds.cpu(), palette)
+            pictures.save(mask, folder / "masks" / f"{name}.png")
+            if self.overlays:
+                pictures.save(pictures.overlay(image.cpu(), preds.cpu(), palette), folder / "overlays" / f"{name}.jpg")
+            self._written += 1
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say where the files are."""
+        folder = Path(self.output_dir or trainer.default_root_dir)
+        rank_zero_info(f"{self._written} predictions written to {folder / 'masks'}")

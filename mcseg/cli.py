@@ -1,0 +1,308 @@
+"""The command ``mcseg``: Lightning's fit, validate, test and predict, and mcseg's own stats and check."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.utilities import rank_zero_info
+
+from mcseg.callbacks import JaccardCallback, PredictionPanel, PredictionWriter, TrainingCurves
+from mcseg.data import SegmentationData
+from mcseg.losses import MarginCalibrationLoss
+from mcseg.margins import MarginOffsets, margin_offsets
+from mcseg.module import SegmentationModule
+
+RECIPES = Path(__file__).parent / "configs"
+
+_HELP = """usage: mcseg VERB [--config NAME_OR_PATH ...] [--KEY VALUE ...]
+
+  fit       train; writes checkpoints, metrics.csv, curves and panels into runs/<recipe>/<time>
+  validate  score a checkpoint on the validation split       (--ckpt_path)
+  test      score a checkpoint on the test split             (--ckpt_path)
+  predict   masks and overlays for a folder of images        (--ckpt_path, --data.predict_root)
+  stats     pixel shares and margin offsets of the classes, as table and picture
+  check     open every file of the data set and list what is wrong with it
+
+recipes that come with mcseg: {recipes}
+Any key of a recipe can be set behind it: mcseg fit --config camvid --data.root DIR --trainer.max_epochs 10
+`mcseg VERB --help` lists the keys; MCSEG_TRACEBACK=1 shows where an error came from.
+"""
+
+
+class SegmentationCLI(LightningCLI):
+    """LightningCLI for one module class and any data module, with mcseg's callbacks and run folder."""
+
+    def __init__(self, recipe: str, args: Sequence[str], run: bool = True) -> None:
+        self.recipe = recipe
+        super().__init__(
+            SegmentationModule,
+            SegmentationData,
+            args=list(args),
+            run=run,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"exit_on_error": False, **{verb: {"exit_on_error": False} for verb in self.subcommands()}},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link the number of classes, and add mcseg's callbacks under keys of their own."""
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.num_classes", "model.objective.init_args.num_classes", apply_on="instantiate")
+        for callback, key in (
+            (JaccardCallback, "jaccard"),
+            (PredictionPanel, "panel"),
+            (TrainingCurves, "curves"),
+            (PredictionWriter, "writer"),
+            (ModelCheckpoint, "checkpoint"),
+        ):
+            parser.add_lightning_class_args(callback, key)
+        parser.set_defaults(
+            {
+                "model.objective": {"class_path": "mcseg.losses.MarginCalibrationLoss"},
+                "trainer.logger": {
+                    "class_path": "CSVLogger",
+                    "init_args": {"save_dir": ".", "name": "", "version": ""},
+                },
+                "checkpoint.monitor": "val/miou",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Refuse to score without weights; choose the run folder and the precision."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if self.subcommand in ("validate", "test", "predict") and not config.ckpt_path:
+            raise ValueError(
+                f"mcseg {self.subcommand} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt"
+            )
+        if self.subcommand in ("validate", "test"):
+            config.verbose = False  # the table of JaccardCallback says it all
+        if self.subcommand == "predict":
+            config.return_predictions = False  # they are written; keeping them would fill the memory
+        trainer = config.trainer
+        if trainer.default_root_dir is None:
+            trainer.default_root_dir = str(_run_folder(self.recipe, self.subcommand or ""))
+        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+        for logger in loggers:
+            if isinstance(logger, Namespace) and logger.get("init_args.save_dir", "") in (None, "."):
+                logger.init_args.save_dir = trainer.default_root_dir
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        if trainer.precision is None:
+            trainer.precision = _default_precision(trainer.accelerator)
+
+    def before_fit(self) -> None:
+        """Log the learning rate where there is something to log it to."""
+        if self.trainer.loggers:
+            self.trainer.callbacks.append(LearningRateMonitor("step"))  # type: ignore[attr-defined]
+
+    def after_fit(self) -> None:
+        """Say where everything is."""
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        rank_zero_info(f"run folder: {self.trainer.default_root_dir}" + (f"\nbest checkpoint: {best}" if best else ""))
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command; ``args`` are those behind ``mcseg``, by default the process's own.
+
+    Raises:
+        SystemExit: 1 after an error, told in one line; 2 where the arguments cannot be read.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    if not words or words[0] in ("-h", "--help"):
+        print(_HELP.format(recipes=", ".join(_recipes())))
+        return
+    if words[0] == "--version":
+        from mcseg import __version__
+
+        print(__version__)
+        return
+    try:
+        recipe, words = _find_recipes(words)
+        own = {"stats": stats, "check": check}
+        with warnings.catch_warnings():
+            _quieten()
+            if words[0] in own:
+                own[words[0]](recipe, words[1:])
+            else:
+                SegmentationCLI(recipe, words)
+    except ArgumentError as error:
+        _fail(str(error), 2)
+    except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:
+        if os.environ.get("MCSEG_TRACEBACK"):
+            raise
+        _fail(_last_line(error), 1)
+
+
+def stats(recipe: str, args: Sequence[str]) -> None:
+    """``mcseg stats``: count the training labels; print and draw shares and offsets of the classes."""
+    config, data = _data(recipe, args)
+    pixels = data.class_pixels()
+    offsets = _offsets(config, pixels)
+    share = pixels.double() / pixels.sum()
+    width = max(len("class"), *map(len, data.class_names))
+    print(f"{'class':<{width}}  {'pixels':>14}  {'share %':>8}  {'foreground offset':>17}  {'background offset':>17}")
+    for index in share.argsort(descending=True).tolist():
+        print(
+            f"{data.class_names[index]:<{width}}  {int(pixels[index]):>14,}  {100 * float(share[index]):>8.3f}  "
+            f"{float(offsets.foreground[index]):>17.4g}  {float(offsets.background[index]):>17.4g}"
+        )
+    from mcseg.pictures import save_class_shares
+
+    path = Path(config.trainer.default_root_dir or Path("runs") / recipe) / "class_shares.png"
+    save_class_shares(data.class_names, share, offsets.foreground, offsets.background, path, data.palette)
+    print(f"picture: {path}")
+
+
+def check(recipe: str, args: Sequence[str]) -> None:
+    """``mcseg check``: open every file; exit with 1 where anything is wrong."""
+    from mcseg.data.check import check as check_data
+
+    _, data = _data(recipe, args)
+    report = check_data(data)
+    for split, images in report.images.items():
+        print(f"{split}: {images} images, {int(report.pixels[split].sum()):,} labelled pixels")
+    for problem in report.problems:
+        print(f"problem: {problem}")
+    if report.problems:
+        print(f"{len(report.problems)} problems found")
+        raise SystemExit(1)
+    print("no problems found")
+
+
+def _data(recipe: str, args: Sequence[str]) -> tuple[Namespace, SegmentationData]:
+    """Parse as for a run, then make the data module alone."""
+
+    class DataOnly(SegmentationCLI):
+        def before_instantiate_classes(self) -> None:
+            pass
+
+        def instantiate_classes(self) -> None:
+            pass
+
+    config = DataOnly(recipe, args, run=False).config
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(SegmentationData, "data")
+    return config, parser.instantiate_classes(parser.parse_object({"data": config.data.as_dict()})).data
+
+
+def _offsets(config: Namespace, pixels: torch.Tensor) -> MarginOffsets:
+    """Offsets of the configured objective, where it is margin calibration; the paper's otherwise."""
+    objective = config.model.objective
+    own = f"{MarginCalibrationLoss.__module__}.{MarginCalibrationLoss.__qualname__}"
+    settings = objective.init_args.as_dict() if objective.class_path == own else {}
+    keys = ("scheme", "tau", "upsilon", "max_margin")
+    return margin_offsets(pixels, **{key: settings[key] for key in keys if key in settings})
+
+
+def _recipes() -> list[str]:
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
+
+
+def _find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Replace names of packaged recipes by their paths; return the first recipe's name and the arguments."""
+    found: list[str] = []
+    names: list[str] = []
+    after_config = False
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag in ("--config", "-c") and value:
+            names.append(value)
+            found += [flag, str(_recipe_path(value))]
+        elif after_config:
+            names.append(word)
+            found.append(str(_recipe_path(word)))
+        else:
+            found.append(word)
+        after_config = word in ("--config", "-c")
+    asks_help = any(word in ("-h", "--help") for word in words)
+    if (
+        not names
+        and not asks_help
+        and not any(word.startswith("--data") and not word.startswith("--data.") for word in words)
+    ):
+        names = ["synthetic"]  # the embedded data set, so that every verb works as it is
+        found[1:1] = ["--config", str(_recipe_path("synthetic"))]
+    return Path(names[0]).stem if names else "custom", found
+
+
+def _recipe_path(name: str) -> Path:
+    if Path(name).is_file():
+        return Path(name)
+    packaged = RECIPES / f"{name}.yaml"
+    if not packaged.is_file():
+        raise FileNotFoundError(
+            f"--config {name}: neither a file nor a recipe of mcseg; the recipes are {', '.join(_recipes())}"
+        )
+    return packaged
+
+
+def _run_folder(recipe: str, verb: str) -> Path:
+    """runs/<recipe>/<time>, the same on all processes of a run and new for each run."""
+    key = "MCSEG_RUN_FOLDER"  # Lightning starts further DDP processes with this environment and LOCAL_RANK in it
+    if "LOCAL_RANK" in os.environ and key in os.environ:
+        return Path(os.environ[key])
+    stem = Path("runs") / recipe / (datetime.now().strftime("%Y%m%d-%H%M%S") + ("" if verb == "fit" else f"-{verb}"))
+    folder, copy = stem, 2
+    while folder.exists():
+        folder, copy = stem.with_name(f"{stem.name}-{copy}"), copy + 1
+    os.environ[key] = str(folder)
+    return folder
+
+
+def _default_precision(accelerator: str) -> str:
+    """bfloat16 where the machine computes in it, float32 elsewhere."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
+        # Asked of torch.cpu under names that torch does not promise to keep.
+        features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        if any(getattr(torch.cpu, feature, lambda: False)() for feature in features):
+            return "bf16-mixed"
+    return "32-true"
+
+
+def _quieten() -> None:
+    """Leave out advertisements, and what Lightning says about choices that mcseg made on purpose."""
+    chatter = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to", "Loading `train_dataloader`")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda r: not r.getMessage().startswith(chatter))
+    logging.getLogger("lightning_fabric.utilities.seed").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",  # data.num_workers is set from the machine's cores
+        ".*intended to run from within Python.*",
+        ".*exists and is not empty.*",  # the checkpoint folder of a run folder that is used again
+        ".*smaller than the logging interval.*",
+        ".*is not supported by the model summary.*",
+        ".*The dirpath has changed from.*",  # scoring a checkpoint of another run folder
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning on a newer torch
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _last_line(error: BaseException) -> str:
+    """What a person needs of an error: a worker process puts its traceback in front of the message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if "worker process" not in lines[0]:
+        return " ".join(lines)
+    return lines[-1].partition("Error: ")[2] or lines[-1]
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"mcseg: error: {message}", file=sys.stderr)
+    raise SystemExit(code)

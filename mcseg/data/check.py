@@ -1,0 +1,80 @@
+"""Open every file of a data set and list what is wrong with it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from mcseg.data.datamodule import SPLITS, SegmentationData
+from mcseg.data.files import Reader, Sample
+from mcseg.data.labels import IGNORE_INDEX, DataError
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`check` found: images per split, pixels per class and split, and the problems, one line each."""
+
+    images: dict[str, int]
+    pixels: dict[str, Tensor]
+    problems: list[str]
+
+
+def check(data: SegmentationData, progress: bool = True) -> Report:
+    """Decode every image and mask of all splits.
+
+    Problems are unreadable files, masks of another size than their image, masks with unknown values, images without a
+    mask, an empty training or validation split, and classes without a pixel in the training labels.
+    """
+    images: dict[str, int] = {}
+    pixels: dict[str, Tensor] = {}
+    problems: list[str] = []
+    for split in SPLITS:
+        samples = data.samples(split)
+        images[split] = len(samples)
+        pixels[split] = torch.zeros(data.num_classes, dtype=torch.int64)
+        if not samples and split != "test":
+            problems.append(f"the {split} split is empty")
+        loader = DataLoader(_Decoded(data.reader, samples), batch_size=None, num_workers=min(data.num_workers, len(samples)))
+        for found, counts in tqdm(loader, f"Checking {split}", unit=" images", disable=not progress, leave=False):
+            pixels[split] += counts
+            problems += found
+    if images["train"]:
+        problems += [
+            f"class {name} (train id {index}) has no pixel in the training labels"
+            for index, name in enumerate(data.class_names)
+            if pixels["train"][index] == 0
+        ]
+    return Report(images, pixels, problems)
+
+
+class _Decoded(Dataset[tuple[list[str], Tensor]]):
+    """(problems, pixel counts) of each sample."""
+
+    def __init__(self, reader: Reader, samples: Sequence[Sample]) -> None:
+        self.reader = reader
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[list[str], Tensor]:
+        sample = self.samples[index]
+        # Image and mask are tried one by one, so that a pair with two faults shows both; the pair then compares sizes.
+        problems = [problem for read in (self.reader.image, self.reader.mask) if (problem := _fault(read, sample))]
+        if not problems and (problem := _fault(self.reader.verify, sample)):
+            problems = [problem]
+        counts = torch.zeros(self.reader.table.num_classes, dtype=torch.int64)
+        if not problems:
+            counts = torch.bincount(self.reader.mask(sample).flatten(), minlength=IGNORE_INDEX + 1)[: len(counts)]
+        return problems, counts
+
+
+def _fault(read: Callable[[Sample], object], sample: Sample) -> str:
+    try:
+        read(sample)
+    except DataError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,274 @@
+"""The data module that every data set of mcseg is: samples per split in, batches out."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision import tv_tensors
+
+from mcseg.data.files import FileReader, Reader, Sample
+from mcseg.data.labels import Color, DataError, LabelTable
+from mcseg.data.statistics import count_class_pixels, default_cache_dir
+from mcseg.data.transforms import TrainingTransform, resize_image
+
+Batch = dict[str, Any]
+SPLITS = ("train", "val", "test")
+
+
+class SegmentationData(pl.LightningDataModule):
+    """Pairs of image and mask as batches for training, validation, test and prediction.
+
+    A data set is a subclass that passes its label table and lists its samples in :meth:`samples`; the rest is here. A batch
+    is a dict: ``image`` (N,3,h,w) uint8 RGB, ``mask`` (N,H,W) int64 with train ids 0..C-1 and void 255, ``name`` list of
+    str. In training image and mask are the same crop. In evaluation the image is the whole image resized by ``image_scale``
+    and the mask keeps its own size, at which predictions are scored. For prediction there is ``size`` instead of ``mask``:
+    a list of (height, width) of the files.
+
+    Args:
+        table: names, palette and raw ids of the classes.
+        root: folder of the data set.
+        batch_size: training images per process and step.
+        eval_batch_size: validation and test images per step; more than 1 needs images of one size.
+        num_workers: loader processes; -1 takes one per core, at most 8.
+        crop_size: (height, width) of the training crop in pixels of the network's input.
+        image_scale: the network sees images resized by this factor.
+        scale_range: training images are scaled by a factor drawn from here, on top of ``image_scale``.
+        max_class_share: training crops in which one class covers more of the labelled pixels than this are drawn again.
+        flip: flip half of the training images horizontally.
+        color_jitter: strength of brightness, contrast and saturation jitter, 0 to 1; 0 is off.
+        predict_root: image file, or folder searched for images in all its levels, for ``predict``; None predicts the test
+            split (the validation split where there is none).
+        cache_dir: folder for the counts of label pixels; None is the user's cache folder.
+    """
+
+    def __init__(
+        self,
+        table: LabelTable,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        batch_size: int = 8,
+        eval_batch_size: int = 1,
+        num_workers: int = -1,
+        crop_size: tuple[int, int] = (512, 512),
+        image_scale: float = 1.0,
+        scale_range: tuple[float, float] = (0.5, 2.0),
+        max_class_share: float = 0.75,
+        flip: bool = True,
+        color_jitter: float = 0.3,
+        predict_root: str | os.PathLike[str] | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in {
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "crop_size": min(crop_size),
+            "image_scale": image_scale,
+            "scale_range": min(scale_range),
+        }.items():
+            if value <= 0:
+                raise DataError(f"data.{name}: found {value}, expected a positive number")
+        if scale_range[0] > scale_range[1]:
+            raise DataError(f"data.scale_range: found {list(scale_range)}, expected [smallest, largest]")
+        if not 0 < max_class_share <= 1:
+            raise DataError(f"data.max_class_share: found {max_class_share}, expected a share above 0 and up to 1")
+        if not 0 <= color_jitter <= 1:
+            raise DataError(f"data.color_jitter: found {color_jitter}, expected 0 to 1")
+        self.reader: Reader = FileReader(table)
+        self.root = Path(root).expanduser() if root is not None else None
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = min(8, len(os.sched_getaffinity(0))) if num_workers < 0 else num_workers
+        self.image_scale = image_scale
+        low, high = scale_range
+        self.train_transform = TrainingTransform(
+            crop_size, (low * image_scale, high * image_scale), max_class_share, flip, color_jitter
+        )
+        self.predict_root = Path(predict_root).expanduser() if predict_root is not None else None
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+        self._splits: dict[str, list[Sample]] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C."""
+        return self.reader.table.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Name of each class by train id."""
+        return self.reader.table.names
+
+    @property
+    def palette(self) -> tuple[Color, ...]:
+        """RGB colour of each class by train id."""
+        return self.reader.table.palette
+
+    def samples(self, split: str) -> list[Sample]:
+        """List the samples of ``train``, ``val`` or ``test``, sorted; empty where the data set has no such split.
+
+        Files are only listed: an image without a mask has ``mask=None`` and a broken file is found by :meth:`setup`.
+        """
+        raise NotImplementedError
+
+    def setup(self, stage: str) -> None:
+        """List the splits of the stage and open every header once, so that bad files stop the run before it starts."""
+        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
+        for split in wanted:
+            if split in self._splits:
+                continue
+            if split == "predict" and self.predict_root is not None:
+                self._splits[split] = _images_below(self.predict_root)
+                continue
+            samples = self.samples("test" if split == "predict" else split)
+            if not samples and split in ("test", "predict"):
+                rank_zero_warn(f"{type(self).__name__}: no test split found, using the validation split instead")
+                samples = self.samples("val")
+            if not samples:
+                raise DataError(
+                    f"{type(self).__name__}: the {split} split of {self.root} is empty; expected at least one image"
+                )
+            for sample in samples:
+                self.reader.verify(sample)
+            self._splits[split] = samples
+
+    def class_pixels(self) -> Tensor:
+        """Count the labelled pixels of each class over the training split, before augmentation; cached.
+
+        Returns:
+            (C,) int64.
+        """
+        samples = self._splits.get("train") or self.samples("train")
+        return count_class_pixels(self.reader, samples, self.num_workers, self.cache_dir)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Shuffled, augmented crops; a last, smaller batch is dropped (batch norm cannot take a single image)."""
+        dataset = TrainingCrops(self.reader, self._splits["train"], self.train_transform)
+        return self._loader(dataset, self.batch_size, shuffle=True, drop_last=len(dataset) >= self.batch_size)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Whole validation images."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Whole test images."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Images of any size, one at a time, without masks."""
+        return self._loader(WholeImages(self.reader, self._splits["predict"], self.image_scale, masks=False), 1)
+
+    def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
+        return self._loader(WholeImages(self.reader, self._splits[split], self.image_scale), self.eval_batch_size)
+
+    def _loader(self, dataset: Dataset[Batch], batch_size: int, **options: Any) -> DataLoader[Batch]:
+        return _Loader(
+            dataset,
+            batch_size=batch_size,  # by keyword: Lightning makes the loader anew with other arguments
+            num_workers=self.num_workers,
+            # Page-locked memory only speeds up copies to a GPU; workers are kept because starting them costs seconds.
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            collate_fn=collate,
+            **options,
+        )
+
+
+class TrainingCrops(Dataset[Batch]):
+    """Augmented training crops."""
+
+    def __init__(self, reader: Reader, samples: Sequence[Sample], transform: Callable[..., Any]) -> None:
+        self.reader = reader
+        self.samples = samples
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Batch:
+        sample = self.samples[index]
+        image, mask = self.reader.pair(sample)
+        image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        return {"image": image.as_subclass(Tensor), "mask": mask.as_subclass(Tensor), "name": sample.name}
+
+
+class WholeImages(Dataset[Batch]):
+    """Whole images resized by ``image_scale``, with the mask at its own size or, for prediction, without."""
+
+    def __init__(self, reader: Reader, samples: Sequence[Sample], image_scale: float, masks: bool = True) -> None:
+        self.reader = reader
+        self.samples = samples
+        self.image_scale = image_scale
+        self.masks = masks
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Batch:
+        sample = self.samples[index]
+        item: Batch = {"name": sample.name}
+        if self.masks:
+            image, item["mask"] = self.reader.pair(sample)
+        else:
+            image = self.reader.image(sample)
+            item["size"] = (image.shape[1], image.shape[2])
+        item["image"] = resize_image(image, self.image_scale)
+        return item
+
+
+class _Loader(DataLoader[Batch]):
+    """Makes masks int64, which every loss takes, on this side of the pipe from the workers: an eighth goes through it."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if "mask" in batch:
+                # By numpy: torch's threads would go on spinning on the cores that the workers need.
+                batch["mask"] = torch.from_numpy(batch["mask"].numpy().astype(np.int64))
+            yield batch
+
+
+def collate(items: Sequence[Batch]) -> Batch:
+    """Stack items to a batch."""
+    sizes = sorted({tuple(item["image"].shape[1:]) for item in items})
+    if len(sizes) > 1:
+        raise DataError(
+            f"images of different sizes ({sizes[0][1]}x{sizes[0][0]}, {sizes[1][1]}x{sizes[1][0]}) cannot form "
+            "one batch; set data.eval_batch_size to 1"
+        )
+    # torch's collation stacks tensors where the main process reads them
+    stacked = {key: default_collate([item[key] for item in items]) for key in ("image", "mask") if key in items[0]}
+    return stacked | {key: [item[key] for item in items] for key in ("name", "size") if key in items[0]}
+
+
+def image_files(folder: Path) -> list[Path]:
+    """List the files directly in ``folder`` whose extension Pillow can read, sorted by name."""
+    readable = {extension for extension, form in Image.registered_extensions().items() if form in Image.OPEN}
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in readable and not path.name.startswith("."))
+
+
+def _images_below(root: Path) -> list[Sample]:
+    """Samples of an image file, or of all image files in a folder and below, named by their path in it."""
+    if root.is_file():
+        return [Sample(root.stem, root)]
+    if not root.is_dir():
+        raise DataError(f"data.predict_root: {root} is neither an image nor a folder of images")
+    folders = [root, *sorted(path for path in root.rglob("*") if path.is_dir())]
+    files = [path for folder in folders for path in image_files(folder)]
+    if not files:
+        raise DataError(f"data.predict_root: no image that can be read in {root}; expected files such as .jpg or .png")
+    stems = [path.relative_to(root).with_suffix("").as_posix() for path in files]
+    # Two files that differ only in their extension keep it, or one result would overwrite the other.
+    occurrences = Counter(stems)
+    names = [
+        stem if occurrences[stem] == 1 else path.relative_to(root).as_posix().replace(".", "_")
+        for stem, path in zip(stems, files, strict=True)
+    ]
+    return [Sample(name, path) for name, path in zip(names, files, strict=True)]

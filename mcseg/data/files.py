@@ -1,0 +1,144 @@
+"""Reading image and mask files, with errors that name the file."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mcseg.data.labels import DataError, LabelTable
+
+_ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap height and width
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of a data set; ``mask`` is None where there is none (prediction) or it is not a file."""
+
+    name: str
+    image: Path
+    mask: Path | None = None
+
+
+class Reader(Protocol):
+    """Turns samples into tensors. A reader travels to worker processes, so it holds settings and no open files."""
+
+    @property
+    def table(self) -> LabelTable:
+        """What the mask values mean."""
+
+    def image(self, sample: Sample) -> Tensor:
+        """(3,H,W) uint8 RGB."""
+
+    def mask(self, sample: Sample) -> Tensor:
+        """(H,W) uint8 train ids, void 255."""
+
+    def pair(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Image and mask of one size."""
+
+    def verify(self, sample: Sample) -> None:
+        """Raise DataError where the headers already show that the sample cannot be used."""
+
+
+@dataclass(frozen=True)
+class FileReader:
+    """Reads image and mask files that Pillow can read; the mask's values go through ``table``."""
+
+    table: LabelTable
+
+    def image(self, sample: Sample) -> Tensor:
+        """(3,H,W) uint8 RGB, turned upright by its EXIF orientation."""
+        return read_image(sample.image)
+
+    def mask(self, sample: Sample) -> Tensor:
+        """(H,W) uint8 train ids, void 255."""
+        path = self._mask_path(sample)
+        return torch.from_numpy(self.table.train_ids(read_mask(path, self.table.by_color), path))
+
+    def pair(self, sample: Sample) -> tuple[Tensor, Tensor]:
+        """Image and mask of one size."""
+        image, mask = self.image(sample), self.mask(sample)
+        self._compare(sample, (image.shape[1], image.shape[2]), (mask.shape[0], mask.shape[1]))
+        return image, mask
+
+    def verify(self, sample: Sample) -> None:
+        """Open both headers: readable, and of one size. The pixels are not decoded."""
+        self._compare(sample, image_size(sample.image), image_size(self._mask_path(sample)))
+
+    @staticmethod
+    def _mask_path(sample: Sample) -> Path:
+        if sample.mask is None:
+            raise DataError(f"{sample.image}: has no mask; add one or remove the image")
+        return sample.mask
+
+    @staticmethod
+    def _compare(sample: Sample, image: tuple[int, int], mask: tuple[int, int]) -> None:
+        if image != mask:
+            raise DataError(
+                f"{sample.mask}: the mask is {mask[1]}x{mask[0]} pixels but {sample.image} is "
+                f"{image[1]}x{image[0]}; expected equal sizes, save the mask at the image's size"
+            )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """Open with Pillow; whatever goes wrong while open becomes one line that names the file."""
+    try:
+        with Image.open(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        detail = " ".join(str(error).split()).replace(f" '{path}'", "") or type(error).__name__
+        raise DataError(f"{path}: cannot be read ({detail}); replace or remove the file") from None
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) as displayed, from the header alone. Raises DataError where the header cannot be read."""
+    with _opened(path) as file:
+        width, height = file.size
+        turned = "exif" in file.info and file.getexif().get(_ORIENTATION, 1) >= 5
+        return (width, height) if turned else (height, width)
+
+
+def read_image(path: Path) -> Tensor:
+    """Read an image as (3,H,W) uint8 RGB, turned upright by its EXIF orientation. Raises DataError."""
+    with _opened(path) as file:
+        if "exif" in file.info:
+            ImageOps.exif_transpose(file, in_place=True)
+        pixels = np.array(file if file.mode == "RGB" else file.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
+    """Read the stored values of a mask.
+
+    Args:
+        path: a lossless file: palette or grey PNG of 1, 8 or 16 bits, RGB where colours stand for classes.
+        by_color: palette files give their colours instead of their indices.
+
+    Returns:
+        (H,W) integers, or (H,W,3) uint8 for colour files.
+
+    Raises:
+        DataError: unreadable, lossy (JPEG) or floating-point file.
+    """
+    with _opened(path) as file:
+        if file.format == "JPEG":
+            raise DataError(f"{path}: JPEG changes label values; expected a lossless mask such as PNG")
+        if file.mode in ("F", "CMYK", "YCbCr", "LAB", "HSV"):
+            raise DataError(f"{path}: mask of mode {file.mode}; expected integer indices or RGB colours")
+        if by_color or file.mode in ("RGB", "RGBA"):
+            return np.array(file.convert("RGB"))
+        if file.mode == "LA":
+            return np.array(file.getchannel("L"))
+        values = np.array(file)
+        return values.astype(np.uint8) if values.dtype == np.bool_ else values

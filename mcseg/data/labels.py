@@ -1,0 +1,169 @@
+"""Label tables: from the values that a mask file holds to the train ids 0..C-1, void being 255."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORE_INDEX = 255
+_UNKNOWN = 254  # marks raw values without an entry while mapping, so at most 254 classes fit
+_DIRECT_TABLE = 1 << 16  # raw ids below this are looked up directly, packed colours by bisection
+
+Color = tuple[int, int, int]
+
+
+class DataError(ValueError):
+    """Input that cannot be used: says what was found, where, what was expected and what to do, in one line."""
+
+
+def pack_color(color: Iterable[int]) -> int:
+    """Return the RGB colour (three values 0..255) as the single number r * 65536 + g * 256 + b."""
+    r, g, b = (int(v) for v in color)
+    if not all(0 <= v <= 255 for v in (r, g, b)):
+        raise DataError(f"colour ({r}, {g}, {b}): expected three values from 0 to 255")
+    return (r << 16) | (g << 8) | b
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """What the values of a mask mean.
+
+    Args:
+        names: class names; the position is the train id. 2 to 254 of them, all different.
+        palette: one RGB colour per class, for pictures and palette PNGs.
+        raw_ids: value in the file -> train id (0..C-1, or 255 for void).
+        by_color: the masks are RGB and ``raw_ids`` holds colours packed by :func:`pack_color`.
+        unlisted: what a value without an entry becomes: a train id or 255; None makes it an error.
+
+    Raises:
+        DataError: fewer than 2 or more than 254 classes, a name twice, a palette of another length, a train id out of range.
+    """
+
+    names: tuple[str, ...]
+    palette: tuple[Color, ...]
+    raw_ids: Mapping[int, int]
+    by_color: bool = False
+    unlisted: int | None = None
+    _keys: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    _values: NDArray[np.uint8] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        count = len(self.names)
+        if not 2 <= count < _UNKNOWN + 1:
+            raise DataError(f"found {count} classes, expected 2 to {_UNKNOWN}")
+        repeated = sorted({name for name in self.names if self.names.count(name) > 1})
+        if repeated:
+            raise DataError(f"class names must differ, found more than once: {', '.join(repeated)}")
+        if len(self.palette) != count:
+            raise DataError(f"the palette has {len(self.palette)} colours for {count} classes")
+        for raw, train in self.raw_ids.items():
+            if not (0 <= train < count or train == IGNORE_INDEX):
+                raise DataError(
+                    f"mask value {raw} is mapped to train id {train}; expected 0 to {count - 1}, or 255 for void"
+                )
+        if self.by_color:
+            keys = np.array(sorted(self.raw_ids), dtype=np.int64)
+            values = np.array([self.raw_ids[int(key)] for key in keys], dtype=np.uint8)
+        else:
+            keys = np.empty(0, dtype=np.int64)
+            values = np.full(_DIRECT_TABLE, self._fallback, dtype=np.uint8)
+            for raw, train in self.raw_ids.items():
+                if not 0 <= raw < _DIRECT_TABLE:
+                    raise DataError(f"mask value {raw}: expected 0 to {_DIRECT_TABLE - 1}")
+                values[raw] = train
+        object.__setattr__(self, "_keys", keys)
+        object.__setattr__(self, "_values", values)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes C."""
+        return len(self.names)
+
+    @property
+    def _fallback(self) -> np.uint8:
+        return np.uint8(_UNKNOWN if self.unlisted is None else self.unlisted)
+
+    def train_ids(self, raw: NDArray[np.integer[Any]], where: Path | str) -> NDArray[np.uint8]:
+        """Map the values of one mask to train ids.
+
+        Args:
+            raw: (H,W) integers, or (H,W,3) uint8 where the mask is coloured.
+            where: named in the error.
+
+        Returns:
+            (H,W) uint8: 0..C-1, or 255 for void.
+
+        Raises:
+            DataError: coloured mask for a table of indices or the reverse; a value without an entry.
+        """
+        if raw.ndim == 3 and not self.by_color:
+            # Grey masks saved as RGB are common and unambiguous.
+            if not (np.array_equal(raw[..., 0], raw[..., 1]) and np.array_equal(raw[..., 0], raw[..., 2])):
+                raise DataError(
+                    f"{where}: the mask is coloured, expected one channel of class indices; "
+                    "give each class its colour in the class list (`name R G B` in classes.txt)"
+                )
+            raw = raw[..., 0]
+        if raw.ndim == 2 and self.by_color:
+            raise DataError(
+                f"{where}: the mask has one channel, expected RGB colours; leave the colours out of the class "
+                "list if the masks hold indices"
+            )
+        mapped = self._by_color(raw) if self.by_color else self._by_index(raw)
+        if self.unlisted is None:
+            unknown = mapped == _UNKNOWN
+            if unknown.any():
+                raise DataError(self._unknown_values(raw, unknown, where))
+        return mapped
+
+    def _by_index(self, raw: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        if raw.dtype == np.uint8:  # the common case, twice as fast as indexing
+            mapped = bytearray(raw).translate(self._values[:256].tobytes())
+            return np.frombuffer(mapped, dtype=np.uint8).reshape(raw.shape)
+        outside = (raw < 0) | (raw >= _DIRECT_TABLE)
+        return np.where(outside, self._fallback, self._values[np.where(outside, 0, raw).astype(np.int64)])
+
+    def _by_color(self, raw: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        packed = (raw[..., 0].astype(np.int64) << 16) | (raw[..., 1].astype(np.int64) << 8) | raw[..., 2].astype(np.int64)
+        position = np.searchsorted(self._keys, packed).clip(max=len(self._keys) - 1)
+        return np.where(self._keys[position] == packed, self._values[position], self._fallback)
+
+    def _unknown_values(self, raw: NDArray[np.integer[Any]], unknown: NDArray[np.bool_], where: Path | str) -> str:
+        values = np.unique(raw[unknown], axis=0)
+        shown = ", ".join(str(tuple(map(int, v)) if self.by_color else int(v)) for v in values[:8])
+        more = f" and {len(values) - 8} more" if len(values) > 8 else ""
+        kind = "colours" if self.by_color else "values"
+        known = f"{len(self.raw_ids)} known {kind}" if self.by_color or len(self.raw_ids) > 40 else _ranges(self.raw_ids)
+        return (
+            f"{where}: {int(unknown.sum())} pixels of the mask have the unknown {kind} {shown}{more}; "
+            f"expected {known}; correct the mask or add them to the class list (or to its void entries)"
+        )
+
+
+def _ranges(values: Iterable[int]) -> str:
+    """Write sorted integers as runs: 0-10, 255."""
+    runs: list[list[int]] = []
+    for value in sorted(values):
+        if runs and value == runs[-1][1] + 1:
+            runs[-1][1] = value
+        else:
+            runs.append([value, value])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def distinct_colors(count: int) -> tuple[Color, ...]:
+    """Return ``count`` distinguishable RGB colours for classes that have none (the bit-interleaved map of PASCAL VOC).
+
+    The first colour of that map, black, is left out: it reads as "nothing" in an overlay.
+    """
+    colors: list[Color] = []
+    for index in range(1, count + 1):
+        rgb = [0, 0, 0]
+        for bit in range(8):
+            for channel in range(3):
+                rgb[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
+        colors.append((rgb[0], rgb[1], rgb[2]))
+    return tuple(colors)

@@ -1,0 +1,124 @@
+"""Training and evaluation transforms on image and mask together (torchvision v2)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from mcseg.data.labels import IGNORE_INDEX
+
+_TRIES = 10  # windows looked at before the last one is taken whatever it holds
+_PROBE = 32  # a grid of about 32x32 pixels tells a window's class shares well enough
+_GREY = torch.tensor([0.2989, 0.587, 0.114]) / 0.9999  # luma weights of ITU-R BT.601, scaled to the sum 1
+
+
+class TrainingTransform(v2.Transform):  # type: ignore[misc]
+    """Scale jitter, crop, horizontal flip and colour jitter in one transform of ``tv_tensors`` Image and Mask.
+
+    A window of ``crop_size / scale`` pixels is cut and resized to ``crop_size``: what resizing the whole image and cropping
+    would give, at the cost of the crop. Where the window is larger than the image the rest is padded: black in the image,
+    void in the mask. One transform and not a chain of torchvision's, because the chain costs as much as decoding the files.
+
+    Colour: brightness b, contrast c and saturation s, as torchvision's ``ColorJitter`` applies them in this order, are one
+    affine map of a pixel x when nothing is clipped in between. With g the luma weights and m the mean luma of the image,
+    brightness gives b x, contrast c b x + (1 - c) b m, and saturation mixes each result with its luma: together
+    b c (s I + (1 - s) 1 g^T) x + (1 - c) b m.
+
+    Args:
+        crop_size: (height, width) of the result in pixels.
+        scale_range: the scale is drawn uniformly from here; 1 keeps the file's resolution, 0.5 shrinks to half.
+        max_class_share: a window in which one class has more than this share of the labelled pixels, or in which nothing is
+            labelled, is drawn again (up to 10 times). 1 switches the cap off.
+        flip: flip horizontally with probability 1/2.
+        color_jitter: b, c and s are drawn uniformly from [1 - color_jitter, 1 + color_jitter].
+    """
+
+    def __init__(
+        self,
+        crop_size: tuple[int, int],
+        scale_range: tuple[float, float] = (1.0, 1.0),
+        max_class_share: float = 1.0,
+        flip: bool = False,
+        color_jitter: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.crop_size = crop_size
+        self.scale_range = scale_range
+        self.max_class_share = max_class_share
+        self.flip = flip
+        self.color_jitter = color_jitter
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw window, flip and colour factors; all randomness comes from torch's generator."""
+        mask = next(value for value in flat_inputs if isinstance(value, tv_tensors.Mask)).as_subclass(Tensor)
+        (scale, flip, *places), factors = torch.rand(2 + 2 * _TRIES).tolist(), 2 * torch.rand(3) - 1
+        low, high = self.scale_range
+        height, width = (max(1, round(side / (low + (high - low) * scale))) for side in self.crop_size)
+        top = left = 0
+        for place in zip(places[::2], places[1::2], strict=True):
+            top, left = _offset(mask.shape[0], height, place[0]), _offset(mask.shape[1], width, place[1])
+            if self.max_class_share >= 1 or self._acceptable(mask, top, left, height, width):
+                break
+        return {
+            "window": (top, left, height, width),
+            "flip": self.flip and flip < 0.5,
+            "factors": 1 + self.color_jitter * factors if self.color_jitter else None,
+        }
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Transform one of the two: (3,H,W) uint8 image or (H,W) uint8 mask."""
+        is_mask = isinstance(inpt, tv_tensors.Mask)
+        pixels = inpt.as_subclass(Tensor)  # each operation on a tv_tensor itself costs as much as a small resize
+        window = _cut(pixels[None] if is_mask else pixels, params["window"], IGNORE_INDEX if is_mask else 0)[None]
+        if is_mask:
+            changed = F.interpolate(window, self.crop_size, mode="nearest")[0, 0]
+        else:
+            changed = F.interpolate(window, self.crop_size, mode="bilinear", antialias=True)[0]
+        if params["flip"]:
+            changed = changed.flip(-1)
+        if not is_mask and params["factors"] is not None:
+            changed = _scale_color(changed, *params["factors"])
+        return tv_tensors.wrap(changed, like=inpt)
+
+    def _acceptable(self, mask: Tensor, top: int, left: int, height: int, width: int) -> bool:
+        step = max(1, min(height, width) // _PROBE)
+        probe = mask[max(top, 0) : top + height : step, max(left, 0) : left + width : step]
+        counts = torch.bincount(probe.flatten(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
+        labelled = int(counts.sum())
+        return labelled > 0 and int(counts.max()) <= self.max_class_share * labelled
+
+
+def _offset(full: int, part: int, place: float) -> int:
+    """Where a window of ``part`` pixels starts: anywhere inside, or so that the smaller image lies anywhere in it."""
+    low, high = min(0, full - part), max(0, full - part)
+    return low + int(place * (high - low + 1))
+
+
+def _cut(pixels: Tensor, window: tuple[int, int, int, int], fill: int) -> Tensor:
+    """Window (top, left, height, width) of (channels,H,W), padded where it reaches beyond the borders."""
+    top, left, height, width = window
+    bottom, right = top + height, left + width
+    full_height, full_width = pixels.shape[1:]
+    inside = pixels[:, max(top, 0) : min(bottom, full_height), max(left, 0) : min(right, full_width)]
+    padding = (max(-left, 0), max(right - full_width, 0), max(-top, 0), max(bottom - full_height, 0))
+    return F.pad(inside, padding, value=fill) if any(padding) else inside
+
+
+def _scale_color(image: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
+    """Affine colour map of :class:`TrainingTransform` on (3,H,W) uint8."""
+    pixels = image.flatten(1).float()  # (3, H*W)
+    matrix = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * _GREY.expand(3, 3))
+    offset = (1 - contrast) * brightness * (_GREY @ pixels.mean(1))
+    changed = torch.addmm(offset.expand(1) + 0.5, matrix, pixels)  # + 0.5: the conversion cuts off
+    return changed.clamp_(0, 255).to(torch.uint8).view(image.shape)
+
+
+def resize_image(image: Tensor, image_scale: float) -> Tensor:
+    """Resize an (3,H,W) uint8 image for evaluation by ``image_scale``; masks keep the size at which they are scored."""
+    if image_scale == 1:
+        return image
+    size = [max(1, round(side * image_scale)) for side in image.shape[-2:]]
+    return F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]

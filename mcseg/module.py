@@ -1,0 +1,269 @@
+"""SegmentationModule: a network, an objective and an optimiser under the Lightning Trainer."""
+
+import functools
+import inspect
+import pkgutil
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from mcseg.losses import MarginCalibrationLoss
+from mcseg.networks import SegmentationNetwork
+
+
+class SegmentationModule(pl.LightningModule):
+    """Trains a segmentation network with an objective; validation and test give predictions to the callbacks.
+
+    Hyperparameters are kept as plain types (class paths and their arguments), so that a checkpoint loads with
+    ``weights_only=True`` and :meth:`load_from_checkpoint` rebuilds network and objective, whether the module was made by
+    the command line or in Python.
+
+    Args:
+        arch: architecture of segmentation_models_pytorch by name, for example ``unet`` or ``deeplabv3plus``.
+        encoder: its encoder by name.
+        encoder_weights: pretrained weights of the encoder, for example ``imagenet``; None starts from random ones. They are
+            fetched when a training run begins, never when a checkpoint is loaded.
+        num_classes: number of classes C; the command line takes it from the data.
+        objective: any module called with logits (N,C,H,W) float32 and target (N,H,W) int64 that returns a scalar. None is
+            :class:`~mcseg.losses.MarginCalibrationLoss` with its defaults. An objective with a method ``calibrate`` gets the
+            pixel counts of the training labels when training starts. In Python, a ``functools.partial`` of a class serves
+            for objectives that do not keep their arguments.
+        optimizer: callable from parameters to optimiser: a class, or a ``functools.partial`` of one.
+        scheduler: callable from optimiser to learning-rate schedule, stepped after every optimiser step; None is the
+            polynomial schedule lr * (1 - step / steps)^lr_power over the whole run.
+        lr_power: exponent of the polynomial schedule.
+        warmup_steps: optimiser steps over which the polynomial schedule first rises linearly.
+        network_options: further arguments of the architecture, for example ``{"decoder_channels": [64, 32, 16]}``.
+        channels_last: keep the network in channels-last memory.
+
+    Raises:
+        ValueError: unknown architecture or encoder; when training starts, an objective, optimiser or scheduler that a
+            checkpoint could not rebuild.
+    """
+
+    def __init__(
+        self,
+        arch: str = "unet",
+        encoder: str = "resnet34",
+        encoder_weights: str | None = None,
+        *,
+        num_classes: int,
+        objective: nn.Module | Callable[[], nn.Module] | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        scheduler: LRSchedulerCallable | None = None,
+        lr_power: float = 0.9,
+        warmup_steps: int = 0,
+        network_options: dict[str, Any] | None = None,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        with warnings.catch_warnings():  # Lightning warns of the module among the arguments, which the next lines make plain
+            warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
+            self.save_hyperparameters()
+        plain, self._not_plain = _plain_hyperparameters(dict(self.hparams))
+        self.save_hyperparameters(plain)
+        self.network = SegmentationNetwork(arch, encoder, num_classes, network_options, channels_last)
+        if not isinstance(objective, nn.Module):
+            objective = MarginCalibrationLoss(num_classes) if objective is None else objective()
+        self.objective = objective
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.has_weights = False  # set by training and by loading a checkpoint; test and predict refuse without
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Compute logits (N,C,H,W) of an image (N,3,H,W), uint8 0..255 or floating point 0..1, RGB."""
+        return cast(Tensor, self.network(image))
+
+    def setup(self, stage: str) -> None:
+        """Load the pretrained encoder where a run starts from scratch; refuse what no checkpoint could hold."""
+        if stage == "fit" and self._not_plain:
+            raise ValueError("; ".join(self._not_plain.values()))
+        weights = self.hparams["encoder_weights"]
+        if stage == "fit" and weights and not self.has_weights and self.trainer.ckpt_path is None:
+            self.network.load_pretrained_encoder(
+                self.hparams["arch"], self.hparams["encoder"], weights, self.hparams["network_options"]
+            )
+
+    def on_fit_start(self) -> None:
+        """Calibrate the objective from the training labels, once: a resumed run finds its offsets in the checkpoint."""
+        calibrate = getattr(self.objective, "calibrate", None)
+        if calibrate is None or self.trainer.ckpt_path is not None:
+            return
+        class_pixels = getattr(getattr(self.trainer, "datamodule", None), "class_pixels", None)
+        if class_pixels is not None:
+            calibrate(class_pixels())
+        elif not getattr(self.objective, "is_calibrated", True):
+            raise RuntimeError(
+                "the objective is not calibrated and the data module has no class_pixels(); call "
+                "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before "
+                "fit"
+            )
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Compute the objective of one batch of crops."""
+        loss = self._loss(self(batch["image"]), batch["mask"])
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["image"]))
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Predict a batch of whole images; see :meth:`_evaluate`."""
+        return self._evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """Predict a batch of whole images; see :meth:`_evaluate`."""
+        return self._evaluate(batch, "test")
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Tensor]:
+        """Predict images at their files' own size: a list of (H,W) uint8 train ids."""
+        logits = self(batch["image"])
+        return [_resize(logits[i : i + 1], size)[0].argmax(0).to(torch.uint8) for i, size in enumerate(batch["size"])]
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimiser and its schedule per step."""
+        optimizer = self.optimizer(self.network.parameters())
+        schedule: LRScheduler | Any = self._polynomial(optimizer) if self.scheduler is None else self.scheduler(optimizer)
+        interval: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            interval |= {"interval": "epoch", "monitor": "val/miou"}
+        return {"optimizer": optimizer, "lr_scheduler": interval}
+
+    def on_train_start(self) -> None:
+        """Note that the weights are trained ones from here on."""
+        self.has_weights = True
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note that the weights are trained ones; take over what only the checkpoint knows in plain types."""
+        self.has_weights = True
+        for name in self._not_plain:  # this module was made from the checkpoint, from objects that keep no record
+            self.hparams[name] = checkpoint["hyper_parameters"][name]
+        self._not_plain = {}
+
+    def on_test_start(self) -> None:
+        """Refuse to score random weights."""
+        self._require_weights("test")
+
+    def on_predict_start(self) -> None:
+        """Refuse to predict with random weights."""
+        self._require_weights("predict")
+
+    def _require_weights(self, verb: str) -> None:
+        if not self.has_weights:
+            raise RuntimeError(
+                f"{verb}: the weights are random; give a checkpoint (ckpt_path), or set module.has_weights = "
+                "True after loading weights yourself"
+            )
+
+    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        # Whatever the precision of the network, an objective computes in float32: sums over 1e5 pixels and log-losses of
+        # confident pixels are beyond float16 and bfloat16, and foreign objectives do not look after that themselves.
+        with torch.autocast(logits.device.type, enabled=False):
+            return cast(Tensor, self.objective(logits.float(), target))
+
+    def _evaluate(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
+        """Give ``preds`` (N,H,W) uint8 and ``target`` (N,H,W) int64 to the callbacks, at the size of the masks."""
+        target = batch["mask"]
+        logits = _resize(self(batch["image"]), target.shape[-2:])
+        if getattr(self.objective, "is_calibrated", True):
+            self.log(f"{split}/loss", self._loss(logits, target), batch_size=len(target), sync_dist=True)
+        return {"preds": logits.argmax(1).to(torch.uint8), "target": target}
+
+    def _polynomial(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        steps, warmup, power = (
+            self.trainer.estimated_stepping_batches,
+            self.hparams["warmup_steps"],
+            self.hparams["lr_power"],
+        )
+        if steps == float("inf"):
+            raise ValueError(
+                "the polynomial schedule needs the length of the run; set trainer.max_epochs or trainer.max_steps, or "
+                "give model.scheduler"
+            )
+
+        def factor(step: int) -> float:
+            rise = (step + 1) / (warmup + 1) if step < warmup else 1.0
+            return float(rise * max(0.0, 1 - step / max(1, steps)) ** power)
+
+        return LambdaLR(optimizer, factor)
+
+
+def _resize(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    if logits.shape[-2:] == tuple(size):
+        return logits
+    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _plain_hyperparameters(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Turn the constructor's arguments into plain types from which Lightning's CLI makes the objects again.
+
+    Returns:
+        The arguments, and for each that is not recoverable (None among the arguments) the reason.
+    """
+    plain: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    for name, value in found.items():
+        try:
+            plain[name] = _plain(value, name)
+        except ValueError as error:
+            plain[name], reasons[name] = None, str(error)
+    objective = plain["objective"]
+    if objective and "init_args" in objective:
+        # The command line links num_classes to the objective, and Lightning notes it even where the class takes none.
+        accepted = inspect.signature(pkgutil.resolve_name(objective["class_path"])).parameters
+        objective["init_args"] = {k: v for k, v in objective["init_args"].items() if k != "num_classes" or k in accepted}
+    # The one instantiator that Lightning trusts in a checkpoint
+    plain["_instantiator"] = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
+    return plain, reasons
+
+
+def _plain(value: Any, name: str) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item, name) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item, name) for key, item in value.items()}
+    if isinstance(value, nn.Module):
+        return {"class_path": _path(type(value), name), "init_args": _constructor_arguments(value, name)}
+    if isinstance(value, functools.partial) and not value.args:
+        return {"class_path": _path(value.func, name), "init_args": _plain(value.keywords, name)}
+    if inspect.isclass(value):
+        return {"class_path": _path(value, name)}
+    raise ValueError(
+        f"{name}: found {value!r}, which a checkpoint cannot rebuild; expected a class or a functools.partial of one "
+        "with plain arguments"
+    )
+
+
+def _path(callable_: Callable[..., Any], name: str) -> str:
+    path = f"{callable_.__module__}.{callable_.__qualname__}"
+    if not inspect.isclass(callable_) or "<" in path:
+        raise ValueError(
+            f"{name}: {path} cannot be imported by name when a checkpoint is loaded; expected a class at the top "
+            "level of a module"
+        )
+    return path
+
+
+def _constructor_arguments(module: nn.Module, name: str) -> dict[str, Any]:
+    """Read the constructor's arguments back from the attributes of the same names, as most losses keep them."""
+    arguments: dict[str, Any] = {}
+    for parameter in inspect.signature(type(module)).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        value = getattr(module, parameter.name, inspect.Parameter.empty)
+        if value is inspect.Parameter.empty:
+            if parameter.name in ("size_average", "reduce"):  # torch's deprecated pair, folded into `reduction`
+                continue
+            raise ValueError(
+                f"{name}: {type(module).__name__} does not keep its argument {parameter.name}, so a checkpoint could "
+                f"not rebuild it; give functools.partial({type(module).__name__}, ...), or a class path from YAML"
+            )
+        arguments[parameter.name] = _plain(value, f"{name}.{parameter.name}")
+    return arguments

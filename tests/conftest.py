@@ -1,0 +1,60 @@
+"""Fixtures: small folders in real layouts, caches and run folders inside the test's own folder."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path, monkeypatch):
+    """Caches, run folders and wandb files stay in the test's folder; nothing reaches for the network."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+def write_png(path: Path, values) -> None:
+    """Write (H,W) or (H,W,3) integers as a PNG whose stored values are these."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(values)).save(path)
+
+
+@pytest.fixture
+def camvid_root(tmp_path):
+    """CamVid's layout with 9x12 images: hand-written labels that hold each class, and void as 11."""
+    root = tmp_path / "CamVid"
+    rng = np.random.default_rng(0)
+    row = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    for split, names in {
+        "train": ["0001TP_006690", "0006R0_f00930", "0016E5_08430"],
+        "val": ["0016E5_07959", "0016E5_07961"],
+    }.items():
+        for name in names:
+            write_png(root / split / f"{name}.png", rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+            write_png(root / f"{split}annot" / f"{name}.png", np.array([row] * 9, dtype=np.uint8))
+    return root
+
+
+@pytest.fixture
+def photo_folder(tmp_path):
+    """A user's folder: 10 photos of 24x32 as JPEG, index masks of three classes as PNG, classes.txt."""
+    root = tmp_path / "photos"
+    rng = np.random.default_rng(1)
+    (root / "images").mkdir(parents=True)
+    for index in range(10):
+        mask = np.zeros((24, 32), dtype=np.uint8)
+        mask[12:] = 1
+        mask[4:6, index : index + 3] = 2
+        mask[0, 0] = 255
+        pixels = (60 * mask[..., None] + rng.integers(0, 40, (24, 32, 3))).astype(np.uint8)
+        Image.fromarray(pixels).save(root / "images" / f"photo {index}.jpg", quality=95)
+        write_png(root / "masks" / f"photo {index}.png", mask)
+    (root / "classes.txt").write_text("background\nground\nthing\n")
+    return root

@@ -1,0 +1,121 @@
+"""The layout's promises: who imports whom, what an import costs, one list of dependencies."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "mcseg"
+
+# Room -> the rooms of mcseg that it may import. `cli` and `__init__` may import everything.
+MAY_IMPORT = {
+    "margins": set(),
+    "kernels": set(),
+    "metrics": set(),
+    "networks": set(),
+    "pictures": set(),
+    "data": set(),
+    "losses": {"margins", "kernels"},
+    "module": {"losses", "networks"},
+    "callbacks": {"metrics", "pictures"},
+}
+AT_FIRST_USE = {"triton", "wandb", "matplotlib", "scipy", "segmentation_models_pytorch", "timm"}
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node, node.module
+            yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_rooms_import_only_what_they_may(path):
+    own = room(path)
+    if own not in MAY_IMPORT:
+        assert own in {"cli", "__init__", "__main__"}
+        return
+    tree = ast.parse(path.read_text())
+    for _, name in imports(tree):
+        parts = name.split(".")
+        if parts[0] == "mcseg" and len(parts) > 1:
+            assert parts[1] in MAY_IMPORT[own] | {own}, f"{own} imports {name}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_heavy_libraries_are_imported_at_first_use(path):
+    top_level = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {name.split(".")[0] for _, name in imports(ast.Module(top_level, []))}
+    assert not names & AT_FIRST_USE
+
+
+def test_import_loads_no_more_than_torch_and_lightning():
+    code = "import sys, {}; print(*sorted(m for m in sys.modules if '.' not in m))"
+    loaded = [
+        set(
+            subprocess.run(
+                [sys.executable, "-c", code.format(names)], check=True, capture_output=True, text=True
+            ).stdout.split()
+        )
+        for names in ("mcseg", "torch, pytorch_lightning")
+    ]
+    assert loaded[0] - loaded[1] == {"mcseg"}
+
+
+def test_public_names_can_be_had():
+    import mcseg
+
+    for name in mcseg.__all__:
+        assert getattr(mcseg, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = mcseg.nonsense
+
+
+def test_ignore_index_is_one_value():
+    import inspect
+
+    from mcseg.callbacks import IGNORE_INDEX as in_callbacks
+    from mcseg.data import IGNORE_INDEX as in_data
+    from mcseg.losses import MarginCalibrationLoss
+
+    assert in_data == in_callbacks == inspect.signature(MarginCalibrationLoss).parameters["ignore_index"].default == 255
+
+
+def test_environment_yml_has_the_bounds_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = {
+        text.replace("[signatures]", "").replace("torch>=", "pytorch>=", 1)
+        if text.startswith("torch>=")
+        else text.replace("[signatures]", "")
+        for text in project["dependencies"]
+    }
+    conda = {entry for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"] if entry != "pip"}
+    assert conda == wanted | {"python" + project["requires-python"]}
+
+
+def test_every_dependency_has_its_reason():
+    lines = (ROOT / "pyproject.toml").read_text().split("dependencies = [")[1].split("\n]")[0].splitlines()[1:]
+    for line, above in zip(lines[1:], lines, strict=False):
+        if line.strip().startswith('"'):
+            assert above.strip().startswith("#"), line
+
+
+def test_license_and_version_agree():
+    import mcseg
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == mcseg.__version__
+    assert project["license"] == "MIT"
+    assert (ROOT / "LICENSE").read_text().startswith("MIT License")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]["doi"] == "10.1007/s11263-021-01533-0"

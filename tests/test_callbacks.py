@@ -1,0 +1,239 @@
+"""Callbacks: one confusion matrix per split, exact over processes; pictures and files by their pixels."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from sklearn.metrics import confusion_matrix
+from torch.utils.data import DataLoader
+
+from mcseg import pictures
+from mcseg.callbacks import JaccardCallback, PredictionPanel, PredictionWriter, TrainingCurves, score_table
+from mcseg.metrics import score
+
+
+class Answers(pl.LightningModule):
+    """Gives the predictions that the batch holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.save_hyperparameters({"num_classes": 3})
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def validation_step(self, batch, index):
+        return {"preds": batch["preds"], "target": batch["mask"]}
+
+    test_step = validation_step
+
+    def predict_step(self, batch, index):
+        return list(batch["preds"])
+
+    def training_step(self, batch, index):
+        loss = (self.weight - 1).square().sum()
+        self.log("train/loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def batches(count=7, size=2, classes=3):
+    """Images, targets and predictions of known values; count does not divide by the batch size."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, classes, (count, 6, 8), generator=generator)
+    target[:, 0, 0] = 255
+    preds = torch.where(torch.rand(target.shape, generator=generator) < 0.7, target, 0).clamp(max=classes - 1)
+    image = torch.randint(0, 256, (count, 3, 6, 8), generator=generator, dtype=torch.uint8)
+    items = [
+        {"image": i, "mask": t, "preds": p.to(torch.uint8), "name": f"n{k}"}
+        for k, (i, t, p) in enumerate(zip(image, target, preds, strict=True))
+    ]
+    return target, preds, DataLoader(items, size)
+
+
+def trainer(tmp_path, callbacks, **options):
+    return pl.Trainer(
+        **{
+            "default_root_dir": tmp_path,
+            "callbacks": callbacks,
+            "logger": False,
+            "accelerator": "cpu",
+            "max_epochs": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            **options,
+        }
+    )
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_logged_scores_are_those_of_the_whole_split(tmp_path, verb):
+    target, preds, loader = batches()
+    callback = JaccardCallback(["sky", "road", "pole"])
+    run = trainer(tmp_path, [callback])
+    logged = getattr(run, verb)(Answers(), loader, verbose=False)[0]
+    kept = target != 255
+    counts = confusion_matrix(target[kept], preds[kept])
+    iou = np.diag(counts) / (counts.sum(0) + counts.sum(1) - np.diag(counts))
+    split = {"validate": "val", "test": "test"}[verb]
+    assert logged[f"{split}/miou"] == pytest.approx(iou.mean(), rel=1e-6)
+    assert [logged[f"{split}/iou/{name}"] for name in ("sky", "road", "pole")] == pytest.approx(iou, rel=1e-6)
+    assert logged[f"{split}/pixel_accuracy"] == pytest.approx(np.diag(counts).sum() / counts.sum(), rel=1e-6)
+    assert logged[f"{split}/classes_averaged"] == 3
+    again = getattr(run, verb)(Answers(), loader, verbose=False)[0]
+    assert again == logged  # counts start anew
+
+
+def test_absent_classes_are_left_out_and_counted(tmp_path):
+    _, _, loader = batches()
+    logged = trainer(tmp_path, [JaccardCallback(["a", "b", "c", "never"])]).validate(Answers(), loader, verbose=False)[0]
+    assert logged["val/classes_averaged"] == 3
+    assert "val/iou/never" not in logged
+
+
+def test_table_is_printed_with_shares_and_percentages(tmp_path, caplog):
+    target, preds, loader = batches()
+    with caplog.at_level("INFO", "pytorch_lightning.utilities.rank_zero"):
+        trainer(tmp_path, [JaccardCallback(["sky", "road", "pole"])]).validate(Answers(), loader, verbose=False)
+    scores = score(preds, target, 3)
+    text = "\n".join(caplog.messages)
+    for index, name in enumerate(("sky", "road", "pole")):
+        row = next(line for line in text.splitlines() if line.startswith(name)).split()
+        assert row == [
+            name,
+            f"{100 * scores.share[index]:.3f}",
+            f"{100 * scores.iou[index]:.1f}",
+            f"{100 * scores.precision[index]:.1f}",
+            f"{100 * scores.recall[index]:.1f}",
+        ]
+    assert f"val: mIoU {100 * scores.miou:.2f} % over 3 of 3 classes" in text
+
+
+def test_table_of_absent_classes():
+    text = score_table(score(torch.tensor([0, 1]), torch.tensor([0, 1]), 3), ["a", "b", "c"], "test")
+    assert text.splitlines()[4].split() == ["c", "0.000", "-", "-", "-"]
+    assert "over 2 of 3 classes (1 without a pixel" in text
+
+
+DDP = """
+import sys, json, torch, pytorch_lightning as pl
+sys.path.insert(0, {tests!r})
+from test_callbacks import Answers, batches, trainer
+from mcseg.callbacks import JaccardCallback
+callback = JaccardCallback(["a", "b", "c"])
+run = trainer({folder!r}, [callback], strategy="ddp", devices=2)
+run.validate(Answers(), batches(count=7)[2], verbose=False)
+if run.is_global_zero:
+    print("RESULT", json.dumps([callback._metric.confmat.tolist(), callback.scores["val"].share.mul(7 * 47).tolist(), callback.scores["val"].miou]))
+"""
+
+
+def test_two_processes_count_what_one_counts(tmp_path):
+    """Seven images on two processes in batches of two: the sampler repeats one, which must not count."""
+    target, preds, _ = batches()
+    script = tmp_path / "run.py"
+    script.write_text(DDP.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
+    assert line, done.stderr[-3000:]
+    import json
+
+    _, pixels, miou = json.loads(line.removeprefix("RESULT "))
+    kept = target != 255
+    counts = confusion_matrix(target[kept], preds[kept])
+    assert pixels == pytest.approx(counts.sum(1).tolist(), abs=1e-9)
+    assert miou == pytest.approx(score(preds, target, 3).miou, rel=1e-12)
+
+
+def test_palette_image_keeps_ids_and_shows_colours(tmp_path):
+    palette = [(10, 20, 30), (200, 0, 0)]
+    mask = torch.tensor([[0, 1], [1, 255]], dtype=torch.uint8)
+    pictures.save(pictures.palette_image(mask, palette), tmp_path / "sub" / "m.png")
+    with Image.open(tmp_path / "sub" / "m.png") as file:
+        assert np.asarray(file).tolist() == [[0, 1], [1, 255]]
+        assert np.asarray(file.convert("RGB")).tolist() == [[[10, 20, 30], [200, 0, 0]], [[200, 0, 0], [0, 0, 0]]]
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["m.png"]  # nothing temporary is left
+
+
+def test_overlay_is_half_of_each():
+    image = torch.full((3, 2, 2), 100, dtype=torch.uint8)
+    picture = pictures.overlay(image, torch.tensor([[0, 1], [1, 0]]), [(0, 0, 0), (200, 0, 0)])
+    assert pictures.as_array(picture)[0].tolist() == [[50, 50, 50], [150, 50, 50]]
+
+
+def test_failed_picture_leaves_nothing_behind(tmp_path):
+    class Broken:
+        def save(self, path):
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        pictures.save(Broken(), tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_panel_shows_image_target_and_prediction():
+    palette = [(255, 0, 0), (0, 255, 0)]
+    image = torch.full((3, 9, 12), 77, dtype=torch.uint8)
+    target = torch.zeros(18, 24, dtype=torch.long)
+    target[:, 12:] = 255
+    preds = torch.ones(18, 24, dtype=torch.uint8)
+    panel = pictures.as_array(pictures.panel([(image, target, preds)], ["red", "green"], palette))
+    row = panel[24 + 135]  # the middle of the first row of pictures: 360 x 270 each, 8 between them
+    assert row[8 + 180].tolist() == [77, 77, 77]
+    assert row[376 + 90].tolist() == [255, 0, 0]
+    assert row[376 + 270].tolist() == [0, 0, 0]  # void in the target
+    assert row[744 + 90].tolist() == [0, 255, 0]
+    assert row[744 + 270].tolist() == [0, 0, 0]  # and so not scored
+
+
+def test_panel_is_written_at_the_stated_epochs_and_logged(tmp_path):
+    _, _, loader = batches()
+    logger = pl.loggers.TensorBoardLogger(tmp_path, name="", version="")
+    run = trainer(tmp_path, [PredictionPanel(images=3, every_n_epochs=2)], max_epochs=5, logger=logger, log_every_n_steps=1)
+    run.fit(Answers(), loader, loader)
+    assert sorted(path.name for path in (tmp_path / "panels").iterdir()) == [
+        f"val-epoch{epoch:03d}.png" for epoch in (1, 3, 4)
+    ]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert len(events.Images("val/panel")) == 3
+
+
+def test_prediction_files_have_the_images_names(tmp_path):
+    items = [
+        {
+            "image": torch.zeros(3, 4, 5, dtype=torch.uint8),
+            "preds": torch.full((8, 10), k, dtype=torch.uint8),
+            "name": name,
+        }
+        for k, name in enumerate(("first", "sub/second"))
+    ]
+    trainer(tmp_path, [PredictionWriter(tmp_path / "out")]).predict(Answers(), DataLoader(items, 1))
+    for k, name in enumerate(("first", "sub/second")):
+        with Image.open(tmp_path / "out" / "masks" / f"{name}.png") as file:
+            assert np.asarray(file).tolist() == [[k] * 10] * 8
+        with Image.open(tmp_path / "out" / "overlays" / f"{name}.jpg") as file:
+            assert file.size == (10, 8)
+
+
+def test_curves_go_on_after_a_checkpoint(tmp_path):
+    _, _, loader = batches()
+    curves = TrainingCurves()
+    trainer(tmp_path, [JaccardCallback(["a", "b", "c"]), curves], max_epochs=2, log_every_n_steps=1).fit(
+        Answers(), loader, loader
+    )
+    assert [row["epoch"] for row in curves.history] == [0, 1]
+    assert all({"train/loss", "val/miou", "val/iou/a"} <= row.keys() for row in curves.history)
+    again = TrainingCurves()
+    again.load_state_dict(curves.state_dict())
+    assert again.history == curves.history
+    with Image.open(tmp_path / "curves.png") as file:
+        assert file.width > 800

@@ -1,0 +1,341 @@
+"""Data modules: which files belong to which split, and ids by value."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED, write_png
+
+from mcseg.data import CamVidData, DataError, FolderData, SyntheticData
+from mcseg.data.check import check
+from mcseg.data.statistics import default_cache_dir
+
+# The hand-written rows of the CamVid fake: 0..10 are classes, 11 is void.
+ROW = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 255]
+
+
+def names(data, split):
+    return [sample.name for sample in data.samples(split)]
+
+
+# --- CamVid ------------------------------------------------------------------------------------------------------------
+
+
+def test_camvid_splits_and_ids(camvid_root):
+    data = CamVidData(camvid_root, num_workers=0)
+    assert names(data, "train") == ["0001TP_006690", "0006R0_f00930", "0016E5_08430"]
+    assert names(data, "val") == ["0016E5_07959", "0016E5_07961"]
+    assert names(data, "test") == []
+    assert data.num_classes == 11
+    assert data.class_names[2] == "pole"
+    assert data.palette[4] == (60, 40, 222)
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()))
+    assert batch["mask"].dtype == torch.int64
+    assert batch["mask"].tolist() == [[ROW] * 9]
+    assert batch["name"] == ["0016E5_07959"]
+
+
+def test_camvid_images_keep_their_pixels_in_evaluation(camvid_root):
+    from PIL import Image
+
+    data = CamVidData(camvid_root, num_workers=0, eval_batch_size=2)
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()))
+    expected = np.asarray(Image.open(camvid_root / "val" / "0016E5_07961.png"))
+    assert batch["image"][1].permute(1, 2, 0).numpy().tolist() == expected.tolist()
+
+
+def test_camvid_takes_jpeg_images(camvid_root):
+    from PIL import Image
+
+    for path in camvid_root.glob("*/*.png"):
+        if "annot" not in path.parent.name:
+            Image.open(path).save(path.with_suffix(".jpg"))
+            path.unlink()
+    assert names(CamVidData(camvid_root), "val") == ["0016E5_07959", "0016E5_07961"]
+
+
+def test_without_a_test_split_validation_images_are_used_and_it_is_said(camvid_root):
+    data = CamVidData(camvid_root, num_workers=0)
+    with pytest.warns(UserWarning, match="no test split found, using the validation split"):
+        data.setup("test")
+    assert [batch["name"][0] for batch in data.test_dataloader()] == ["0016E5_07959", "0016E5_07961"]
+
+
+def test_missing_roots_say_what_was_expected(tmp_path):
+    with pytest.raises(DataError, match=r"data\.root is not set: expected the folders"):
+        CamVidData().setup("fit")
+    with pytest.raises(DataError, match=r"nowhere: no CamVid .*<split>annot with <split> one of train, val, test"):
+        CamVidData(tmp_path / "nowhere").setup("fit")
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "camvid").is_dir(), reason="the real images are not here")
+def test_real_camvid_counts():
+    root = SHARED / "data" / "camvid"
+    data = CamVidData(root)
+    assert len(data.samples("train")) == 367
+    assert len(data.samples("val")) == 101
+    pixels = data.class_pixels()
+    # Counted by itself: histogram of the raw values over all masks.
+    from PIL import Image
+
+    histogram = np.sum([Image.open(path).histogram()[:12] for path in (root / "trainannot").glob("*.png")], axis=0)
+    assert pixels.tolist() == histogram[:11].tolist()
+    assert int(pixels.sum()) + int(histogram[11]) == 367 * 360 * 480
+
+
+# --- a user's folder ---------------------------------------------------------------------------------------------------
+
+
+def test_folder_fraction_is_a_partition_that_a_seed_fixes(photo_folder):
+    data = FolderData(photo_folder, val_fraction=0.3, test_fraction=0.2)
+    parts = [names(data, split) for split in ("train", "val", "test")]
+    assert [len(part) for part in parts] == [5, 3, 2]
+    assert sorted(parts[0] + parts[1] + parts[2]) == [f"photo {i}" for i in range(10)]
+    assert [
+        names(FolderData(photo_folder, val_fraction=0.3, test_fraction=0.2), s) for s in ("train", "val", "test")
+    ] == parts
+    assert names(FolderData(photo_folder, val_fraction=0.3, split_seed=1), "val") != parts[1]
+
+
+def test_folder_pairs_by_name_and_reads_ids(photo_folder):
+    data = FolderData(photo_folder, num_workers=0)
+    sample = next(s for s in data.samples("train") if s.name == "photo 3")
+    mask = data.reader.mask(sample)
+    assert mask[0, 0] == 255
+    assert mask[4, 2:7].tolist() == [0, 2, 2, 2, 0]
+    assert mask[12, 0] == 1
+
+
+def test_folder_split_by_list(photo_folder):
+    (photo_folder / "train.txt").write_text("photo 1\nphoto 2.jpg\n\nimages/photo 7.jpg\n")
+    (photo_folder / "val.txt").write_text("photo 4\n")
+    data = FolderData(photo_folder)
+    assert names(data, "train") == ["photo 1", "photo 2", "photo 7"]
+    assert names(data, "val") == ["photo 4"]
+    assert names(data, "test") == []
+    (photo_folder / "val.txt").write_text("photo 44\n")
+    with pytest.raises(DataError, match=r"val\.txt: lists photo 44 \(1 such names\)"):
+        FolderData(photo_folder).samples("val")
+
+
+@pytest.mark.parametrize("layout", ["images/{split}", "{split}/images"])
+def test_folder_split_by_folder(photo_folder, layout):
+    for split, indices in {"train": range(6), "val": range(6, 9), "test": range(9, 10)}.items():
+        target = photo_folder / layout.format(split=split)
+        for kind in ("images", "masks"):
+            folder = photo_folder / layout.format(split=split).replace("images", kind)
+            folder.mkdir(parents=True, exist_ok=True)
+            for index in indices:
+                for path in (photo_folder / kind).glob(f"photo {index}.*"):
+                    path.rename(folder / path.name)
+        assert target.is_dir()
+    data = FolderData(photo_folder, num_workers=0)
+    assert names(data, "train") == [f"photo {i}" for i in range(6)]
+    assert names(data, "test") == ["photo 9"]
+    data.setup("fit")
+
+
+def test_folder_with_coloured_masks(tmp_path):
+    root = tmp_path / "c"
+    colours = {"wall": (10, 20, 30), "door": (200, 0, 0)}
+    (root / "images").mkdir(parents=True)
+    for index in range(4):
+        write_png(root / "images" / f"{index}.png", np.zeros((4, 5, 3), dtype=np.uint8))
+        mask = np.zeros((4, 5, 3), dtype=np.uint8)
+        mask[:] = colours["wall"]
+        mask[1:3, 2] = colours["door"]
+        write_png(root / "masks" / f"{index}_mask.png", mask)
+    (root / "classes.txt").write_text("wall 10 20 30\ndoor 200 0 0\n")
+    data = FolderData(root, mask_suffix="_mask", num_workers=0)
+    ids = data.reader.mask(data.samples("train")[0])
+    assert ids.tolist() == [[0] * 5, [0, 0, 1, 0, 0], [0, 0, 1, 0, 0], [0] * 5]
+    assert data.palette[1] == (200, 0, 0)
+    assert data.class_pixels().tolist() == [3 * 18, 3 * 2]
+
+
+def test_folder_classes_from_a_list(photo_folder):
+    (photo_folder / "classes.txt").unlink()
+    assert FolderData(photo_folder, classes=["a", "b", "c"]).class_names == ("a", "b", "c")
+    with pytest.raises(DataError, match=r"no class list: looked for .*classes\.toml and .*classes\.txt"):
+        FolderData(photo_folder)
+
+
+def test_two_images_of_one_name(photo_folder):
+    write_png(photo_folder / "images" / "photo 1.png", np.zeros((24, 32, 3), dtype=np.uint8))
+    with pytest.raises(DataError, match="more than one image is named photo 1"):
+        FolderData(photo_folder).samples("train")
+
+
+def break_three(root):
+    """One truncated photo, one mask with an unknown value, one mask of another size."""
+    photo = root / "images" / "photo 2.jpg"
+    photo.write_bytes(photo.read_bytes()[:300])
+    mask = np.zeros((24, 32), dtype=np.uint8)
+    mask[3, 3] = 7
+    write_png(root / "masks" / "photo 5.png", mask)
+    write_png(root / "masks" / "photo 8.png", np.zeros((12, 32), dtype=np.uint8))
+
+
+def test_check_names_every_fault(photo_folder):
+    assert check(FolderData(photo_folder, num_workers=0), progress=False).problems == []
+    break_three(photo_folder)
+    (photo_folder / "masks" / "photo 0.png").unlink()
+    problems = check(FolderData(photo_folder, num_workers=2), progress=False).problems
+    assert len(problems) == 4
+    text = "\n".join(sorted(problems))
+    for expected in (
+        "photo 0.jpg: has no mask",
+        "photo 2.jpg: cannot be read",
+        "photo 5.png: 1 pixels of the mask have the unknown values 7",
+        "photo 8.png: the mask is 32x12 pixels",
+    ):
+        assert expected in text
+
+
+def test_check_names_empty_classes_and_splits(photo_folder):
+    (photo_folder / "classes.txt").write_text("background\nground\nthing\nunicorn\n")
+    (photo_folder / "train.txt").write_text("photo 1\n")
+    problems = check(FolderData(photo_folder, num_workers=0), progress=False).problems
+    assert problems == ["the val split is empty", "class unicorn (train id 3) has no pixel in the training labels"]
+
+
+# --- batches -----------------------------------------------------------------------------------------------------------
+
+
+def test_training_batches(camvid_root):
+    data = CamVidData(camvid_root, num_workers=0, batch_size=2, crop_size=(6, 10), max_class_share=1.0)
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert len(batches) == 1  # the third image would be a batch of one
+    assert batches[0]["image"].shape == (2, 3, 6, 10)
+    assert batches[0]["image"].dtype == torch.uint8
+    assert set(batches[0]["mask"].unique().tolist()) <= {*range(11), 255}
+
+
+def test_training_batches_repeat_with_the_seed_and_with_workers(camvid_root):
+    def batch(workers, seed):
+        torch.manual_seed(seed)
+        data = CamVidData(camvid_root, num_workers=workers, batch_size=2, crop_size=(6, 10))
+        data.setup("fit")
+        return next(iter(data.train_dataloader()))
+
+    for workers in (0, 1):
+        first, again, other = batch(workers, 5), batch(workers, 5), batch(workers, 6)
+        assert first["name"] == again["name"]
+        assert torch.equal(first["image"], again["image"])
+        assert torch.equal(first["mask"], again["mask"])
+        assert not torch.equal(first["image"], other["image"])
+
+
+def test_image_scale_shrinks_the_image_and_not_the_mask(camvid_root):
+    data = CamVidData(camvid_root, num_workers=0, image_scale=0.5)
+    data.setup("validate")
+    batch = next(iter(data.val_dataloader()))
+    assert batch["image"].shape == (1, 3, 4, 6)  # 9 * 0.5 rounds to 4
+    assert batch["mask"].tolist() == [[ROW] * 9]
+
+
+def test_images_of_different_sizes_in_one_batch(photo_folder):
+    for kind in ("images", "masks"):
+        write_png(photo_folder / kind / "wide.png", np.zeros((10, 40, 3) if kind == "images" else (10, 40), dtype=np.uint8))
+    (photo_folder / "train.txt").write_text("photo 1\n")
+    (photo_folder / "val.txt").write_text("photo 2\nwide\n")
+    data = FolderData(photo_folder, num_workers=0, eval_batch_size=2)
+    data.setup("validate")
+    with pytest.raises(DataError, match=r"10x40, 24x32|40x10, 32x24"):
+        next(iter(data.val_dataloader()))
+
+
+def test_prediction_batches_have_names_and_sizes_and_no_mask(photo_folder):
+    (photo_folder / "images" / "sub").mkdir()
+    write_png(photo_folder / "images" / "sub" / "x.png", np.zeros((8, 9, 3), dtype=np.uint8))
+    write_png(photo_folder / "images" / "photo 1.png", np.zeros((8, 9, 3), dtype=np.uint8))
+    data = CamVidData(predict_root=photo_folder / "images", num_workers=0)
+    data.setup("predict")
+    batches = list(data.predict_dataloader())
+    found = {batch["name"][0]: batch["size"][0] for batch in batches}
+    assert len(found) == 12  # the JPEG and the PNG called photo 1 keep their endings
+    assert found["photo 1_jpg"] == (24, 32)
+    assert found["photo 1_png"] == (8, 9)
+    assert found["sub/x"] == (8, 9)
+    assert all("mask" not in batch for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, "data.batch_size: found 0"),
+        ({"crop_size": (0, 5)}, "data.crop_size: found 0"),
+        ({"scale_range": (2.0, 0.5)}, r"data.scale_range: found \[2.0, 0.5\]"),
+        ({"max_class_share": 0.0}, "data.max_class_share: found 0.0"),
+        ({"color_jitter": 2.0}, "data.color_jitter: found 2.0"),
+    ],
+)
+def test_impossible_settings(options, message):
+    with pytest.raises(DataError, match=message):
+        SyntheticData(**options)
+
+
+# --- synthetic ---------------------------------------------------------------------------------------------------------
+
+
+def test_synthetic_scenes_depend_on_seed_split_and_index():
+    data = SyntheticData(train_scenes=3, val_scenes=2, test_scenes=1, size=(32, 48), num_workers=0)
+    data.setup("fit")
+    data.setup("test")
+    scenes = [data.reader.image(s) for split in ("train", "val", "test") for s in data.samples(split)]
+    assert len(scenes) == 6
+    assert len({scene.numpy().tobytes() for scene in scenes}) == 6
+    other = SyntheticData(train_scenes=3, size=(32, 48), seed=1).reader
+    assert not torch.equal(other.image(data.samples("train")[0]), scenes[0])
+    again = SyntheticData(train_scenes=3, size=(32, 48)).reader.pair(data.samples("train")[0])
+    assert torch.equal(again[0], scenes[0])
+    assert torch.equal(again[1], data.reader.mask(data.samples("train")[0]))
+
+
+# --- counts ------------------------------------------------------------------------------------------------------------
+
+
+def test_class_pixels_by_value(camvid_root):
+    assert CamVidData(camvid_root, num_workers=0).class_pixels().tolist() == [3 * 9] * 11
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_class_pixels_are_cached_until_a_mask_changes(camvid_root, workers, monkeypatch):
+    data = CamVidData(camvid_root, num_workers=workers)
+    counts = data.class_pixels()
+    files = list(default_cache_dir().glob("*.json"))
+    assert len(files) == 1
+    monkeypatch.setattr("mcseg.data.statistics._MaskCounts.__getitem__", None)  # counting again would fail
+    assert torch.equal(CamVidData(camvid_root).class_pixels(), counts)
+    monkeypatch.undo()
+    write_png(camvid_root / "trainannot" / "0001TP_006690.png", np.full((9, 12), 3, dtype=np.uint8))
+    assert CamVidData(camvid_root, num_workers=workers).class_pixels().tolist() == [18, 18, 18, 18 + 108] + [18] * 7
+
+
+@pytest.mark.parametrize("damage", ["{", '{"key": "x", "class_pixels": []}', "[]", '{"class_pixels": [1]}'])
+def test_corrupt_cache_is_counted_again(camvid_root, damage):
+    counts = CamVidData(camvid_root, num_workers=0).class_pixels()
+    path = next(default_cache_dir().glob("*.json"))
+    path.write_text(damage)
+    with pytest.warns(UserWarning, match="unusable cache of label counts"):
+        assert torch.equal(CamVidData(camvid_root, num_workers=0).class_pixels(), counts)
+    assert json.loads(path.read_text())["class_pixels"] == counts.tolist()
+
+
+def test_unwritable_cache_is_said_and_survived(camvid_root, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    data = CamVidData(camvid_root, num_workers=0, cache_dir=blocked / "cache")
+    with pytest.warns(UserWarning, match="cannot be cached"):
+        assert data.class_pixels().tolist() == [27] * 11
+
+
+def test_unknown_value_in_a_training_mask_stops_the_count(photo_folder):
+    break_three(photo_folder)
+    (photo_folder / "train.txt").write_text("photo 5\n")
+    with pytest.raises(DataError, match="unknown values 7"):
+        FolderData(photo_folder, num_workers=0).class_pixels()

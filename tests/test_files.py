@@ -1,0 +1,119 @@
+"""Reading files: pixel values as stored, errors that name the file."""
+
+import numpy as np
+import pytest
+from conftest import write_png
+from PIL import Image
+
+from mcseg.data.classlist import table_from_names
+from mcseg.data.files import FileReader, Sample, image_size, read_image, read_mask
+from mcseg.data.labels import DataError
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "I;16", "1"])
+def test_masks_give_their_stored_values(tmp_path, mode):
+    values = np.array([[0, 1, 1], [1, 0, 0]])
+    path = tmp_path / "m.png"
+    if mode == "P":
+        picture = Image.fromarray(values.astype(np.uint8)).convert("P")
+        picture.putpalette([200, 10, 10, 10, 200, 10])  # colours must not leak into the values
+    elif mode == "I;16":
+        picture = Image.fromarray(values.astype(np.uint16))
+    elif mode == "1":
+        picture = Image.fromarray(values.astype(bool))
+    else:
+        picture = Image.fromarray(values.astype(np.uint8))
+    picture.save(path)
+    assert read_mask(path).tolist() == values.tolist()
+
+
+def test_16_bit_values_are_not_clipped(tmp_path):
+    write_png(tmp_path / "m.png", np.array([[0, 300], [65535, 7]], dtype=np.uint16))
+    assert read_mask(tmp_path / "m.png").tolist() == [[0, 300], [65535, 7]]
+
+
+def test_rgb_mask(tmp_path):
+    write_png(tmp_path / "m.png", np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8))
+    assert read_mask(tmp_path / "m.png").tolist() == [[[1, 2, 3], [4, 5, 6]]]
+
+
+def test_palette_mask_read_by_color(tmp_path):
+    picture = Image.fromarray(np.array([[0, 1]], dtype=np.uint8)).convert("P")
+    picture.putpalette([200, 10, 10, 10, 200, 10])
+    picture.save(tmp_path / "m.png")
+    assert read_mask(tmp_path / "m.png", by_color=True).tolist() == [[[200, 10, 10], [10, 200, 10]]]
+
+
+def test_jpeg_mask_is_refused(tmp_path):
+    Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "m.jpg")
+    with pytest.raises(DataError, match=r"m\.jpg: JPEG changes label values"):
+        read_mask(tmp_path / "m.jpg")
+
+
+def test_float_mask_is_refused(tmp_path):
+    Image.fromarray(np.zeros((8, 8), dtype=np.float32)).save(tmp_path / "m.tif")
+    with pytest.raises(DataError, match="mode F"):
+        read_mask(tmp_path / "m.tif")
+
+
+def test_image_channels_and_values(tmp_path):
+    pixels = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
+    write_png(tmp_path / "i.png", pixels)
+    image = read_image(tmp_path / "i.png")
+    assert image.permute(1, 2, 0).tolist() == pixels.tolist()
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_other_image_modes_become_rgb(tmp_path, mode):
+    suffix = ".jpg" if mode == "CMYK" else ".png"
+    Image.new("RGB", (5, 4), (90, 90, 90)).convert(mode, palette=Image.Palette.ADAPTIVE).save(tmp_path / f"i{suffix}")
+    image = read_image(tmp_path / f"i{suffix}")
+    assert image.shape == (3, 4, 5)
+    assert (image.int() - 90).abs().max() <= 3
+
+
+def test_exif_orientation_turns_the_image_and_its_size(tmp_path):
+    picture = Image.fromarray(np.zeros((20, 40, 3), dtype=np.uint8))
+    picture.paste((255, 0, 0), (0, 0, 8, 8))  # red at the top left of the stored image
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
+    picture.save(tmp_path / "i.jpg", exif=exif, quality=95)
+    image = read_image(tmp_path / "i.jpg")
+    assert image.shape == (3, 40, 20)
+    assert image_size(tmp_path / "i.jpg") == (40, 20)
+    assert image[0, 3, 16] > 200  # now at the top right
+    assert image[0, 3, 3] < 60
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 20])
+def test_unreadable_files_are_named(tmp_path, content):
+    path = tmp_path / "broken one.png"
+    path.write_bytes(content)
+    for read in (read_image, read_mask, image_size):
+        with pytest.raises(DataError, match=r"broken one\.png: cannot be read .*; replace or remove the file"):
+            read(path)
+
+
+def test_truncated_image_passes_the_header_and_fails_the_pixels(tmp_path):
+    path = tmp_path / "i.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:1500])
+    assert image_size(path) == (64, 64)
+    with pytest.raises(DataError, match=r"i\.jpg: cannot be read"):
+        read_image(path)
+
+
+def test_sizes_that_differ_name_both_files(tmp_path):
+    write_png(tmp_path / "i.png", np.zeros((4, 6, 3), dtype=np.uint8))
+    write_png(tmp_path / "m.png", np.zeros((6, 4), dtype=np.uint8))
+    reader = FileReader(table_from_names(["a", "b"]))
+    sample = Sample("i", tmp_path / "i.png", tmp_path / "m.png")
+    for method in (reader.verify, reader.pair):
+        with pytest.raises(DataError, match=r"m\.png: the mask is 4x6 pixels but .*i\.png is 6x4"):
+            method(sample)
+
+
+def test_missing_mask(tmp_path):
+    write_png(tmp_path / "i.png", np.zeros((4, 6, 3), dtype=np.uint8))
+    with pytest.raises(DataError, match=r"i\.png: has no mask"):
+        FileReader(table_from_names(["a", "b"])).verify(Sample("i", tmp_path / "i.png"))

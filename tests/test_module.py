@@ -1,0 +1,287 @@
+"""SegmentationModule: it learns, keeps the void out, and its checkpoints rebuild it without data or network."""
+
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import segmentation_models_pytorch as smp
+import torch
+from torch import nn
+
+from mcseg.callbacks import JaccardCallback
+from mcseg.data import SyntheticData
+from mcseg.losses import MarginCalibrationLoss
+from mcseg.margins import margin_offsets
+from mcseg.module import SegmentationModule
+
+TINY = {
+    "arch": "unet",
+    "encoder": "tu-test_resnet.r160_in1k",
+    "network_options": {"decoder_channels": [16, 16, 8, 8, 8]},
+}
+
+
+class KeepsItsArguments(nn.Module):
+    """A user's objective."""
+
+    def __init__(self, weight: float = 1.0):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, logits, target):
+        return self.weight * nn.functional.cross_entropy(logits, target, ignore_index=255)
+
+
+class ForgetsItsArguments(nn.Module):
+    def __init__(self, weight: float = 1.0):
+        super().__init__()
+
+
+def data(**options):
+    return SyntheticData(
+        **{
+            "train_scenes": 4,
+            "val_scenes": 3,
+            "test_scenes": 2,
+            "size": (32, 48),
+            "crop_size": (32, 48),
+            "batch_size": 2,
+            "eval_batch_size": 2,
+            "num_workers": 0,
+            "color_jitter": 0.0,
+            **options,
+        }
+    )
+
+
+def trainer(tmp_path, **options):
+    return pl.Trainer(
+        **{
+            "default_root_dir": tmp_path,
+            "max_epochs": 1,
+            "accelerator": "cpu",
+            "logger": False,
+            "log_every_n_steps": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks": [JaccardCallback()],
+            **options,
+        }
+    )
+
+
+def same_weights(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+def test_it_learns_one_batch():
+    torch.manual_seed(0)
+    module = SegmentationModule(**TINY, num_classes=8)
+    source = data(train_scenes=2)
+    source.setup("fit")
+    module.objective.calibrate(source.class_pixels())
+    batch = next(iter(source.train_dataloader()))
+    optimizer = torch.optim.AdamW(module.network.parameters(), lr=0.01)
+    losses = []
+    for _ in range(60):
+        loss = module._loss(module(batch["image"]), batch["mask"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.3 * losses[0]
+    preds = module.eval()(batch["image"]).argmax(1)
+    labelled = batch["mask"] != 255
+    assert (preds == batch["mask"])[labelled].float().mean() > 0.85
+
+
+def test_calibration_happens_at_fit_start_from_the_training_labels(tmp_path):
+    module = SegmentationModule(**TINY, num_classes=8, objective=MarginCalibrationLoss(8, tau=3.0))
+    source = data()
+    trainer(tmp_path).fit(module, source)
+    expected = margin_offsets(source.class_pixels(), tau=3.0)
+    torch.testing.assert_close(module.objective.offsets.background, expected.background, rtol=1e-12, atol=0)
+
+
+def test_without_counts_an_uncalibrated_objective_says_what_to_do(tmp_path):
+    source = data()
+    source.setup("fit")
+    loader = source.train_dataloader()
+    with pytest.raises(RuntimeError, match=r"not calibrated and the data module has no class_pixels.*objective\.calibrate"):
+        trainer(tmp_path, callbacks=[]).fit(SegmentationModule(**TINY, num_classes=8), loader)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        None,
+        MarginCalibrationLoss(8, scheme="miou", max_margin=2.0),
+        nn.CrossEntropyLoss(ignore_index=255),
+        partial(smp.losses.LovaszLoss, mode="multiclass", ignore_index=255),
+        KeepsItsArguments(0.5),
+    ],
+    ids=["default", "miou", "cross entropy", "lovasz", "own"],
+)
+def test_checkpoint_round_trip_from_python(tmp_path, objective):
+    module = SegmentationModule(
+        **TINY, num_classes=8, objective=objective, optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+    )
+    run = trainer(tmp_path)
+    run.fit(module, data())
+    path = tmp_path / "x.ckpt"
+    run.save_checkpoint(path)
+    content = torch.load(path, weights_only=True)  # refuses anything but tensors and plain types
+    assert content["hyper_parameters"]["optimizer"] == {
+        "class_path": "torch.optim.sgd.SGD",
+        "init_args": {"lr": 0.01, "momentum": 0.9},
+    }
+    again = SegmentationModule.load_from_checkpoint(path, weights_only=True)
+    assert same_weights(module, again)
+    assert type(again.objective) is type(module.objective)
+    for name in ("tau", "scheme", "max_margin", "weight", "ignore_index"):
+        assert getattr(again.objective, name, None) == getattr(module.objective, name, None)
+    image = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(image), module.eval()(image))
+    optimizer = again.optimizer(again.parameters())
+    assert optimizer.defaults["momentum"] == 0.9
+    # What was loaded can be trained and saved once more.
+    second = trainer(tmp_path)
+    second.fit(again, data())
+    second.save_checkpoint(path)
+    assert torch.load(path, weights_only=True)["hyper_parameters"] == content["hyper_parameters"]
+
+
+def test_a_loaded_margin_loss_needs_no_labels(tmp_path):
+    run = trainer(tmp_path)
+    module = SegmentationModule(**TINY, num_classes=8)
+    run.fit(module, data())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    again = SegmentationModule.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert again.objective.is_calibrated
+    for mine, theirs in zip(again.objective.offsets, module.objective.offsets, strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.dtype == torch.float64
+
+
+def test_reload_and_resume_fetch_no_encoder_weights(tmp_path, monkeypatch):
+    fetched = []
+    monkeypatch.setattr("mcseg.networks.SegmentationNetwork.load_pretrained_encoder", lambda *args: fetched.append(args[3]))
+    module = SegmentationModule(**TINY, encoder_weights="imagenet", num_classes=8)
+    assert fetched == []
+    run = trainer(tmp_path)
+    run.fit(module, data())
+    assert fetched == ["imagenet"]
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    again = SegmentationModule.load_from_checkpoint(tmp_path / "x.ckpt")
+    trainer(tmp_path).test(again, data(), verbose=False)
+    trainer(tmp_path, max_epochs=2).fit(
+        SegmentationModule(**TINY, encoder_weights="imagenet", num_classes=8), data(), ckpt_path=tmp_path / "x.ckpt"
+    )
+    assert fetched == ["imagenet"]
+
+
+def test_resuming_keeps_the_offsets_and_the_schedule(tmp_path):
+    whole = SegmentationModule(**TINY, num_classes=8)
+    torch.manual_seed(1)
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(whole, data())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    more = SegmentationModule(**TINY, num_classes=8)
+    changed = data(seed=9)  # other labels must not move the offsets of a run that goes on
+    trainer(tmp_path, max_epochs=3).fit(more, changed, ckpt_path=tmp_path / "x.ckpt")
+    assert torch.equal(more.objective.offsets.background, whole.objective.offsets.background)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"objective": ForgetsItsArguments()},
+            r"ForgetsItsArguments does not keep its argument weight.*functools\.partial\(ForgetsItsArguments",
+        ),
+        (
+            {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1)},
+            "optimizer: found <function .*lambda.*a checkpoint cannot rebuild",
+        ),
+        ({"scheduler": partial(lambda o: o)}, "cannot be imported by name"),
+    ],
+)
+def test_what_a_checkpoint_could_not_rebuild_is_refused_before_training(tmp_path, arguments, message):
+    module = SegmentationModule(**TINY, num_classes=8, **arguments)
+    with pytest.raises(ValueError, match=message) as error:
+        trainer(tmp_path).fit(module, data())
+    assert "\n" not in str(error.value)
+
+
+def test_test_and_predict_refuse_random_weights(tmp_path):
+    module = SegmentationModule(**TINY, num_classes=8)
+    with pytest.raises(RuntimeError, match="test: the weights are random; give a checkpoint"):
+        trainer(tmp_path).test(module, data(), verbose=False)
+    with pytest.raises(RuntimeError, match="predict: the weights are random"):
+        trainer(tmp_path).predict(module, data())
+    module.has_weights = True
+    trainer(tmp_path).test(module, data(), verbose=False)
+
+
+def test_polynomial_schedule_per_step(tmp_path):
+    class Rates(pl.Callback):
+        seen = []
+
+        def on_train_batch_start(self, trainer, module, batch, index):
+            self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    module = SegmentationModule(
+        **TINY, num_classes=8, optimizer=partial(torch.optim.SGD, lr=0.1), lr_power=0.5, warmup_steps=2
+    )
+    trainer(tmp_path, max_epochs=3, callbacks=[Rates()]).fit(module, data())
+    steps = range(6)  # 4 scenes, batch 2, 3 epochs
+    expected = [0.1 * (min(1, (step + 1) / 3)) * (1 - step / 6) ** 0.5 for step in steps]
+    assert Rates.seen == pytest.approx(expected, rel=1e-12)
+
+
+def test_another_schedule_by_class(tmp_path):
+    module = SegmentationModule(
+        **TINY, num_classes=8, scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
+    )
+    run = trainer(tmp_path)
+    run.fit(module, data())
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5**2)
+
+
+def test_prediction_at_the_files_own_size():
+    module = SegmentationModule(**TINY, num_classes=8).eval()
+    with torch.no_grad():
+        preds = module.predict_step(
+            {"image": torch.randint(0, 256, (1, 3, 20, 30), dtype=torch.uint8), "size": [(41, 59)]}, 0
+        )
+    assert [(p.shape, p.dtype) for p in preds] == [((41, 59), torch.uint8)]
+
+
+def test_evaluation_scores_at_the_size_of_the_mask():
+    """A network that answers with the class of its half-size input is scored on the full-size mask."""
+    module = SegmentationModule(**TINY, num_classes=2)
+    half = torch.zeros(1, 2, 4, 6)
+    half[:, 1, :, 3:] = 5.0
+    half[:, 0, :, :3] = 5.0
+    module.network.forward = lambda image: half
+    target = torch.zeros(1, 8, 12, dtype=torch.long)
+    target[..., 6:] = 1
+    outputs = module._evaluate({"image": torch.zeros(1, 3, 4, 6), "mask": target}, "val")
+    assert torch.equal(outputs["preds"].long(), target)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_objectives_compute_in_float32(tmp_path, precision):
+    class Records(KeepsItsArguments):
+        dtypes = set()
+
+        def forward(self, logits, target):
+            loss = super().forward(logits, target)
+            self.dtypes.add((logits.dtype, loss.dtype))
+            return loss
+
+    globals()["Records"] = Records
+    Records.__qualname__ = "Records"
+    trainer(tmp_path, precision=precision).fit(SegmentationModule(**TINY, num_classes=8, objective=Records()), data())
+    assert Records.dtypes == {(torch.float32, torch.float32)}

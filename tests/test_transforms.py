@@ -1,0 +1,111 @@
+"""Transforms: image and mask stay together, padding is void, the cap on one class holds."""
+
+import pytest
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional
+
+from mcseg.data.transforms import TrainingTransform, resize_image
+
+
+def paired(height, width):
+    """An image whose red and green channels tell row and column, and the mask that tells (row + column) % 250."""
+    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    image = torch.stack([rows, columns, torch.zeros_like(rows)]).to(torch.uint8)
+    return tv_tensors.Image(image), tv_tensors.Mask(((rows + columns) % 250).to(torch.uint8))
+
+
+def test_crop_cuts_the_same_window_from_image_and_mask():
+    crop = TrainingTransform((12, 20), (1.0, 1.0), max_class_share=1.0)
+    corners = set()
+    for _ in range(20):
+        image, mask = crop(*paired(40, 60))
+        rows, columns = image[0].int(), image[1].int()
+        assert torch.equal(mask.int(), (rows + columns) % 250)
+        assert torch.equal(rows - rows[0, 0], torch.arange(12).view(-1, 1).expand(12, 20).int())
+        assert torch.equal(columns - columns[0, 0], torch.arange(20).expand(12, 20).int())
+        corners.add((int(rows[0, 0]), int(columns[0, 0])))
+    assert len(corners) > 10
+
+
+def test_scale_enlarges_and_shrinks_the_window():
+    for scale in (0.5, 2.0):
+        image, mask = TrainingTransform((16, 16), (scale, scale), max_class_share=1.0)(*paired(64, 64))
+        steps = (image[0, 1:, 8].float() - image[0, :-1, 8].float())[2:-2].mean()
+        assert float(steps) == pytest.approx(1 / scale, abs=0.1)
+        assert mask.shape == (16, 16)
+
+
+def test_window_larger_than_the_image_is_padded_with_void():
+    image, mask = TrainingTransform((30, 30), (1.0, 1.0), max_class_share=1.0)(*paired(10, 20))
+    assert int((mask != 255).sum()) == 200
+    assert int(image[:, mask == 255].max()) == 0
+    inside = mask != 255
+    assert torch.equal(mask[inside].int(), image[0][inside].int() + image[1][inside].int())
+
+
+def test_cap_on_one_class_looks_for_mixed_windows():
+    mask = torch.zeros(64, 64, dtype=torch.uint8)
+    mask[:, 40:] = 1
+    image = tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8))
+
+    def largest_share(cap):
+        crop = TrainingTransform((16, 16), (1.0, 1.0), cap)
+        shares = [float(torch.bincount(crop(image, tv_tensors.Mask(mask))[1].flatten()).max()) / 256 for _ in range(200)]
+        return sum(share > 0.75 for share in shares) / len(shares)
+
+    assert largest_share(1.0) > 0.6  # most windows lie on one side of the border
+    assert largest_share(0.75) < 0.2  # ten tries nearly always find a mixed one
+
+
+def test_window_without_labels_is_drawn_again():
+    mask = torch.full((64, 64), 255, dtype=torch.uint8)
+    mask[:32, ::2], mask[:32, 1::2] = 0, 1
+    image = tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8))
+    crop = TrainingTransform((8, 8), (1.0, 1.0), 0.99)
+    crops = [crop(image, tv_tensors.Mask(mask))[1] for _ in range(100)]
+    assert all((m != 255).any() for m in crops)
+
+
+def test_flip_turns_both():
+    transform = TrainingTransform((10, 10), flip=True)
+    directions = set()
+    for _ in range(20):
+        image, mask = transform(*paired(10, 10))
+        assert torch.equal(mask.int(), image[0].int() + image[1].int())
+        directions.add(int(image[1, 0, 0]))
+    assert directions == {0, 9}
+
+
+def test_color_jitter_leaves_the_mask_alone():
+    transform = TrainingTransform((20, 20), color_jitter=0.5)
+    image, mask = paired(20, 20)
+    results = [transform(image, mask) for _ in range(5)]
+    assert all(torch.equal(result[1], mask) for result in results)
+    assert not all(torch.equal(result[0], image) for result in results)
+
+
+def colored(image, factors):
+    params = {"window": (0, 0, *image.shape[1:]), "flip": False, "factors": torch.tensor(factors)}
+    return TrainingTransform(tuple(image.shape[1:])).transform(tv_tensors.Image(image), params)
+
+
+def test_color_scale_is_torchvisions_three_steps():
+    image = torch.randint(90, 140, (3, 24, 30), dtype=torch.uint8)  # nothing is clipped on the way
+    for factors in ([1.3, 1.0, 1.0], [1.0, 0.6, 1.0], [1.0, 1.0, 0.2], [0.8, 1.2, 1.3]):
+        brightness, contrast, saturation = factors
+        expected = functional.adjust_brightness(image.float() / 255, brightness)
+        expected = functional.adjust_saturation(functional.adjust_contrast(expected, contrast), saturation)
+        changed = colored(image, factors)
+        assert (changed.float() - 255 * expected).abs().max() < 0.6  # half a grey level is rounding
+
+
+def test_color_scale_clips():
+    bright = colored(torch.full((3, 2, 2), 250, dtype=torch.uint8), [1.5, 1.0, 1.0])
+    assert bright.unique().tolist() == [255]
+
+
+def test_resize_image():
+    image = torch.randint(0, 256, (3, 9, 15), dtype=torch.uint8)
+    assert resize_image(image, 1.0) is image
+    assert resize_image(image, 2.0).shape == (3, 18, 30)
