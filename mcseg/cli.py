@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
@@ -38,6 +39,26 @@ Any key of a recipe can be set behind it: mcseg fit --config camvid --data.root 
 """
 
 
+class SaveConfig(SaveConfigCallback):
+    """Saves config.yaml without the run folder that mcseg chose, so that using it again makes a new one."""
+
+    def __init__(self, *args: Any, chosen_folder: str | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if chosen_folder is None:
+            return
+        self.config = self.config.clone()
+        self.config.trainer.default_root_dir = None
+        self.config.checkpoint.dirpath = None
+        for logger in _loggers(self.config):
+            if logger.get("init_args.save_dir") == chosen_folder:
+                logger.init_args.save_dir = "."
+
+
+def _loggers(config: Namespace) -> list[Namespace]:
+    found = config.trainer.logger
+    return [logger for logger in (found if isinstance(found, list) else [found]) if isinstance(logger, Namespace)]
+
+
 class SegmentationCLI(LightningCLI):
     """LightningCLI for one module class and any data module, with mcseg's callbacks and run folder."""
 
@@ -51,7 +72,7 @@ class SegmentationCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            save_config_callback=SaveConfigCallback,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"exit_on_error": False, **{verb: {"exit_on_error": False} for verb in self.subcommands()}},
         )
@@ -98,9 +119,9 @@ class SegmentationCLI(LightningCLI):
         trainer = config.trainer
         if trainer.default_root_dir is None:
             trainer.default_root_dir = str(_run_folder(self.recipe, self.subcommand or ""))
-        loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
-        for logger in loggers:
-            if isinstance(logger, Namespace) and logger.get("init_args.save_dir", "") in (None, "."):
+            self.save_config_kwargs["chosen_folder"] = trainer.default_root_dir
+        for logger in _loggers(config):
+            if logger.get("init_args.save_dir", "") in (None, "."):
                 logger.init_args.save_dir = trainer.default_root_dir
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")

@@ -184,6 +184,24 @@ def test_recipe_of_the_users_own_and_layering(arguments, tmp_path):
     assert saved["data"]["init_args"]["train_scenes"] == 4
 
 
+def test_saved_config_repeats_the_run_in_a_new_folder(arguments):
+    main(["fit", "--config", "synthetic", *arguments["synthetic"], *TINY])
+    first = run_folder("synthetic")
+    main(["fit", "--config", str(first / "config.yaml")])
+    second = run_folder("config")
+    rows = [list(csv.DictReader((folder / "metrics.csv").open())) for folder in (first, second)]
+    assert rows[0] == rows[1]
+    assert len(list((first / "checkpoints").iterdir())) == 2
+
+
+def test_resuming_from_the_command_line(arguments):
+    common = ["fit", "--config", "synthetic", *arguments["synthetic"], *TINY]
+    main(common)
+    last = run_folder("synthetic") / "checkpoints" / "last.ckpt"
+    main([*common, "--trainer.max_epochs", "3", "--ckpt_path", str(last)])
+    assert torch.load(run_folder("synthetic") / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
+
+
 def test_wandb_offline_twice_into_one_place(arguments, tmp_path):
     words = [
         "fit",

@@ -237,7 +237,7 @@ class _Loader(DataLoader[Batch]):
 
 def collate(items: Sequence[Batch]) -> Batch:
     """Stack items to a batch."""
-    sizes = sorted({tuple(item["image"].shape[1:]) for item in items})
+    sizes = sorted({tuple(item["mask" if "mask" in item else "image"].shape[-2:]) for item in items})
     if len(sizes) > 1:
         raise DataError(
             f"images of different sizes ({sizes[0][1]}x{sizes[0][0]}, {sizes[1][1]}x{sizes[1][0]}) cannot form "
