@@ -1,5 +1,6 @@
 """Callbacks: mIoU and its table, pictures of predictions, curves, and prediction files."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -160,7 +161,7 @@ def score_table(scores: Scores, names: Sequence[str], split: str) -> str:
 
 
 class PredictionPanel(Callback):
-    """Pictures of the first validation or test images: image | target | prediction, with a legend of the classes.
+    """Pictures of images spread over the validation or test split: image | target | prediction, with a legend.
 
     Each is written as PNG into ``<run folder>/panels`` and given to loggers that take pictures (W&B, TensorBoard).
 
@@ -179,11 +180,13 @@ class PredictionPanel(Callback):
         due = trainer.state.fn != "fit" or last or (trainer.current_epoch + 1) % self.every_n_epochs == 0
         return due and trainer.is_global_zero and not trainer.sanity_checking
 
-    def _keep(self, trainer: pl.Trainer, outputs: Any, batch: Any) -> None:
-        if self._wanted(trainer):
-            for image, target, preds in zip(batch["image"], outputs["target"], outputs["preds"], strict=True):
-                if len(self._rows) < self.images:
-                    self._rows.append((image.cpu(), target.cpu(), preds.cpu()))
+    def _keep(self, trainer: pl.Trainer, outputs: Any, batch: Any, batch_idx: int, batches: float) -> None:
+        if not self._wanted(trainer) or batch_idx % max(1, int(batches // self.images)):
+            return
+        each = min(math.ceil(self.images / batches), self.images - len(self._rows), len(batch["image"]))
+        for index in range(each):
+            image, target, preds = batch["image"][index], outputs["target"][index], outputs["preds"][index]
+            self._rows.append((image.cpu(), target.cpu(), preds.cpu()))
 
     def _draw(self, trainer: pl.Trainer, split: str) -> None:
         rows, self._rows = self._rows, []
@@ -209,8 +212,8 @@ class PredictionPanel(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first images."""
-        self._keep(trainer, outputs, batch)
+        """Keep images, evenly spread."""
+        self._keep(trainer, outputs, batch, batch_idx, trainer.num_val_batches[dataloader_idx])
 
     def on_test_batch_end(
         self,
@@ -221,8 +224,8 @@ class PredictionPanel(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep the first images."""
-        self._keep(trainer, outputs, batch)
+        """Keep images, evenly spread."""
+        self._keep(trainer, outputs, batch, batch_idx, trainer.num_test_batches[dataloader_idx])
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw and log."""

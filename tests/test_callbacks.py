@@ -207,6 +207,26 @@ def test_panel_is_written_at_the_stated_epochs_and_logged(tmp_path):
     assert len(events.Images("val/panel")) == 3
 
 
+@pytest.mark.parametrize(("count", "size", "expected"), [(40, 2, [0, 10, 20, 30]), (3, 1, [0, 1, 2]), (8, 4, [0, 1, 4, 5])])
+def test_panel_takes_images_from_the_whole_split(tmp_path, monkeypatch, count, size, expected):
+    drawn = []
+    monkeypatch.setattr(
+        pictures,
+        "panel",
+        lambda rows, names, palette: drawn.extend(int(r[0][0, 0, 0]) for r in rows) or Image.new("RGB", (9, 9)),
+    )
+    items = [
+        {
+            "image": torch.full((3, 4, 4), k, dtype=torch.uint8),
+            "mask": torch.zeros(4, 4).long(),
+            "preds": torch.zeros(4, 4).byte(),
+        }
+        for k in range(count)
+    ]
+    trainer(tmp_path, [PredictionPanel(images=4)]).validate(Answers(), DataLoader(items, size), verbose=False)
+    assert drawn == expected
+
+
 def test_prediction_files_have_the_images_names(tmp_path):
     items = [
         {
