@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
@@ -23,6 +25,9 @@ from mcseg.margins import MarginOffsets, margin_offsets
 from mcseg.module import SegmentationModule
 
 RECIPES = Path(__file__).parent / "configs"
+
+# Lightning starts further DDP processes with this environment variable, and LOCAL_RANK, in place.
+_RUN_FOLDER = "MCSEG_RUN_FOLDER"
 
 _HELP = """usage: mcseg VERB [--config NAME_OR_PATH ...] [--KEY VALUE ...]
 
@@ -99,7 +104,6 @@ class SegmentationCLI(LightningCLI):
                 "checkpoint.monitor": "val/miou",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
                 "checkpoint.auto_insert_metric_name": False,
                 "checkpoint.enable_version_counter": False,
             }
@@ -112,6 +116,8 @@ class SegmentationCLI(LightningCLI):
             raise ValueError(
                 f"mcseg {self.subcommand} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt"
             )
+        if self.subcommand and config.ckpt_path and not Path(config.ckpt_path).exists():
+            raise FileNotFoundError(f"--ckpt_path: no checkpoint {config.ckpt_path}; expected the path of a .ckpt file")
         if self.subcommand in ("validate", "test"):
             config.verbose = False  # the table of JaccardCallback says it all
         if self.subcommand == "predict":
@@ -128,10 +134,19 @@ class SegmentationCLI(LightningCLI):
         if trainer.precision is None:
             trainer.precision = _default_precision(trainer.accelerator)
 
-    def before_fit(self) -> None:
-        """Log the learning rate where there is something to log it to."""
-        if self.trainer.loggers:
-            self.trainer.callbacks.append(LearningRateMonitor("step"))  # type: ignore[attr-defined]
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add ``last.ckpt`` of every epoch, and the learning rate where there is something to log it to."""
+        trainer = super().instantiate_trainer(**kwargs)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # Not by ModelCheckpoint's save_last, which writes only when there is a new best.
+            config = self.config[self.subcommand] if self.subcommand else self.config
+            folder = config.checkpoint.dirpath
+            trainer.callbacks.append(  # type: ignore[attr-defined]
+                ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
+            )
+            if trainer.loggers:
+                trainer.callbacks.insert(0, LearningRateMonitor("step"))  # type: ignore[attr-defined]
+        return trainer
 
     def after_fit(self) -> None:
         """Say where everything is."""
@@ -146,6 +161,8 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: 1 after an error, told in one line; 2 where the arguments cannot be read.
     """
     words = list(sys.argv[1:] if args is None else args)
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.pop(_RUN_FOLDER, None)
     if not words or words[0] in ("-h", "--help"):
         print(_HELP.format(recipes=", ".join(_recipes())))
         return
@@ -166,6 +183,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except ArgumentError as error:
         _fail(str(error), 2)
     except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:
+        _remove_if_empty(os.environ.get(_RUN_FOLDER))
         if os.environ.get("MCSEG_TRACEBACK"):
             raise
         _fail(_last_line(error), 1)
@@ -276,15 +294,24 @@ def _recipe_path(name: str) -> Path:
 
 def _run_folder(recipe: str, verb: str) -> Path:
     """runs/<recipe>/<time>, the same on all processes of a run and new for each run."""
-    key = "MCSEG_RUN_FOLDER"  # Lightning starts further DDP processes with this environment and LOCAL_RANK in it
-    if "LOCAL_RANK" in os.environ and key in os.environ:
-        return Path(os.environ[key])
+    if "LOCAL_RANK" in os.environ and _RUN_FOLDER in os.environ:
+        return Path(os.environ[_RUN_FOLDER])
     stem = Path("runs") / recipe / (datetime.now().strftime("%Y%m%d-%H%M%S") + ("" if verb == "fit" else f"-{verb}"))
     folder, copy = stem, 2
     while folder.exists():
         folder, copy = stem.with_name(f"{stem.name}-{copy}"), copy + 1
-    os.environ[key] = str(folder)
+    os.environ[_RUN_FOLDER] = str(folder)
     return folder
+
+
+def _remove_if_empty(folder: str | None) -> None:
+    """Take back the run folder of a run that failed before it had a result; loggers and settings are written at once."""
+    settings = ("config.yaml", "hparams.yaml")
+    if folder and Path(folder).is_dir() and all(path.is_dir() or path.name in settings for path in Path(folder).rglob("*")):
+        shutil.rmtree(folder)
+        for parent in list(Path(folder).parents)[:2]:
+            if not any(parent.iterdir()):
+                parent.rmdir()
 
 
 def _default_precision(accelerator: str) -> str:

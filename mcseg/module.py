@@ -76,25 +76,31 @@ class SegmentationModule(pl.LightningModule):
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.has_weights = False  # set by training and by loading a checkpoint; test and predict refuse without
+        self._resumed = False  # set while a Trainer restores a run that it goes on with
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits (N,C,H,W) of an image (N,3,H,W), uint8 0..255 or floating point 0..1, RGB."""
         return cast(Tensor, self.network(image))
 
     def setup(self, stage: str) -> None:
-        """Load the pretrained encoder where a run starts from scratch; refuse what no checkpoint could hold."""
+        """Refuse to train what no checkpoint could hold, unless a checkpoint is about to be read."""
         if stage == "fit" and self._not_plain:
             raise ValueError("; ".join(self._not_plain.values()))
-        weights = self.hparams["encoder_weights"]
-        if stage == "fit" and weights and not self.has_weights and self.trainer.ckpt_path is None:
-            self.network.load_pretrained_encoder(
-                self.hparams["arch"], self.hparams["encoder"], weights, self.hparams["network_options"]
-            )
 
     def on_fit_start(self) -> None:
-        """Calibrate the objective from the training labels, once: a resumed run finds its offsets in the checkpoint."""
+        """Calibrate the objective from the training labels and load the pretrained encoder.
+
+        A run that goes on from a checkpoint has both from there. One that starts from loaded weights is calibrated anew, as
+        its training labels may be others.
+        """
+        resumed, self._resumed = self._resumed, False
+        if resumed:
+            return
+        if self.hparams["encoder_weights"] and not self.has_weights:
+            names = (self.hparams[name] for name in ("arch", "encoder", "encoder_weights", "network_options"))
+            self.network.load_pretrained_encoder(*names)
         calibrate = getattr(self.objective, "calibrate", None)
-        if calibrate is None or self.trainer.ckpt_path is not None:
+        if calibrate is None:
             return
         class_pixels = getattr(getattr(self.trainer, "datamodule", None), "class_pixels", None)
         if class_pixels is not None:
@@ -102,8 +108,7 @@ class SegmentationModule(pl.LightningModule):
         elif not getattr(self.objective, "is_calibrated", True):
             raise RuntimeError(
                 "the objective is not calibrated and the data module has no class_pixels(); call "
-                "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before "
-                "fit"
+                "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before fit"
             )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -141,6 +146,7 @@ class SegmentationModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Note that the weights are trained ones; take over what only the checkpoint knows in plain types."""
         self.has_weights = True
+        self._resumed = self._trainer is not None and self._trainer.state.fn == "fit"
         for name in self._not_plain:  # this module was made from the checkpoint, from objects that keep no record
             self.hparams[name] = checkpoint["hyper_parameters"][name]
         self._not_plain = {}

@@ -147,7 +147,7 @@ def test_checkpoint_round_trip_from_python(tmp_path, objective):
     assert optimizer.defaults["momentum"] == 0.9
     # What was loaded can be trained and saved once more.
     second = trainer(tmp_path)
-    second.fit(again, data())
+    second.fit(again.train(), data())
     second.save_checkpoint(path)
     assert torch.load(path, weights_only=True)["hyper_parameters"] == content["hyper_parameters"]
 
@@ -191,6 +191,11 @@ def test_resuming_keeps_the_offsets_and_the_schedule(tmp_path):
     changed = data(seed=9)  # other labels must not move the offsets of a run that goes on
     trainer(tmp_path, max_epochs=3).fit(more, changed, ckpt_path=tmp_path / "x.ckpt")
     assert torch.equal(more.objective.offsets.background, whole.objective.offsets.background)
+    # A new run from loaded weights is another matter.
+    fresh = SegmentationModule.load_from_checkpoint(tmp_path / "x.ckpt").train()
+    trainer(tmp_path).fit(fresh, changed)
+    torch.testing.assert_close(fresh.objective.offsets.background, margin_offsets(changed.class_pixels()).background)
+    assert not torch.equal(fresh.objective.offsets.background, whole.objective.offsets.background)
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,8 @@ class SegmentationData(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Images of any size, one at a time, without masks."""
-        return self._loader(WholeImages(self.reader, self._splits["predict"], self.image_scale, masks=False), 1)
+        reader = FileReader(self.reader.table) if self.predict_root is not None else self.reader
+        return self._loader(WholeImages(reader, self._splits["predict"], self.image_scale, masks=False), 1)
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
         return self._loader(WholeImages(self.reader, self._splits[split], self.image_scale), self.eval_batch_size)

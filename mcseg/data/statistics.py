@@ -54,7 +54,11 @@ def count_class_pixels(
         return torch.tensor(cached[0], dtype=torch.int64)
 
     share = samples[rank::world]
-    loader = DataLoader(_MaskCounts(reader, share), batch_size=None, num_workers=min(num_workers, len(share)))
+    # A generator of its own: without, the loader would draw from the global one, and a run that finds the counts in the
+    # cache would train with other random numbers than one that counts.
+    generator = torch.Generator()
+    workers = min(num_workers, len(share))
+    loader = DataLoader(_MaskCounts(reader, share), batch_size=None, num_workers=workers, generator=generator)
     total = torch.zeros(classes, dtype=torch.int64)
     for counts in tqdm(loader, "Counting label pixels", unit=" masks", disable=not progress or rank != 0, leave=False):
         total += counts
