@@ -337,6 +337,7 @@ def _quieten() -> None:
         ".*exists and is not empty.*",  # the checkpoint folder of a run folder that is used again
         ".*smaller than the logging interval.*",
         ".*is not supported by the model summary.*",
+        ".*recommended to use `self.log.*sync_dist=True.*",  # the scores are reduced before they are logged
         ".*The dirpath has changed from.*",  # scoring a checkpoint of another run folder
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning on a newer torch
     ):

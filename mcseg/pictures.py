@@ -135,6 +135,8 @@ def save_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
         _curve(right, history, key, color=colormaps["gist_rainbow"](index / max(1, len(keys) - 1)), linewidth=1)
     _curve(right, history, "val/miou", color="black", linewidth=2.5)
     right.set(xlabel="epoch", ylabel="IoU", ylim=(0, 1), title="validation")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     if right.lines:
         right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))

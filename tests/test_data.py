@@ -1,6 +1,7 @@
 """Data modules: which files belong to which split, and ids by value."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -332,6 +333,28 @@ def test_unwritable_cache_is_said_and_survived(camvid_root, tmp_path):
     data = CamVidData(camvid_root, num_workers=0, cache_dir=blocked / "cache")
     with pytest.warns(UserWarning, match="cannot be cached"):
         assert data.class_pixels().tolist() == [27] * 11
+
+
+def count_as_rank(rank, root, folder):
+    """One of two processes: count, and note which masks were read here."""
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    data = CamVidData(root, num_workers=0, cache_dir=f"{folder}/cache")
+    read, names = data.reader.__class__.mask, []
+    data.reader.__class__.mask = lambda self, sample: names.append(sample.name) or read(self, sample)
+    counts = [data.class_pixels().tolist() for _ in range(2)]  # the second time from the cache, without a mask read
+    Path(folder, f"rank{rank}.json").write_text(json.dumps([counts, names]))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_share_the_count(camvid_root, tmp_path):
+    write_png(camvid_root / "trainannot" / "0001TP_006690.png", np.full((9, 12), 3, dtype=np.uint8))
+    torch.multiprocessing.spawn(count_as_rank, (str(camvid_root), str(tmp_path)), nprocs=2)
+    results = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
+    expected = [18, 18, 18, 18 + 108] + [18] * 7
+    assert results[0][0] == results[1][0] == [expected, expected]
+    assert results[0][1] == ["0001TP_006690", "0016E5_08430"]
+    assert results[1][1] == ["0006R0_f00930"]
 
 
 def test_unknown_value_in_a_training_mask_stops_the_count(photo_folder):
