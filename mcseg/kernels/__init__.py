@@ -87,10 +87,12 @@ def _exporting() -> bool:
 
 
 def _check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    strange = (target < 0) | (target >= num_classes)
-    strange &= target != ignore_index
-    if strange.any():
+    if target.numel() == 0:
+        return
+    labels = target.masked_fill(target == ignore_index, 0)
+    low, high = (int(extreme) for extreme in labels.aminmax())
+    if low < 0 or high >= num_classes:
         raise ValueError(
-            f"target: found label {int(target[strange][0])}, expected 0..{num_classes - 1} or ignore_index "
+            f"target: found label {low if low < 0 else high}, expected 0..{num_classes - 1} or ignore_index "
             f"{ignore_index}; map labels outside the classes to {ignore_index}"
         )

@@ -107,8 +107,8 @@ def _loss_and_gradient(
     # weight would overflow float16, and bfloat16 has the range for it
     saved = dtype if logits.dtype == torch.float16 else logits.dtype
 
-    def tile(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return _tile(z.to(dtype), y, foreground, background, foreground_weight, ignore_index, with_gradient)
+    def tile(z: Tensor, y: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return _tile(z.to(dtype), y, foreground, background, foreground_weight, ignore_index, with_gradient, out)
 
     if logits.device.type != "cpu" or torch.compiler.is_compiling():
         loss, gradient = tile(logits, target)
@@ -117,10 +117,8 @@ def _loss_and_gradient(
     loss = torch.empty_like(target, dtype=dtype)
     gradient = torch.empty_like(logits if with_gradient else logits[:0], dtype=saved)
     for samples, rows in _tiles(logits):
-        pixels, slopes = tile(logits[samples, :, rows], target[samples, rows])
-        loss[samples, rows] = pixels
-        if with_gradient:
-            gradient[samples, :, rows] = slopes
+        out = gradient[samples, :, rows] if with_gradient else None
+        loss[samples, rows], _ = tile(logits[samples, :, rows], target[samples, rows], out)
     return loss, gradient
 
 
@@ -145,8 +143,12 @@ def _tile(
     foreground_weight: float,
     ignore_index: int,
     with_gradient: bool,
+    out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return loss ``(N, *spatial)`` and gradient, of the shape of ``z``; operations on whole tensors of any strides."""
+    """Return loss ``(N, *spatial)`` and gradient, of the shape of ``z``; operations on whole tensors of any strides.
+
+    The gradient is written to ``out`` where that is given.
+    """
     num_classes = z.shape[1]
     void = (target == ignore_index).unsqueeze(1)  # (N, 1, *spatial), as everything below that has one value per pixel
     label = target.unsqueeze(1).masked_fill(void, 0)
@@ -171,7 +173,7 @@ def _tile(
     g_q1, g_q2 = g.gather(1, q1), g.gather(1, q2)
     others = g.sum(dim=1, keepdim=True).sub_(g_q1)
     g.scatter_(1, q1, g_q1 - others).scatter_(1, q2, g_q2 - g_q1)
-    return loss, g.div_(num_classes).masked_fill_(void, 0.0)
+    return loss, torch.div(g, num_classes, out=g if out is None else out).masked_fill_(void, 0.0)
 
 
 def _largest(z: Tensor) -> tuple[Tensor, Tensor]:
