@@ -31,7 +31,60 @@ def _palette(trainer: pl.Trainer, classes: int) -> pictures.Palette:
     return tuple(found) if found else pictures.default_palette(classes)
 
 
-class JaccardCallback(Callback):
+class EvaluationCallback(Callback):
+    """Takes validation and test through the same three methods, which subclasses fill."""
+
+    def start(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
+        """Begin an epoch of ``split`` (``val`` or ``test``)."""
+
+    def take(self, trainer: pl.Trainer, outputs: Any, batch: Any, batch_idx: int, split: str) -> None:
+        """Take a batch and what the step returned for it."""
+
+    def finish(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
+        """End the epoch; values may be logged."""
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning's hook."""
+        self.start(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning's hook."""
+        self.start(trainer, pl_module, "test")
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Lightning's hook."""
+        self.take(trainer, outputs, batch, batch_idx, "val")
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Lightning's hook."""
+        self.take(trainer, outputs, batch, batch_idx, "test")
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning's hook."""
+        self.finish(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning's hook."""
+        self.finish(trainer, pl_module, "test")
+
+
+class JaccardCallback(EvaluationCallback):
     """Scores validation and test from one confusion matrix over the whole split.
 
     Logs ``<split>/miou`` (classes with neither target nor predicted pixels left out), ``<split>/iou/<class>``,
@@ -49,13 +102,16 @@ class JaccardCallback(Callback):
         self._metric: SegmentationScores | None = None
         self._seen = 0
 
-    def _start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def start(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
+        """Begin to count."""
         classes = len(_classes(trainer, self.class_names))
         self._metric = SegmentationScores(classes, IGNORE_INDEX).to(module.device)
         self._seen = 0
 
-    def _count(self, trainer: pl.Trainer, outputs: Any, loader: Any) -> None:
+    def take(self, trainer: pl.Trainer, outputs: Any, batch: Any, batch_idx: int, split: str) -> None:
+        """Count a batch."""
         assert self._metric is not None
+        loader: Any = trainer.val_dataloaders if split == "val" else trainer.test_dataloaders
         target = outputs["target"]
         if trainer.world_size > 1:
             # Lightning's sampler deals image j to rank j % world_size and fills up with repeated images at the end.
@@ -67,7 +123,8 @@ class JaccardCallback(Callback):
         self._seen += len(target)
         self._metric.update(outputs["preds"], target)
 
-    def _finish(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
+    def finish(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
+        """Log the scores."""
         assert self._metric is not None
         scores = self._metric.scores()
         if trainer.sanity_checking:
@@ -81,46 +138,6 @@ class JaccardCallback(Callback):
             if not value.isnan()
         }
         module.log_dict({f"{split}/{name}": value for name, value in values.items()})
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to count."""
-        self._start(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count a batch."""
-        self._count(trainer, outputs, trainer.val_dataloaders)
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the scores."""
-        self._finish(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to count."""
-        self._start(trainer, pl_module)
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Count a batch."""
-        self._count(trainer, outputs, trainer.test_dataloaders)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the scores."""
-        self._finish(trainer, pl_module, "test")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the table, unless a training run goes on."""
@@ -160,7 +177,7 @@ def score_table(scores: Scores, names: Sequence[str], split: str) -> str:
     return "\n".join([rows[0], line, *rows[1:], line, total])
 
 
-class PredictionPanel(Callback):
+class PredictionPanel(EvaluationCallback):
     """Pictures of images spread over the validation or test split: image | target | prediction, with a legend.
 
     Each is written as PNG into ``<run folder>/panels`` and given to loggers that take pictures (W&B, TensorBoard).
@@ -180,7 +197,9 @@ class PredictionPanel(Callback):
         due = trainer.state.fn != "fit" or last or (trainer.current_epoch + 1) % self.every_n_epochs == 0
         return due and trainer.is_global_zero and not trainer.sanity_checking
 
-    def _keep(self, trainer: pl.Trainer, outputs: Any, batch: Any, batch_idx: int, batches: float) -> None:
+    def take(self, trainer: pl.Trainer, outputs: Any, batch: Any, batch_idx: int, split: str) -> None:
+        """Keep images, evenly spread."""
+        batches = (trainer.num_val_batches if split == "val" else trainer.num_test_batches)[0]
         if not self._wanted(trainer) or batch_idx % max(1, int(batches // self.images)):
             return
         each = min(math.ceil(self.images / batches), self.images - len(self._rows), len(batch["image"]))
@@ -188,7 +207,8 @@ class PredictionPanel(Callback):
             image, target, preds = batch["image"][index], outputs["target"][index], outputs["preds"][index]
             self._rows.append((image.cpu(), target.cpu(), preds.cpu()))
 
-    def _draw(self, trainer: pl.Trainer, split: str) -> None:
+    def finish(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
+        """Draw and log the panel."""
         rows, self._rows = self._rows, []
         if not rows:
             return
@@ -202,38 +222,6 @@ class PredictionPanel(Callback):
             elif isinstance(logger, TensorBoardLogger):
                 pixels = pictures.as_array(panel)
                 logger.experiment.add_image(f"{split}/panel", pixels, trainer.global_step, dataformats="HWC")
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep images, evenly spread."""
-        self._keep(trainer, outputs, batch, batch_idx, trainer.num_val_batches[dataloader_idx])
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Keep images, evenly spread."""
-        self._keep(trainer, outputs, batch, batch_idx, trainer.num_test_batches[dataloader_idx])
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw and log."""
-        self._draw(trainer, "val")
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw and log."""
-        self._draw(trainer, "test")
 
 
 class TrainingCurves(Callback):

@@ -118,6 +118,8 @@ class SegmentationCLI(LightningCLI):
             )
         if self.subcommand and config.ckpt_path and not Path(config.ckpt_path).exists():
             raise FileNotFoundError(f"--ckpt_path: no checkpoint {config.ckpt_path}; expected the path of a .ckpt file")
+        if config.model.objective is None:
+            raise ValueError("model.objective: found null, expected a class path such as mcseg.losses.MarginCalibrationLoss")
         if self.subcommand in ("validate", "test"):
             config.verbose = False  # the table of JaccardCallback says it all
         if self.subcommand == "predict":

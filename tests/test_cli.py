@@ -307,6 +307,7 @@ def test_a_bad_file_found_by_a_worker_is_one_line(arguments, photo_folder, capsy
         (["fit", "--trainer.max_epochs", "many"], 2, "trainer.max_epochs"),
         (["fit", "--model.arch", "unett"], 1, "network unett"),
         (["fit", "--model.objective.tau", "-1"], 1, "tau: found -1.0, expected a finite number > 0"),
+        (["fit", "--model.objective", "null"], 1, "model.objective: found null"),
         (["frobnicate"], 2, "frobnicate"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
