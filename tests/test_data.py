@@ -38,6 +38,12 @@ def test_camvid_splits_and_ids(camvid_root):
     assert batch["name"] == ["0016E5_07959"]
 
 
+def test_loaders_need_no_setup(camvid_root):
+    data = CamVidData(camvid_root, num_workers=0, batch_size=1, crop_size=(9, 12))
+    assert len(next(iter(data.train_dataloader()))["name"]) == 1
+    assert next(iter(data.val_dataloader()))["name"] == ["0016E5_07959"]
+
+
 def test_camvid_images_keep_their_pixels_in_evaluation(camvid_root):
     from PIL import Image
 

@@ -87,7 +87,7 @@ class SegmentationData(pl.LightningDataModule):
         self.root = Path(root).expanduser() if root is not None else None
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
-        self.num_workers = min(8, len(os.sched_getaffinity(0))) if num_workers < 0 else num_workers
+        self.num_workers = min(8, _cores()) if num_workers < 0 else num_workers
         self.image_scale = image_scale
         low, high = scale_range
         self.train_transform = TrainingTransform(
@@ -119,26 +119,30 @@ class SegmentationData(pl.LightningDataModule):
         """
         raise NotImplementedError
 
-    def setup(self, stage: str) -> None:
+    def setup(self, stage: str = "fit") -> None:
         """List the splits of the stage and open every header once, so that bad files stop the run before it starts."""
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
         for split in wanted:
-            if split in self._splits:
-                continue
-            if split == "predict" and self.predict_root is not None:
-                self._splits[split] = _images_below(self.predict_root)
-                continue
-            samples = self.samples("test" if split == "predict" else split)
-            if not samples and split in ("test", "predict"):
-                rank_zero_warn(f"{type(self).__name__}: no test split found, using the validation split instead")
-                samples = self.samples("val")
-            if not samples:
-                raise DataError(
-                    f"{type(self).__name__}: the {split} split of {self.root} is empty; expected at least one image"
-                )
-            for sample in samples:
-                self.reader.verify(sample)
-            self._splits[split] = samples
+            self._prepared(split)
+
+    def _prepared(self, split: str) -> list[Sample]:
+        """Samples of a split, listed and verified when first asked for."""
+        if split not in self._splits:
+            self._splits[split] = self._prepare(split)
+        return self._splits[split]
+
+    def _prepare(self, split: str) -> list[Sample]:
+        if split == "predict" and self.predict_root is not None:
+            return _images_below(self.predict_root)
+        samples = self.samples("test" if split == "predict" else split)
+        if not samples and split in ("test", "predict"):
+            rank_zero_warn(f"{type(self).__name__}: no test split found, using the validation split instead")
+            samples = self.samples("val")
+        if not samples:
+            raise DataError(f"{type(self).__name__}: the {split} split of {self.root} is empty; expected at least one image")
+        for sample in samples:
+            self.reader.verify(sample)
+        return samples
 
     def class_pixels(self) -> Tensor:
         """Count the labelled pixels of each class over the training split, before augmentation; cached.
@@ -146,12 +150,11 @@ class SegmentationData(pl.LightningDataModule):
         Returns:
             (C,) int64.
         """
-        samples = self._splits.get("train") or self.samples("train")
-        return count_class_pixels(self.reader, samples, self.num_workers, self.cache_dir)
+        return count_class_pixels(self.reader, self._prepared("train"), self.num_workers, self.cache_dir)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled, augmented crops; a last, smaller batch is dropped (batch norm cannot take a single image)."""
-        dataset = TrainingCrops(self.reader, self._splits["train"], self.train_transform)
+        dataset = TrainingCrops(self.reader, self._prepared("train"), self.train_transform)
         return self._loader(dataset, self.batch_size, shuffle=True, drop_last=len(dataset) >= self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -165,10 +168,10 @@ class SegmentationData(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Images of any size, one at a time, without masks."""
         reader = FileReader(self.reader.table) if self.predict_root is not None else self.reader
-        return self._loader(WholeImages(reader, self._splits["predict"], self.image_scale, masks=False), 1)
+        return self._loader(WholeImages(reader, self._prepared("predict"), self.image_scale, masks=False), 1)
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
-        return self._loader(WholeImages(self.reader, self._splits[split], self.image_scale), self.eval_batch_size)
+        return self._loader(WholeImages(self.reader, self._prepared(split), self.image_scale), self.eval_batch_size)
 
     def _loader(self, dataset: Dataset[Batch], batch_size: int, **options: Any) -> DataLoader[Batch]:
         return _Loader(
@@ -181,6 +184,11 @@ class SegmentationData(pl.LightningDataModule):
             collate_fn=collate,
             **options,
         )
+
+
+def _cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # Linux alone tells
 
 
 class TrainingCrops(Dataset[Batch]):
