@@ -202,6 +202,16 @@ def test_check_names_every_fault(photo_folder):
         assert expected in text
 
 
+def test_check_names_all_faults_of_one_pair(photo_folder):
+    write_png(photo_folder / "masks" / "photo 3.png", np.full((12, 32), 9, dtype=np.uint8))
+    photo = photo_folder / "images" / "photo 3.jpg"
+    photo.write_bytes(photo.read_bytes()[:-200])  # the header is sound
+    problems = check(FolderData(photo_folder, num_workers=0), progress=False).problems
+    assert len(problems) == 3
+    for problem, expected in zip(problems, ("cannot be read", "unknown values 9", "32x12 pixels"), strict=True):
+        assert expected in problem
+
+
 def test_check_names_empty_classes_and_splits(photo_folder):
     (photo_folder / "classes.txt").write_text("background\nground\nthing\nunicorn\n")
     (photo_folder / "train.txt").write_text("photo 1\n")

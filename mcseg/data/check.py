@@ -62,10 +62,9 @@ class _Decoded(Dataset[tuple[list[str], Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[list[str], Tensor]:
         sample = self.samples[index]
-        # Image and mask are tried one by one, so that a pair with two faults shows both; the pair then compares sizes.
-        problems = [problem for read in (self.reader.image, self.reader.mask) if (problem := _fault(read, sample))]
-        if not problems and (problem := _fault(self.reader.verify, sample)):
-            problems = [problem]
+        # Image, mask and their sizes are tried one by one, so that a pair with several faults shows them all.
+        tried = (self.reader.image, self.reader.mask, self.reader.verify)
+        problems = list(dict.fromkeys(problem for read in tried if (problem := _fault(read, sample))))
         counts = torch.zeros(self.reader.table.num_classes, dtype=torch.int64)
         if not problems:
             counts = torch.bincount(self.reader.mask(sample).flatten(), minlength=IGNORE_INDEX + 1)[: len(counts)]
