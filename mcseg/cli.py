@@ -109,9 +109,15 @@ class SegmentationCLI(LightningCLI):
             }
         )
 
+    @property
+    def verb_config(self) -> Namespace:
+        """Settings of the verb that runs."""
+        config: Namespace = self.config[self.subcommand] if self.subcommand else self.config
+        return config
+
     def before_instantiate_classes(self) -> None:
         """Refuse to score without weights; choose the run folder and the precision."""
-        config = self.config[self.subcommand] if self.subcommand else self.config
+        config = self.verb_config
         if self.subcommand in ("validate", "test", "predict") and not config.ckpt_path:
             raise ValueError(
                 f"mcseg {self.subcommand} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt"
@@ -141,8 +147,7 @@ class SegmentationCLI(LightningCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             # Not by ModelCheckpoint's save_last, which writes only when there is a new best.
-            config = self.config[self.subcommand] if self.subcommand else self.config
-            folder = config.checkpoint.dirpath
+            folder = self.verb_config.checkpoint.dirpath
             trainer.callbacks.append(  # type: ignore[attr-defined]
                 ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
             )

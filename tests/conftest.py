@@ -58,3 +58,13 @@ def photo_folder(tmp_path):
         write_png(root / "masks" / f"photo {index}.png", mask)
     (root / "classes.txt").write_text("background\nground\nthing\n")
     return root
+
+
+def break_three(root):
+    """One truncated photo, one mask with an unknown value, one mask of another size."""
+    photo = root / "images" / "photo 2.jpg"
+    photo.write_bytes(photo.read_bytes()[:300])
+    mask = np.zeros((24, 32), dtype=np.uint8)
+    mask[3, 3] = 7
+    write_png(root / "masks" / "photo 5.png", mask)
+    write_png(root / "masks" / "photo 8.png", np.zeros((12, 32), dtype=np.uint8))

@@ -9,7 +9,7 @@ import pytest
 import torch
 import wandb
 import yaml
-from conftest import write_png
+from conftest import break_three, write_png
 from PIL import Image
 
 from mcseg.cli import RECIPES, main
@@ -257,12 +257,7 @@ def test_check_of_good_data(arguments, capsys):
 
 
 def test_bad_files_are_listed_by_check_and_stop_fit_at_once(arguments, photo_folder, capsys):
-    photo = photo_folder / "images" / "photo 2.jpg"
-    photo.write_bytes(photo.read_bytes()[:300])
-    mask = np.zeros((24, 32), dtype=np.uint8)
-    mask[3, 3] = 7
-    write_png(photo_folder / "masks" / "photo 5.png", mask)
-    write_png(photo_folder / "masks" / "photo 8.png", np.zeros((12, 32), dtype=np.uint8))
+    break_three(photo_folder)
     with pytest.raises(SystemExit) as end:
         main(["check", "--config", "folder", *arguments["folder"]])
     assert end.value.code == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, write_png
+from conftest import SHARED, break_three, write_png
 
 from mcseg.data import CamVidData, DataError, FolderData, SyntheticData
 from mcseg.data.check import check
@@ -174,16 +174,6 @@ def test_two_images_of_one_name(photo_folder):
     write_png(photo_folder / "images" / "photo 1.png", np.zeros((24, 32, 3), dtype=np.uint8))
     with pytest.raises(DataError, match="more than one image is named photo 1"):
         FolderData(photo_folder).samples("train")
-
-
-def break_three(root):
-    """One truncated photo, one mask with an unknown value, one mask of another size."""
-    photo = root / "images" / "photo 2.jpg"
-    photo.write_bytes(photo.read_bytes()[:300])
-    mask = np.zeros((24, 32), dtype=np.uint8)
-    mask[3, 3] = 7
-    write_png(root / "masks" / "photo 5.png", mask)
-    write_png(root / "masks" / "photo 8.png", np.zeros((12, 32), dtype=np.uint8))
 
 
 def test_check_names_every_fault(photo_folder):

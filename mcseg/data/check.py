@@ -62,18 +62,20 @@ class _Decoded(Dataset[tuple[list[str], Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[list[str], Tensor]:
         sample = self.samples[index]
-        # Image, mask and their sizes are tried one by one, so that a pair with several faults shows them all.
-        tried = (self.reader.image, self.reader.mask, self.reader.verify)
-        problems = list(dict.fromkeys(problem for read in tried if (problem := _fault(read, sample))))
         counts = torch.zeros(self.reader.table.num_classes, dtype=torch.int64)
-        if not problems:
-            counts = torch.bincount(self.reader.mask(sample).flatten(), minlength=IGNORE_INDEX + 1)[: len(counts)]
-        return problems, counts
+
+        def count() -> None:
+            counts.copy_(torch.bincount(self.reader.mask(sample).flatten(), minlength=IGNORE_INDEX + 1)[: len(counts)])
+
+        # Image, mask and their sizes are tried one by one, so that a pair with several faults shows them all.
+        tried = (lambda: self.reader.image(sample), count, lambda: self.reader.verify(sample))
+        problems = list(dict.fromkeys(problem for step in tried if (problem := _fault(step))))
+        return problems, torch.zeros_like(counts) if problems else counts
 
 
-def _fault(read: Callable[[Sample], object], sample: Sample) -> str:
+def _fault(step: Callable[[], object]) -> str:
     try:
-        read(sample)
+        step()
     except DataError as error:
         return str(error)
     return ""

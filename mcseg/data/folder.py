@@ -2,6 +2,7 @@
 
 import os
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,11 +131,11 @@ class FolderData(SegmentationData):
                 f"no class list: looked for {' and '.join(map(str, candidates))}; write one class name per line "
                 "into classes.txt, or give data.classes"
             )
-        try:
-            coloured = self._first_mask_is_rgb() and table_from_file(path, by_color=True) is not None
-        except DataError:  # RGB masks and a list without colours: the mask itself is the better place to complain
-            coloured = False
-        return table_from_file(path, coloured)
+        if self._first_mask_is_rgb():
+            # A list without colours does not fit RGB masks; then the mask itself is the better place to complain.
+            with suppress(DataError):
+                return table_from_file(path, by_color=True)
+        return table_from_file(path, by_color=False)
 
     def _first_mask_is_rgb(self) -> bool:
         for masks in (
