@@ -7,7 +7,19 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mcseg.callbacks import JaccardCallback, PredictionPanel, PredictionWriter
-    from mcseg.data import CamVidData, FolderData, SegmentationData, SyntheticData
+    from mcseg.data import (
+        BDD100KData,
+        CamVidData,
+        CityscapesData,
+        CocoStuff10kData,
+        EndoVis2017Data,
+        FolderData,
+        MapillaryVistasData,
+        PascalVOCData,
+        SceneParse150Data,
+        SegmentationData,
+        SyntheticData,
+    )
     from mcseg.losses import MarginCalibrationLoss, margin_calibration_loss
     from mcseg.margins import MarginOffsets, margin_offsets
     from mcseg.metrics import Scores, SegmentationScores, score
@@ -15,20 +27,39 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "mcseg.callbacks": ("JaccardCallback", "PredictionPanel", "PredictionWriter"),
-    "mcseg.data": ("CamVidData", "FolderData", "SegmentationData", "SyntheticData"),
+    "mcseg.data": (
+        "BDD100KData",
+        "CamVidData",
+        "CityscapesData",
+        "CocoStuff10kData",
+        "EndoVis2017Data",
+        "FolderData",
+        "MapillaryVistasData",
+        "PascalVOCData",
+        "SceneParse150Data",
+        "SegmentationData",
+        "SyntheticData",
+    ),
     "mcseg.losses": ("MarginCalibrationLoss", "margin_calibration_loss"),
     "mcseg.margins": ("MarginOffsets", "margin_offsets"),
     "mcseg.metrics": ("Scores", "SegmentationScores", "score"),
     "mcseg.module": ("SegmentationModule",),
 }
 __all__ = [
+    "BDD100KData",
     "CamVidData",
+    "CityscapesData",
+    "CocoStuff10kData",
+    "EndoVis2017Data",
     "FolderData",
     "JaccardCallback",
+    "MapillaryVistasData",
     "MarginCalibrationLoss",
     "MarginOffsets",
+    "PascalVOCData",
     "PredictionPanel",
     "PredictionWriter",
+    "SceneParse150Data",
     "Scores",
     "SegmentationData",
     "SegmentationModule",

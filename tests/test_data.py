@@ -72,9 +72,9 @@ def test_without_a_test_split_validation_images_are_used_and_it_is_said(camvid_r
 
 
 def test_missing_roots_say_what_was_expected(tmp_path):
-    with pytest.raises(DataError, match=r"data\.root is not set: expected the folders"):
+    with pytest.raises(DataError, match=r"data\.root is not set: expected CamVid/train"):
         CamVidData().setup("fit")
-    with pytest.raises(DataError, match=r"nowhere: no CamVid .*<split>annot with <split> one of train, val, test"):
+    with pytest.raises(DataError, match=r"nowhere: no such folder; expected CamVid/train/<id>\.png and .*mcseg download camvid"):
         CamVidData(tmp_path / "nowhere").setup("fit")
 
 
@@ -346,8 +346,8 @@ def count_as_rank(rank, root, folder):
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     data = CamVidData(root, num_workers=0, cache_dir=f"{folder}/cache")
-    read, names = data.reader.__class__.mask, []
-    data.reader.__class__.mask = lambda self, sample: names.append(sample.name) or read(self, sample)
+    read, names = data.reader.__class__.counts, []
+    data.reader.__class__.counts = lambda self, sample: names.append(sample.name) or read(self, sample)
     counts = [data.class_pixels().tolist() for _ in range(2)]  # the second time from the cache, without a mask read
     Path(folder, f"rank{rank}.json").write_text(json.dumps([counts, names]))
     torch.distributed.destroy_process_group()

@@ -1,45 +1,229 @@
-"""Public benchmarks: what is known of each stands in a TOML file beside this one; one class reads them all."""
+"""Public benchmarks in their official layouts: ``facts/<name>.toml`` says what is known of each, one class reads them."""
 
+import json
 import os
 import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
 from importlib import resources
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from mcseg.data.classlist import table_from_toml
-from mcseg.data.datamodule import SegmentationData, image_files
+from mcseg.data.datamodule import SegmentationData
 from mcseg.data.files import Sample
-from mcseg.data.labels import DataError
+from mcseg.data.labels import DataError, LabelTable
+from mcseg.data.layout import fill, find, fixed_folder, readable
+from mcseg.data.matlab import MatReader
+
+_FACTS = resources.files("mcseg.data").joinpath("facts")
+
+
+def benchmark_names() -> list[str]:
+    """Names of the benchmarks that mcseg knows."""
+    return sorted(path.name.removesuffix(".toml") for path in _FACTS.iterdir() if path.name.endswith(".toml"))
+
+
+@cache
+def benchmark_facts(name: str) -> dict[str, Any]:
+    """Content of ``facts/<name>.toml``. Raises DataError for a name without such a file."""
+    if name not in benchmark_names():
+        raise DataError(f"found the benchmark {name}, expected one of {', '.join(benchmark_names())}")
+    return tomllib.loads(_FACTS.joinpath(f"{name}.toml").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a benchmark's evaluation server takes; :class:`~mcseg.callbacks.PredictionWriter` writes it.
+
+    Args:
+        benchmark: its name.
+        file: path of a label map, with ``{name}`` for the sample's name.
+        archive: ``zip`` or ``tar.gz``.
+        values: (C,) value in the label map for each train id.
+        palette: write palette PNGs in the class colours instead of grey ones.
+    """
+
+    benchmark: str
+    file: str
+    archive: str
+    values: tuple[int, ...]
+    palette: bool
 
 
 class BenchmarkData(SegmentationData):
     """A benchmark in its official layout.
 
     Args:
-        facts: name of the TOML file (without its ending) that describes layout and labels.
-        root: folder that holds the layout.
+        name: name of the benchmark, see :func:`benchmark_names`.
+        root: folder into which the archives were unpacked, or a folder further in, down to the data set's own.
+        labels: which of the benchmark's label sets, where it has several.
+        table: what the mask values mean, if not what the facts say.
         **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
     """
 
-    def __init__(self, facts: str, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
-        text = resources.files("mcseg.data").joinpath(f"{facts}.toml").read_text(encoding="utf-8")
-        self.facts = tomllib.loads(text)
-        super().__init__(table_from_toml(self.facts["labels"], f"{facts}.toml"), root, **options)
+    def __init__(
+        self,
+        name: str,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        labels: str | None = None,
+        table: LabelTable | None = None,
+        **options: Any,
+    ) -> None:
+        self.benchmark = name
+        self.facts = benchmark_facts(name)
+        self.labels = labels
+        sets: dict[str, Any] = self.facts["labels"]
+        if labels is not None and labels not in sets:
+            raise DataError(f"{name}: found the labels {labels}, expected one of {', '.join(sets)}")
+        self.label_facts: dict[str, Any] = sets if labels is None else sets[labels]
+        super().__init__(table or table_from_toml(self.label_facts, f"{name}.toml"), root, **options)
+        self.reader = MatReader(self.reader.table)
+        self.official = {split: facts.get("count") for split, facts in self.facts["splits"].items()}
+        self._found: dict[str, tuple[list[Sample], list[str]]] = {}
+
+    @property
+    def submission(self) -> Submission | None:
+        """Format of the evaluation server, where there is one."""
+        facts = self.facts.get("submission")
+        if facts is None:
+            return None
+        raw = {train: value for value, train in self.reader.table.raw_ids.items()}
+        values = tuple(raw[train] for train in range(self.num_classes))
+        return Submission(self.benchmark, facts["file"], facts["archive"], values, facts.get("palette", False))
+
+    @property
+    def withheld(self) -> tuple[str, ...]:
+        """Splits whose labels are not public."""
+        return tuple(
+            split
+            for split, facts in self.facts["splits"].items()
+            if facts.get("from") and not any("masks" in source for source in facts["from"])
+        )
+
+    @property
+    def home(self) -> Path:
+        """Folder that the paths of the facts start from: the root, or the first folder in it that holds the data set.
+
+        Raises:
+            DataError: no root given, or nothing of the data set in it.
+        """
+        if self.root is None:
+            raise DataError(f"data.root is not set: {self._expected()}")
+        # The archives' own top folders may be part of the root or not.
+        parts = Path(self.facts.get("layout", {}).get("home", "")).parts
+        for skipped in range(len(parts) + 1):
+            home = self.root.joinpath(*parts[skipped:])
+            if any(_exists(home, source) for split in self.facts["splits"].values() for source in split.get("from", ())):
+                return home
+        state = f"no {self.facts['title']} here" if self.root.is_dir() else "no such folder"
+        raise DataError(f"{self.root}: {state}; {self._expected()}")
 
     def samples(self, split: str) -> list[Sample]:
-        """List the images of a split with their masks; empty where the folder of the split is missing."""
-        layout = self.facts["layout"]
-        tree = f"expected the folders {', '.join(layout[kind].format(split='<split>') for kind in ('images', 'masks'))}"
-        if self.root is None:
-            raise DataError(f"data.root is not set: {tree} of {self.facts['title']} in it ({self.facts['homepage']})")
-        if not any((self.root / layout["images"].format(split=known)).is_dir() for known in layout["splits"]):
-            raise DataError(
-                f"{self.root}: no {self.facts['title']} here, {tree} with <split> one of "
-                f"{', '.join(layout['splits'])}; see {self.facts['homepage']}"
+        """List the images of a split, sorted by name; ``mask`` is None where the benchmark withholds the labels."""
+        return self.listed(split)
+
+    def remarks(self, split: str) -> list[str]:
+        """Say where the files differ from the official split: their number, images and masks without a partner."""
+        samples, official = self.samples(split), self.official.get(split)
+        remarks = list(self._found[split][1]) if split in self._found else []
+        if samples and official and len(samples) != official:
+            remarks.append(
+                f"{self.facts['title']}: {len(samples)} images in the {split} split, the official one has {official}; "
+                "an archive may be missing or unpacked in part"
             )
-        images, masks = (self.root / layout[kind].format(split=split) for kind in ("images", "masks"))
-        if not images.is_dir():
-            return []
-        return [Sample(path.stem, path, masks / f"{path.stem}.png") for path in image_files(images)]
+        return remarks
+
+    def listed(self, split: str, home: Path | None = None, **fields: str) -> list[Sample]:
+        """List a split as the facts describe it.
+
+        Args:
+            split: key of ``splits`` in the facts.
+            home: folder that their paths start from.
+            **fields: values of fields of the templates that are known beforehand.
+
+        Raises:
+            DataError: images without the folder of their masks; a train or val split without images.
+        """
+        if split not in self._found:
+            self._found[split] = self._list(self.facts["splits"].get(split, {}), home, fields)
+            if not self._found[split][0] and split in ("train", "val"):
+                raise DataError(f"{self.root}: the {split} split of {self.facts['title']} is empty; {self._expected(split)}")
+        return self._found[split][0]
+
+    def _list(self, facts: dict[str, Any], home: Path | None, fields: dict[str, str]) -> tuple[list[Sample], list[str]]:
+        folder = home or self.home
+        sources = [
+            {key: _partly_filled(value, fields) for key, value in source.items()}
+            for source in facts.get("from", ())
+            if source.get("labels", self.labels) == self.labels
+        ]
+        # Of the layouts that the benchmark had over time, the first that is complete
+        present = [source for source in sources if _exists(folder, source)]
+        for source in present:
+            if "masks" not in source or next(find(folder, source["masks"]), None):
+                return self._paired(folder, source, _images(folder, source), facts.get("skip", ()))
+        if present:
+            masks = present[0]["masks"]
+            raise DataError(
+                f"{fixed_folder(folder, masks)}: no masks of {self.facts['title']} there; expected {readable(masks)}; "
+                f"{self._command()}"
+            )
+        return [], []
+
+    def _paired(
+        self, folder: Path, source: dict[str, str], found: list[tuple[dict[str, str], Path]], skip: Iterable[str]
+    ) -> tuple[list[Sample], list[str]]:
+        layout = self.facts.get("layout", {})
+        name, masks = layout.get("name", "{id}"), source.get("masks")
+        images = {name.format_map(fields): (fields, path) for fields, path in found}
+        names = [key for key in sorted(images) if key not in set(skip)]
+        samples = [Sample(key, images[key][1], fill(folder, masks, images[key][0]) if masks else None) for key in names]
+        if not masks or not layout.get("leave_out_orphans"):
+            return samples, []
+        partners = {name.format_map(fields): path for fields, path in find(folder, masks)}
+        return [sample for sample in samples if sample.name in partners], [
+            f"{self.facts['title']}: {len(alone)} {kind} left out: {', '.join(alone[:6])}{', ...' if len(alone) > 6 else ''}"
+            for kind, alone in (
+                ("images without a mask", [key for key in names if key not in partners]),
+                ("masks without an image", sorted(key for key in partners if key not in images)),
+            )
+            if alone
+        ]
+
+    def _expected(self, split: str = "train") -> str:
+        home = self.facts.get("layout", {}).get("home", "")
+        source = self.facts["splits"][split if split in self.facts["splits"] else "all"]["from"][0]
+        files = [os.path.normpath(os.path.join(home, readable(source[key]))) for key in ("images", "masks") if key in source]
+        return f"expected {' and '.join(files)} in it; {self._command()}"
+
+    def _command(self) -> str:
+        verb = "says how to get them" if self.facts["download"]["login"] else "fetches them"
+        return f"`mcseg download {self.benchmark} --root DIR` {verb}"
+
+
+def _partly_filled(value: str, fields: dict[str, str]) -> str:
+    for name, text in fields.items():
+        value = value.replace(f"{{{name}}}", text)
+    return value
+
+
+def _exists(folder: Path, source: dict[str, str]) -> bool:
+    """Whether the list of a source, or the folder of its images, is there."""
+    if "list" in source:
+        return (folder / source["list"]).is_file()
+    return next(find(folder, source["images"]), None) is not None
+
+
+def _images(folder: Path, source: dict[str, str]) -> list[tuple[dict[str, str], Path]]:
+    if "list" not in source:
+        return list(find(folder, source["images"]))
+    lines = (folder / source["list"]).read_text(encoding="utf-8").split("\n")
+    # One id per line; older lists of VOC have two columns of paths.
+    ids = [Path(line.split()[0]).stem for line in lines if line.strip()]
+    return [({"id": id_}, fill(folder, source["images"], {"id": id_})) for id_ in ids]
 
 
 class CamVidData(BenchmarkData):
@@ -55,3 +239,155 @@ class CamVidData(BenchmarkData):
 
     def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
         super().__init__("camvid", root, **options)
+
+
+class CityscapesData(BenchmarkData):
+    """Cityscapes: 2975 / 500 / 1525 images of 2048x1024 with fine labels, 19 classes.
+
+    Source: Cordts et al., CVPR 2016.
+
+    Args:
+        root: folder with ``leftImg8bit`` and ``gtFine`` (and ``gtCoarse``).
+        coarse: train on the 19997 coarsely labelled images of ``train_extra`` as well.
+        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] | None = None, *, coarse: bool = False, **options: Any) -> None:
+        super().__init__("cityscapes", root, **options)
+        self.coarse = coarse
+        if coarse:
+            self.official["train"] += self.official["train_extra"]
+
+    def samples(self, split: str) -> list[Sample]:
+        """List the images of a split; training has those of ``train_extra`` as well where ``coarse`` is set."""
+        if split != "train" or not self.coarse:
+            return super().samples(split)
+        extra = self.listed("train_extra")
+        if not extra:
+            raise DataError(f"{self.root}: data.coarse is set but train_extra is empty; {self._expected('train_extra')}")
+        return super().samples("train") + extra
+
+
+class BDD100KData(BenchmarkData):
+    """BDD100K semantic segmentation: 7000 / 1000 / 2000 images of 1280x720, the 19 classes of Cityscapes.
+
+    Images and masks are paired by name; those without a partner, which packages of before June 2021 have, are left out with
+    a warning. Source: Yu et al., CVPR 2020.
+
+    Args:
+        root: folder with ``bdd100k``, or that folder itself; the tree of before June 2021 (``seg``) will do as well.
+        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        super().__init__("bdd100k", root, **options)
+
+
+class MapillaryVistasData(BenchmarkData):
+    """Mapillary Vistas: 18000 / 2000 / 5000 images of up to 20 megapixels and more; 65 (v1.2) or 116 (v2.0) classes.
+
+    Where the distribution's ``config`` file is there, its names are compared with the known ones. Source: Neuhold et al.,
+    ICCV 2017.
+
+    Args:
+        root: folder with ``training``, ``validation`` and ``testing``, in the nested tree of the v2.0 archive or in the
+            flat one of v1.x.
+        version: which labels.
+        **options: see :class:`~mcseg.data.datamodule.SegmentationData`; ``max_side`` keeps memory and time within bounds.
+
+    Raises:
+        DataError: as every benchmark; a config file that names other labels.
+    """
+
+    def __init__(
+        self, root: str | os.PathLike[str] | None = None, *, version: Literal["v1.2", "v2.0"] = "v1.2", **options: Any
+    ) -> None:
+        super().__init__("mapillary_vistas", root, labels=version, **options)
+
+    def samples(self, split: str) -> list[Sample]:
+        """List the images of a split, once the config file is found to agree."""
+        candidates = [self.home / f"config_{self.labels}.json"]
+        if self.labels == "v1.2":
+            candidates.append(self.home / "config.json")  # v1.x
+        for path in candidates:
+            if path.is_file():
+                self._compare(path)
+        return super().samples(split)
+
+    def _compare(self, path: Path) -> None:
+        try:
+            found = [label["name"] for label in json.loads(path.read_text(encoding="utf-8"))["labels"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}: cannot be read as the config of Mapillary Vistas ({error})") from None
+        known = self.label_facts["config"]
+        for index in range(max(len(found), len(known))):
+            names = [names[index] if index < len(names) else "nothing" for names in (found, known)]
+            if names[0] != names[1]:
+                raise DataError(
+                    f"{path}: label {index} is {names[0]}, expected {names[1]} of {self.labels}; the masks may hold other "
+                    "labels, choose data.version or get the archive anew"
+                )
+
+
+class SceneParse150Data(BenchmarkData):
+    """MIT SceneParse150 (ADE20K, scene parsing challenge 2016): 20210 / 2000 images and the test images; 150 classes.
+
+    Source: Zhou et al., CVPR 2017.
+
+    Args:
+        root: folder with ``ADEChallengeData2016`` (and ``release_test``), or the former itself.
+        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        super().__init__("sceneparse150", root, **options)
+
+
+class CocoStuff10kData(BenchmarkData):
+    """COCO-Stuff 10k v1.1: 9000 training and 1000 validation images (the public test list), 171 classes.
+
+    Source: Caesar, Uijlings, Ferrari, CVPR 2018.
+
+    Args:
+        root: folder with ``images``, ``annotations`` and ``imageLists``.
+        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
+        super().__init__("cocostuff10k", root, **options)
+
+
+class PascalVOCData(BenchmarkData):
+    """PASCAL VOC 2012: 1464 (or 10582) / 1449 / 1456 images, 20 classes and background.
+
+    Source: Everingham et al., IJCV 2015; Hariharan et al., ICCV 2011 (SBD).
+
+    Args:
+        root: folder with ``VOCdevkit`` (and ``benchmark_RELEASE``), or a folder further in down to ``VOC2012``.
+        train_set: ``train``, or ``train_aug``: the images of VOC train, SBD train and SBD val that are not in VOC val, with
+            VOC's masks where it has any.
+        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        train_set: Literal["train", "train_aug"] = "train",
+        **options: Any,
+    ) -> None:
+        super().__init__("pascal_voc", root, **options)
+        self.train_set = train_set
+        self.official["train"] = self.official[train_set]
+
+    def samples(self, split: str) -> list[Sample]:
+        """List the images of a split; ``train`` is that of ``train_set``."""
+        own = super().samples(split)
+        if split != "train" or self.train_set == "train":
+            return own
+        sbd = {sample.name: sample for part in ("sbd_train", "sbd_val") for sample in self.listed(part)}
+        if not sbd:
+            raise DataError(f"{self.root}: data.train_set is train_aug but SBD is missing; {self._expected('sbd_train')}")
+        held_out = {sample.name for sample in super().samples("val")}
+        both = sbd | {sample.name: sample for sample in own}
+        return [both[name] for name in sorted(both) if name not in held_out]

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from mcseg.data.datamodule import SPLITS, SegmentationData
 from mcseg.data.files import Reader, Sample
-from mcseg.data.labels import IGNORE_INDEX, DataError
+from mcseg.data.labels import DataError
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
         pixels[split] = torch.zeros(data.num_classes, dtype=torch.int64)
         if not samples and split != "test":
             problems.append(f"the {split} split is empty")
-        loader = DataLoader(_Decoded(data.reader, samples), batch_size=None, num_workers=min(data.num_workers, len(samples)))
+        problems += data.remarks(split)
+        decoded = _Decoded(data.reader, samples, split not in data.withheld)
+        loader = DataLoader(decoded, batch_size=None, num_workers=min(data.num_workers, len(samples)))
         for found, counts in tqdm(loader, f"Checking {split}", unit=" images", disable=not progress, leave=False):
             pixels[split] += counts
             problems += found
@@ -53,9 +55,10 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
 class _Decoded(Dataset[tuple[list[str], Tensor]]):
     """(problems, pixel counts) of each sample."""
 
-    def __init__(self, reader: Reader, samples: Sequence[Sample]) -> None:
+    def __init__(self, reader: Reader, samples: Sequence[Sample], masks: bool) -> None:
         self.reader = reader
         self.samples = samples
+        self.masks = masks
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -65,10 +68,12 @@ class _Decoded(Dataset[tuple[list[str], Tensor]]):
         counts = torch.zeros(self.reader.table.num_classes, dtype=torch.int64)
 
         def count() -> None:
-            counts.copy_(torch.bincount(self.reader.mask(sample).flatten(), minlength=IGNORE_INDEX + 1)[: len(counts)])
+            counts.copy_(self.reader.counts(sample))
 
         # Image, mask and their sizes are tried one by one, so that a pair with several faults shows them all.
-        tried = (lambda: self.reader.image(sample), count, lambda: self.reader.verify(sample))
+        tried = [lambda: self.reader.image(sample), lambda: self.reader.verify(sample, self.masks)]
+        if self.masks:
+            tried.insert(1, count)
         problems = list(dict.fromkeys(problem for step in tried if (problem := _fault(step))))
         return problems, torch.zeros_like(counts) if problems else counts
 

@@ -17,9 +17,9 @@ def table_from_names(names: Sequence[str]) -> LabelTable:
 def table_from_file(path: Path, by_color: bool) -> LabelTable:
     """Read a class list.
 
-    A ``.toml`` file holds ``[[classes]]`` with ``name`` and, where wanted, ``id`` (value in the masks; default: position)
-    and ``color``; ``void`` lists further mask values (or colours) without a class. Any other file is text, a class per
-    line: ``name`` or ``name R G B``; empty lines and lines that begin with ``#`` are left out.
+    A ``.toml`` file holds ``[[classes]]`` with ``name`` and, where wanted, ``id`` (value in the masks, or a list of values;
+    default: position) and ``color``; ``void`` lists further mask values (or colours) without a class. Any other file is
+    text, a class per line: ``name`` or ``name R G B``; empty lines and lines that begin with ``#`` are left out.
 
     Args:
         path: the file.
@@ -63,12 +63,13 @@ def table_from_toml(content: Mapping[str, Any], where: str, by_color: bool = Fal
         missing = [str(entry["name"]) for entry in classes if "color" not in entry]
         if missing:
             raise DataError(f"{where}: the masks are coloured but no colour is given for {', '.join(missing)}")
-        raw = [pack_color(color) for color in palette]
+        raw = [[pack_color(color)] for color in palette]
     else:
-        raw = [_id(entry.get("id", position), f"{where}, class {entry['name']}") for position, entry in enumerate(classes)]
-    repeated = sorted({value for value in raw if raw.count(value) > 1})
+        raw = [_ids(entry.get("id", position), f"{where}, class {entry['name']}") for position, entry in enumerate(classes)]
+    every = [value for values in raw for value in values]
+    repeated = {value for value in every if every.count(value) > 1}
     if repeated:
-        shared = ", ".join(name for name, value in zip(names, raw, strict=True) if value in repeated)
+        shared = ", ".join(name for name, values in zip(names, raw, strict=True) if repeated.intersection(values))
         raise DataError(f"{where}: the classes {shared} have the same {'colour' if by_color else 'id'}")
     void = [
         pack_color(_color(entry, f"{where}, void")) if by_color else _id(entry, f"{where}, void")
@@ -77,7 +78,12 @@ def table_from_toml(content: Mapping[str, Any], where: str, by_color: bool = Fal
     raw_ids = dict.fromkeys(void, IGNORE_INDEX)
     if not by_color:
         raw_ids.setdefault(IGNORE_INDEX, IGNORE_INDEX)
-    return LabelTable(names, palette, raw_ids | {value: train for train, value in enumerate(raw)}, by_color)
+    raw_ids |= {value: train for train, values in enumerate(raw) for value in values}
+    return LabelTable(names, palette, raw_ids, by_color)
+
+
+def _ids(value: object, where: str) -> list[int]:
+    return [_id(entry, where) for entry in (value if isinstance(value, list) else [value])]
 
 
 def _id(value: object, where: str) -> int:

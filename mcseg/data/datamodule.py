@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from mcseg.data.files import FileReader, Reader, Sample
 from mcseg.data.labels import Color, DataError, LabelTable
 from mcseg.data.statistics import count_class_pixels, default_cache_dir
-from mcseg.data.transforms import TrainingTransform, resize_image
+from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
 
 Batch = dict[str, Any]
 SPLITS = ("train", "val", "test")
@@ -45,8 +45,12 @@ class SegmentationData(pl.LightningDataModule):
         max_class_share: training crops in which one class covers more of the labelled pixels than this are drawn again.
         flip: flip half of the training images horizontally.
         color_jitter: strength of brightness, contrast and saturation jitter, 0 to 1; 0 is off.
-        predict_root: image file, or folder searched for images in all its levels, for ``predict``; None predicts the test
-            split (the validation split where there is none).
+        max_side: images whose longer side has more pixels than this are shrunk to it, before all other scaling; for data
+            sets of huge images. Evaluation still takes place at the mask's own size.
+        predict_root: image file, or folder searched for images in all its levels, for ``predict``; None predicts
+            ``predict_split``.
+        predict_split: split whose images ``predict`` takes where ``predict_root`` is not given; the validation split stands
+            in for a missing test split.
         cache_dir: folder for the counts of label pixels; None is the user's cache folder.
     """
 
@@ -64,7 +68,9 @@ class SegmentationData(pl.LightningDataModule):
         max_class_share: float = 0.75,
         flip: bool = True,
         color_jitter: float = 0.3,
+        max_side: int | None = None,
         predict_root: str | os.PathLike[str] | None = None,
+        predict_split: Literal["train", "val", "test"] = "test",
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
@@ -74,6 +80,7 @@ class SegmentationData(pl.LightningDataModule):
             "crop_size": min(crop_size),
             "image_scale": image_scale,
             "scale_range": min(scale_range),
+            "max_side": 1 if max_side is None else max_side,
         }.items():
             if value <= 0:
                 raise DataError(f"data.{name}: found {value}, expected a positive number")
@@ -89,13 +96,20 @@ class SegmentationData(pl.LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.num_workers = min(8, _cores()) if num_workers < 0 else num_workers
         self.image_scale = image_scale
+        self.max_side = max_side
         low, high = scale_range
         self.train_transform = TrainingTransform(
-            crop_size, (low * image_scale, high * image_scale), max_class_share, flip, color_jitter
+            crop_size, (low * image_scale, high * image_scale), max_class_share, flip, color_jitter, max_side
         )
         self.predict_root = Path(predict_root).expanduser() if predict_root is not None else None
+        self.predict_split = predict_split
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
         self._splits: dict[str, list[Sample]] = {}
+
+    @property
+    def withheld(self) -> tuple[str, ...]:
+        """Splits whose labels are not public."""
+        return ()
 
     @property
     def num_classes(self) -> int:
@@ -119,6 +133,10 @@ class SegmentationData(pl.LightningDataModule):
         """
         raise NotImplementedError
 
+    def remarks(self, split: str) -> list[str]:
+        """Lines about a split that its user should read although it can be used; none by default."""
+        return []
+
     def setup(self, stage: str = "fit") -> None:
         """List the splits of the stage and open every header once, so that bad files stop the run before it starts."""
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
@@ -134,14 +152,20 @@ class SegmentationData(pl.LightningDataModule):
     def _prepare(self, split: str) -> list[Sample]:
         if split == "predict" and self.predict_root is not None:
             return _images_below(self.predict_root)
-        samples = self.samples("test" if split == "predict" else split)
-        if not samples and split in ("test", "predict"):
-            rank_zero_warn(f"{type(self).__name__}: no test split found, using the validation split instead")
-            samples = self.samples("val")
+        source = self.predict_split if split == "predict" else split
+        samples = self.samples(source)
+        lack = "" if samples else "no test split found"
+        if split == "test" and split in self.withheld:
+            lack = "the labels of the test split are not public"
+        if source == "test" and lack:
+            rank_zero_warn(f"{type(self).__name__}: {lack}, using the validation split instead")
+            source, samples = "val", self.samples("val")
         if not samples:
             raise DataError(f"{type(self).__name__}: the {split} split of {self.root} is empty; expected at least one image")
+        for remark in self.remarks(source):
+            rank_zero_warn(remark)
         for sample in samples:
-            self.reader.verify(sample)
+            self.reader.verify(sample, masks=split != "predict")
         return samples
 
     def class_pixels(self) -> Tensor:
@@ -168,10 +192,13 @@ class SegmentationData(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Images of any size, one at a time, without masks."""
         reader = FileReader(self.reader.table) if self.predict_root is not None else self.reader
-        return self._loader(WholeImages(reader, self._prepared("predict"), self.image_scale, masks=False), 1)
+        return self._loader(self._whole_images(reader, "predict", masks=False), 1)
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
-        return self._loader(WholeImages(self.reader, self._prepared(split), self.image_scale), self.eval_batch_size)
+        return self._loader(self._whole_images(self.reader, split), self.eval_batch_size)
+
+    def _whole_images(self, reader: Reader, split: str, masks: bool = True) -> "WholeImages":
+        return WholeImages(reader, self._prepared(split), self.image_scale, self.max_side, masks)
 
     def _loader(self, dataset: Dataset[Batch], batch_size: int, **options: Any) -> DataLoader[Batch]:
         return _Loader(
@@ -212,10 +239,18 @@ class TrainingCrops(Dataset[Batch]):
 class WholeImages(Dataset[Batch]):
     """Whole images resized by ``image_scale``, with the mask at its own size or, for prediction, without."""
 
-    def __init__(self, reader: Reader, samples: Sequence[Sample], image_scale: float, masks: bool = True) -> None:
+    def __init__(
+        self,
+        reader: Reader,
+        samples: Sequence[Sample],
+        image_scale: float,
+        max_side: int | None = None,
+        masks: bool = True,
+    ) -> None:
         self.reader = reader
         self.samples = samples
         self.image_scale = image_scale
+        self.max_side = max_side
         self.masks = masks
 
     def __len__(self) -> int:
@@ -229,7 +264,7 @@ class WholeImages(Dataset[Batch]):
         else:
             image = self.reader.image(sample)
             item["size"] = (image.shape[1], image.shape[2])
-        item["image"] = resize_image(image, self.image_scale)
+        item["image"] = resize_image(image, self.image_scale * shrinking(image.shape[1:], self.max_side))
         return item
 
 

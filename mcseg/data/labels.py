@@ -119,6 +119,15 @@ class LabelTable:
                 raise DataError(self._unknown_values(raw, unknown, where))
         return mapped
 
+    def class_counts(self, histogram: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Turn the histogram (256,) of a mask's values into (C,) pixels per class; None where a value has no entry."""
+        train = self._values[: len(histogram)]
+        if self.unlisted is None and (histogram[train == _UNKNOWN] > 0).any():
+            return None
+        counts = np.zeros(IGNORE_INDEX + 1, dtype=np.int64)
+        np.add.at(counts, train, histogram)
+        return counts[: self.num_classes]
+
     def _by_index(self, raw: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
         if raw.dtype == np.uint8:  # the common case, twice as fast as indexing
             mapped = bytearray(raw).translate(self._values[:256].tobytes())

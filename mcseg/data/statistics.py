@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mcseg.data.files import Reader, Sample
-from mcseg.data.labels import IGNORE_INDEX
 
 
 def default_cache_dir() -> Path:
@@ -82,19 +81,17 @@ class _MaskCounts(Dataset[Tensor]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Tensor:
-        mask = self.reader.mask(self.samples[index])
-        counts = torch.bincount(mask.flatten(), minlength=IGNORE_INDEX + 1)
-        return counts[: self.reader.table.num_classes]
+        return self.reader.counts(self.samples[index])
 
 
 def _fingerprint(reader: Reader, samples: Sequence[Sample]) -> str:
     digest = hashlib.sha256(repr(reader).encode())
     for sample in samples:
-        stamp = ""
-        if sample.mask is not None:
-            state = sample.mask.stat()
-            stamp = f"{sample.mask.resolve()}|{state.st_size}|{state.st_mtime_ns}"
-        digest.update(f"\n{sample.name}|{stamp}".encode())
+        digest.update(f"\n{sample.name}".encode())
+        for path in (sample.mask, *sample.more_masks):
+            if path is not None:
+                state = path.stat()
+                digest.update(f"|{path.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mcseg.data.datamodule import SegmentationData
-from mcseg.data.files import Sample
+from mcseg.data.files import Sample, count_labels
 from mcseg.data.labels import LabelTable
 from mcseg.data.scenes import SCENE_CLASSES, SCENE_PALETTE, draw_scene
 
@@ -35,7 +35,11 @@ class SceneReader:
         """(H,W) uint8 labels, void 255."""
         return self.pair(sample)[1]
 
-    def verify(self, sample: Sample) -> None:
+    def counts(self, sample: Sample) -> Tensor:
+        """(C,) int64: pixels of each class."""
+        return count_labels(self.mask(sample), self.table.num_classes)
+
+    def verify(self, sample: Sample, masks: bool = True) -> None:
         """Every scene can be drawn."""
 
 

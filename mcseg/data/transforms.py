@@ -34,6 +34,7 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
             labelled, is drawn again (up to 10 times). 1 switches the cap off.
         flip: flip horizontally with probability 1/2.
         color_jitter: b, c and s are drawn uniformly from [1 - color_jitter, 1 + color_jitter].
+        max_side: a longer side of more pixels counts as shrunk to this before the scale is applied.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         max_class_share: float = 1.0,
         flip: bool = False,
         color_jitter: float = 0.0,
+        max_side: int | None = None,
     ) -> None:
         super().__init__()
         self.crop_size = crop_size
@@ -50,13 +52,15 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         self.max_class_share = max_class_share
         self.flip = flip
         self.color_jitter = color_jitter
+        self.max_side = max_side
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw window, flip and colour factors; all randomness comes from torch's generator."""
         mask = next(value for value in flat_inputs if isinstance(value, tv_tensors.Mask)).as_subclass(Tensor)
         (scale, flip, *places), factors = torch.rand(2 + 2 * _TRIES).tolist(), 2 * torch.rand(3) - 1
         low, high = self.scale_range
-        height, width = (max(1, round(side / (low + (high - low) * scale))) for side in self.crop_size)
+        total = (low + (high - low) * scale) * shrinking(mask.shape, self.max_side)
+        height, width = (max(1, round(side / total)) for side in self.crop_size)
         top = left = 0
         for place in zip(places[::2], places[1::2], strict=True):
             top, left = _offset(mask.shape[0], height, place[0]), _offset(mask.shape[1], width, place[1])
@@ -114,6 +118,11 @@ def _scale_color(image: Tensor, brightness: Tensor, contrast: Tensor, saturation
     offset = (1 - contrast) * brightness * (_GREY @ pixels.mean(1))
     changed = torch.addmm(offset.expand(1) + 0.5, matrix, pixels)  # + 0.5: the conversion cuts off
     return changed.clamp_(0, 255).to(torch.uint8).view(image.shape)
+
+
+def shrinking(size: tuple[int, ...], max_side: int | None) -> float:
+    """Factor that brings the longer side of (height, width) down to ``max_side``; 1 where it is not longer."""
+    return 1.0 if max_side is None else min(1.0, max_side / max(size))
 
 
 def resize_image(image: Tensor, image_scale: float) -> Tensor:

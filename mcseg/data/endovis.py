@@ -1,0 +1,195 @@
+"""EndoVis 2017: masks per instrument, merged to one map, and the camera's window in the frame."""
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mcseg.data.benchmark import BenchmarkData, benchmark_facts
+from mcseg.data.classlist import table_from_toml
+from mcseg.data.files import FileReader, Sample, count_labels, image_size, mask_path
+from mcseg.data.labels import DataError, LabelTable
+from mcseg.data.layout import find
+
+_FRAME = (1080, 1920)
+Window = tuple[int, int, int, int]  # top, left, height, width
+
+
+@dataclass(frozen=True)
+class EndoVisReader(FileReader):
+    """Merges the masks of all instruments in a frame, and cuts the camera's window out of frame and masks.
+
+    Where instruments overlap, the larger value wins: of parts the probe over claspers over wrist over shaft, of types the
+    one with the larger id. (Values are never added: 10 + 20 would read as 30.)
+
+    Args:
+        table: what the values in the instruments' masks mean; with ``types``, the ids of the types.
+        test_table: what the values in the official test maps mean, which are merged already.
+        test_folder: name of the folders of those.
+        types: (keyword in the name of an instrument's folder, id of its type) in the type task; None in the others.
+        window: (top, left, height, width) of the camera in a frame of 1920x1080; None keeps the frame.
+    """
+
+    test_table: LabelTable
+    test_folder: str
+    types: tuple[tuple[str, int], ...] | None
+    window: Window | None
+
+    def image(self, sample: Sample) -> Tensor:
+        """(3,H,W) uint8 RGB."""
+        return self._cut(super().image(sample), sample.image)
+
+    def mask(self, sample: Sample) -> Tensor:
+        """(H,W) uint8 train ids."""
+        path = mask_path(sample)
+        if path.parent.name == self.test_folder:
+            return self._cut(torch.from_numpy(self.test_table.train_ids(self._stored(path), path)), path)
+        merged = self._instrument(path)
+        for file in sample.more_masks:
+            np.maximum(merged, self._instrument(file), out=merged)
+        return self._cut(torch.from_numpy(merged), path)
+
+    def counts(self, sample: Sample) -> Tensor:
+        """(C,) int64: pixels of each class in the merged mask."""
+        return count_labels(self.mask(sample), self.table.num_classes)
+
+    def verify(self, sample: Sample, masks: bool = True) -> None:
+        """Open the headers of frame and masks: readable, of one size, and with the camera's window where it is wanted."""
+        size = image_size(sample.image)
+        self._window(size, sample.image)
+        for path in (mask_path(sample), *sample.more_masks) if masks else ():
+            self._compare(replace(sample, mask=path), size, image_size(path))
+
+    def _instrument(self, path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """Train ids (H,W) of one instrument's mask, background where it is not."""
+        values = self._stored(path)
+        if self.types is not None:
+            values = (values > 0) * np.uint8(type_id(path.parent.name, self.types))
+        return np.array(self.table.train_ids(values, path))  # an array of its own, to write into
+
+    def _cut(self, pixels: Tensor, path: Path) -> Tensor:
+        top, left, height, width = self._window((pixels.shape[-2], pixels.shape[-1]), path)
+        return pixels[..., top : top + height, left : left + width]
+
+    def _window(self, size: tuple[int, int], path: Path) -> Window:
+        if self.window is None or size == self.window[2:]:
+            return (0, 0, *size)
+        if size != _FRAME:
+            raise DataError(
+                f"{path}: {size[1]}x{size[0]} pixels; the camera's window is known in frames of {_FRAME[1]}x{_FRAME[0]}, "
+                "set data.crop_to_camera to false for others"
+            )
+        return self.window
+
+
+def type_id(folder: str, types: tuple[tuple[str, int], ...]) -> int:
+    """Id of the instrument whose keyword stands in a folder's name; 0 for none."""
+    return next((id_ for keyword, id_ in types if keyword in folder), 0)
+
+
+class EndoVis2017Data(BenchmarkData):
+    """EndoVis 2017 robotic instruments: 8 training sequences of 225 frames, 1200 official test frames; three tasks.
+
+    The challenge's rule: who tests on the 75 test frames of a sequence from 1 to 8 must not have trained on that sequence.
+    With a fold, ``test_sequences`` of that fold and 9 and 10 keep to it.
+
+    Source: Allan et al., arXiv:1902.06426; frame ranges: Yu et al., IJCV 2022; folds: Shvets et al., ICMLA 2018.
+
+    Args:
+        root: folder with ``instrument_dataset_1`` to ``instrument_dataset_8`` of the training archives.
+        task: ``binary`` (instrument or not), ``parts`` (shaft, wrist, claspers, probe) or ``type`` (seven instruments).
+        other: whether the objects in ``Other_labels`` (the ultrasound probe) count: without, they are background, and
+            ``parts`` and ``type`` have a class less.
+        crop_to_camera: cut the camera's 1280x1024 pixels out of the 1920x1080 frames.
+        split: ``frames``, the paper's: frames 0-149 of each sequence for training, 150-174 for validation, 175-224 for test;
+            ``fold0`` to ``fold3``: two sequences for validation, six for training.
+        test_root: folder of the official test set; its frames are the test split then.
+        test_sequences: sequences of the official test set that are used; None is all ten.
+        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        *,
+        task: Literal["binary", "parts", "type"] = "parts",
+        other: bool = True,
+        crop_to_camera: bool = True,
+        split: Literal["frames", "fold0", "fold1", "fold2", "fold3"] = "frames",
+        test_root: str | os.PathLike[str] | None = None,
+        test_sequences: list[int] | None = None,
+        **options: Any,
+    ) -> None:
+        facts = benchmark_facts("endovis2017")
+        labels = facts["labels"][task]
+        classes = labels["classes"] if other or task == "binary" else labels["classes"][:-1]
+        table = table_from_toml({"classes": classes}, "endovis2017.toml")
+        super().__init__("endovis2017", root, labels=task, table=table, **options)
+        raw_ids = {value: train if train < len(classes) else 0 for train, value in enumerate(labels["test_values"])}
+        test_table = LabelTable(table.names, table.palette, raw_ids)
+        layout = facts["layout"]
+        camera = layout["camera"]
+        window = (camera["top"], camera["left"], camera["height"], camera["width"]) if crop_to_camera else None
+        self.types = tuple(layout["types"].items())
+        types = self.types if task == "type" else None
+        self.reader = EndoVisReader(table, test_table, labels["folder"], types, window)
+        self.other = other
+        self.split = split
+        self.test_root = Path(test_root).expanduser() if test_root is not None else None
+        self.test_sequences = test_sequences
+        if split == "frames":
+            self.official |= {part: 8 * (last - first + 1) for part, (first, last) in layout["frames"].items()}
+        else:
+            self.official |= {"train": 6 * 225, "val": 2 * 225}
+        if test_root is not None:
+            self.official["test"] = None if test_sequences else self.official["official_test"]
+
+    def samples(self, split: str) -> list[Sample]:
+        """List the frames of a split, sorted by sequence and frame."""
+        if split != "test" or self.test_root is None:
+            return [sample for sample in self._annotated() if self._belongs(sample, split)]
+        frames = self.listed("official_test", self.test_root, folder=self.label_facts["folder"])
+        if not frames:
+            raise DataError(f"data.test_root: no official test set in {self.test_root}; {self._expected('official_test')}")
+        wanted = self.test_sequences or range(1, 11)
+        return [sample for sample in frames if _sequence(sample) in wanted]
+
+    def _annotated(self) -> list[Sample]:
+        """All frames of the training archives, with the masks of the instruments that count."""
+        if "all" not in self._found:
+            source = self.facts["splits"]["all"]["from"][0]
+            masks: dict[str, list[Path]] = defaultdict(list)
+            name = self.facts["layout"]["name"]
+            for fields, path in find(self.home, source["masks"]):
+                folder = fields["instrument"]
+                if folder in self.facts["layout"]["derived"]:
+                    continue
+                if not type_id(folder, self.types):
+                    keywords = ", ".join(keyword for keyword, _ in self.types)
+                    raise DataError(
+                        f"{path.parent}: unknown instrument; expected one of {keywords} in the folder's name, or remove it"
+                    )
+                if self.other or type_id(folder, self.types) != dict(self.types)["Other"]:
+                    masks[name.format_map(fields)].append(path)
+            images = {name.format_map(fields): path for fields, path in find(self.home, source["images"])}
+            parts = {key: sorted(masks[key]) for key in sorted(images)}
+            samples = [Sample(key, images[key], next(iter(of), None), tuple(of[1:])) for key, of in parts.items()]
+            self._found["all"] = (samples, [])
+        return self._found["all"][0]
+
+    def _belongs(self, sample: Sample, split: str) -> bool:
+        layout = self.facts["layout"]
+        if self.split == "frames":
+            first, last = layout["frames"][split]
+            return bool(first <= int(sample.image.stem.removeprefix("frame")) <= last)
+        held_out = _sequence(sample) in layout["folds"][self.split]
+        return {"train": not held_out, "val": held_out, "test": False}[split]
+
+
+def _sequence(sample: Sample) -> int:
+    return int(sample.name.partition("/")[0].rpartition("_")[2])

@@ -1,0 +1,54 @@
+"""Masks in MATLAB files: COCO-Stuff 10k and the Semantic Boundaries Dataset (SBD)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mcseg.data.files import FileReader
+from mcseg.data.labels import DataError
+
+
+@dataclass(frozen=True)
+class MatReader(FileReader):
+    """Reads masks from ``.mat`` files, and all others as :class:`~mcseg.data.files.FileReader` does."""
+
+    def _stored(self, path: Path) -> NDArray[np.integer[Any]]:
+        return read_mat(path) if path.suffix == ".mat" else super()._stored(path)
+
+    def _stored_size(self, path: Path) -> tuple[int, int] | None:
+        if path.suffix != ".mat":
+            return super()._stored_size(path)
+        if not path.is_file():
+            raise DataError(f"{path}: no such file")
+        return None
+
+    def _histogram(self, path: Path) -> NDArray[np.int64] | None:
+        return None if path.suffix == ".mat" else super()._histogram(path)
+
+
+def read_mat(path: Path) -> NDArray[np.integer[Any]]:
+    """Read the label map of a ``.mat`` file (version 5): variable ``S`` of COCO-Stuff, ``GTcls.Segmentation`` of SBD.
+
+    Returns:
+        (H,W) integers as stored.
+
+    Raises:
+        DataError: unreadable file, or none of the two in it.
+    """
+    from scipy.io import loadmat
+
+    try:
+        content = loadmat(path, variable_names=["S", "GTcls"])
+        values: NDArray[Any] = content["S"] if "S" in content else content["GTcls"]["Segmentation"][0, 0]
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except KeyError:
+        raise DataError(f"{path}: expected the variable S (COCO-Stuff) or GTcls.Segmentation (SBD), found neither") from None
+    except Exception as error:  # the parser meets broken files with whatever error comes first
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())}); replace or remove the file") from None
+    if values.ndim != 2 or not (np.issubdtype(values.dtype, np.integer) or (values == np.rint(values)).all()):
+        raise DataError(f"{path}: found an array of {values.dtype} with shape {values.shape}, expected (H,W) whole numbers")
+    return values if np.issubdtype(values.dtype, np.integer) else values.astype(np.int64)
