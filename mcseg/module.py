@@ -5,12 +5,14 @@ import inspect
 import pkgutil
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -30,6 +32,8 @@ class SegmentationModule(pl.LightningModule):
         encoder: its encoder by name.
         encoder_weights: pretrained weights of the encoder, for example ``imagenet``; None starts from random ones. They are
             fetched when a training run begins, never when a checkpoint is loaded.
+        init_from: checkpoint of another run whose network this one starts from, for example one trained with cross entropy.
+            Its last layer is left out where the number of classes differs. Objective, optimiser and epochs start anew.
         num_classes: number of classes C; the command line takes it from the data.
         objective: any module called with logits (N,C,H,W) float32 and target (N,H,W) int64 that returns a scalar. None is
             :class:`~mcseg.losses.MarginCalibrationLoss` with its defaults. An objective with a method ``calibrate`` gets the
@@ -55,6 +59,7 @@ class SegmentationModule(pl.LightningModule):
         encoder_weights: str | None = None,
         *,
         num_classes: int,
+        init_from: str | None = None,
         objective: nn.Module | Callable[[], nn.Module] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         scheduler: LRSchedulerCallable | None = None,
@@ -83,12 +88,17 @@ class SegmentationModule(pl.LightningModule):
         return cast(Tensor, self.network(image))
 
     def setup(self, stage: str) -> None:
-        """Refuse to train what no checkpoint could hold, unless a checkpoint is about to be read."""
-        if stage == "fit" and self._not_plain:
+        """Refuse to train what no checkpoint could hold, or from a file that is not there."""
+        if stage != "fit":
+            return
+        if self._not_plain:
             raise ValueError("; ".join(self._not_plain.values()))
+        start = self.hparams["init_from"]
+        if start and not self.has_weights and not Path(start).is_file():
+            raise FileNotFoundError(f"model.init_from: no checkpoint {start}; expected the path of a .ckpt file")
 
     def on_fit_start(self) -> None:
-        """Calibrate the objective from the training labels and load the pretrained encoder.
+        """Calibrate the objective from the training labels and load the weights to start from.
 
         A run that goes on from a checkpoint has both from there. One that starts from loaded weights is calibrated anew, as
         its training labels may be others.
@@ -96,7 +106,9 @@ class SegmentationModule(pl.LightningModule):
         resumed, self._resumed = self._resumed, False
         if resumed:
             return
-        if self.hparams["encoder_weights"] and not self.has_weights:
+        if self.hparams["init_from"] and not self.has_weights:
+            self._init_from(self.hparams["init_from"])
+        elif self.hparams["encoder_weights"] and not self.has_weights:
             names = (self.hparams[name] for name in ("arch", "encoder", "encoder_weights", "network_options"))
             self.network.load_pretrained_encoder(*names)
         calibrate = getattr(self.objective, "calibrate", None)
@@ -128,7 +140,7 @@ class SegmentationModule(pl.LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Tensor]:
         """Predict images at their files' own size: a list of (H,W) uint8 train ids."""
         logits = self(batch["image"])
-        return [_resize(logits[i : i + 1], size)[0].argmax(0).to(torch.uint8) for i, size in enumerate(batch["size"])]
+        return [labels_at(logits[i : i + 1], size)[0] for i, size in enumerate(batch["size"])]
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser and its schedule per step."""
@@ -173,12 +185,31 @@ class SegmentationModule(pl.LightningModule):
             return cast(Tensor, self.objective(logits.float(), target))
 
     def _evaluate(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
-        """Give ``preds`` (N,H,W) uint8 and ``target`` (N,H,W) int64 to the callbacks, at the size of the masks."""
-        target = batch["mask"]
-        logits = _resize(self(batch["image"]), target.shape[-2:])
+        """Give ``preds`` (N,H,W) uint8 and ``target`` (N,H,W) int64 to the callbacks, at the size of the masks.
+
+        The loss is taken at the network's resolution, as in training.
+        """
+        target, logits = batch["mask"], self(batch["image"])
         if getattr(self.objective, "is_calibrated", True):
-            self.log(f"{split}/loss", self._loss(logits, target), batch_size=len(target), sync_dist=True)
-        return {"preds": logits.argmax(1).to(torch.uint8), "target": target}
+            value = self._loss(logits, _nearest(target, logits.shape[-2:]))
+            self.log(f"{split}/loss", value, batch_size=len(target), sync_dist=True)
+        return {"preds": labels_at(logits, target.shape[-2:]), "target": target}
+
+    def _init_from(self, path: str) -> None:
+        """Copy the network of another run's checkpoint."""
+        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        found = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
+        own = self.network.state_dict()
+        other = [name for name in own if name not in found or found[name].shape != own[name].shape]
+        beyond = [name for name in other if "segmentation_head" not in name] + [name for name in found if name not in own]
+        if beyond:
+            raise ValueError(
+                f"model.init_from: {path} holds another network ({len(beyond)} tensors differ, for example {beyond[0]}); "
+                "expected one of the same arch, encoder and network_options"
+            )
+        self.network.load_state_dict({name: value for name, value in found.items() if name not in other}, strict=False)
+        head = "; its last layer is left out, as the number of classes differs" if other else ""
+        rank_zero_info(f"network initialised from {path}{head}")
 
     def _polynomial(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
         steps, warmup, power = (
@@ -199,10 +230,46 @@ class SegmentationModule(pl.LightningModule):
         return LambdaLR(optimizer, factor)
 
 
-def _resize(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    if logits.shape[-2:] == tuple(size):
-        return logits
-    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+_BAND = 1 << 24  # logits that are resized at once: 64 MB in float32
+
+
+def labels_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Predict at another size: argmax of the logits (N,C,h,w) resized bilinearly to ``size`` (H,W), in bands of rows.
+
+    The resized logits of a photo of 20 megapixels take gigabytes; a band at a time takes 64 MB whatever the size.
+
+    Returns:
+        (N,H,W) uint8 train ids.
+    """
+    height, width = size
+    if logits.shape[-2:] == (height, width):
+        return logits.argmax(1).to(torch.uint8)
+    logits = logits.float()
+    rows = max(1, _BAND // (logits.shape[0] * logits.shape[1] * width))
+    if rows >= height:
+        resized = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
+        return resized.argmax(1).to(torch.uint8)
+    # Where an output row lies between two rows of the logits, as F.interpolate has it with align_corners=False
+    place = ((torch.arange(height, device=logits.device) + 0.5) * (logits.shape[2] / height) - 0.5).clamp(min=0)
+    above = place.long()
+    below, share = (above + 1).clamp(max=logits.shape[2] - 1), (place - above)[:, None]
+    labels = logits.new_empty((logits.shape[0], height, width), dtype=torch.uint8)
+    for top in range(0, height, rows):
+        band = slice(top, min(top + rows, height))
+        mixed = torch.lerp(logits[:, :, above[band]], logits[:, :, below[band]], share[band])
+        mixed = F.interpolate(mixed, (mixed.shape[2], width), mode="bilinear", align_corners=False)
+        labels[:, band] = mixed.argmax(1)
+    return labels
+
+
+def _nearest(target: Tensor, size: torch.Size) -> Tensor:
+    """Resize (N,H,W) labels to ``size`` by the nearest pixel, as training does."""
+    if target.shape[-2:] == size:
+        return target
+    rows, columns = (
+        torch.arange(new, device=target.device) * old // new for new, old in zip(size, target.shape[-2:], strict=True)
+    )
+    return target[:, rows[:, None], columns]
 
 
 def _plain_hyperparameters(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
