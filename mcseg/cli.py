@@ -1,4 +1,4 @@
-"""The command ``mcseg``: Lightning's fit, validate, test and predict, and mcseg's own stats and check."""
+"""The command ``mcseg``: Lightning's fit, validate, test and predict, and mcseg's own verbs for data sets."""
 
 import logging
 import os
@@ -19,7 +19,9 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.utilities import rank_zero_info
 
 from mcseg.callbacks import JaccardCallback, PredictionPanel, PredictionWriter, TrainingCurves
-from mcseg.data import SegmentationData
+from mcseg.data import IGNORE_INDEX, DataError, SegmentationData
+from mcseg.data.benchmark import benchmark_facts, benchmark_names
+from mcseg.data.files import Sample
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import MarginOffsets, margin_offsets
 from mcseg.module import SegmentationModule
@@ -29,17 +31,22 @@ RECIPES = Path(__file__).parent / "configs"
 # Lightning starts further DDP processes with this environment variable, and LOCAL_RANK, in place.
 _RUN_FOLDER = "MCSEG_RUN_FOLDER"
 
-_HELP = """usage: mcseg VERB [--config NAME_OR_PATH ...] [--KEY VALUE ...]
+_HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE ...]
 
   fit       train; writes checkpoints, metrics.csv, curves and panels into runs/<recipe>/<time>
   validate  score a checkpoint on the validation split       (--ckpt_path)
   test      score a checkpoint on the test split             (--ckpt_path)
   predict   masks and overlays for a folder of images        (--ckpt_path, --data.predict_root)
-  stats     pixel shares and margin offsets of the classes, as table and picture
+            or what a benchmark's server takes               (--ckpt_path, --format BENCHMARK)
+  download  fetch a benchmark, or say how to get it          (mcseg download BENCHMARK --root DIR)
+  show      contact sheet of images and labels               (--images 12 --split train)
   check     open every file of the data set and list what is wrong with it
+  stats     pixel shares and margin offsets of the classes, as table and picture
 
 recipes that come with mcseg: {recipes}
+benchmarks: {benchmarks}
 Any key of a recipe can be set behind it: mcseg fit --config camvid --data.root DIR --trainer.max_epochs 10
+--root is short for --data.root, --format for --writer.format, and a name behind the verb for --config.
 `mcseg VERB --help` lists the keys; MCSEG_TRACEBACK=1 shows where an error came from.
 """
 
@@ -171,7 +178,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(_RUN_FOLDER, None)
     if not words or words[0] in ("-h", "--help"):
-        print(_HELP.format(recipes=", ".join(_recipes())))
+        print(_HELP.format(recipes=", ".join(_recipes()), benchmarks=", ".join(benchmark_names())))
         return
     if words[0] == "--version":
         from mcseg import __version__
@@ -179,8 +186,11 @@ def main(args: Sequence[str] | None = None) -> None:
         print(__version__)
         return
     try:
-        recipe, words = _find_recipes(words)
-        own = {"stats": stats, "check": check}
+        if words[0] == "download":
+            download(words[1:])
+            return
+        recipe, words = _find_recipes(_in_full(words))
+        own = {"stats": stats, "check": check, "show": show}
         with warnings.catch_warnings():
             _quieten()
             if words[0] in own:
@@ -194,6 +204,51 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("MCSEG_TRACEBACK"):
             raise
         _fail(_last_line(error), 1)
+
+
+def download(args: Sequence[str]) -> None:
+    """``mcseg download``: fetch a benchmark's archives, or say which to get and where."""
+    from mcseg.download import download as fetch
+
+    parser = ArgumentParser(prog="mcseg download", exit_on_error=False)
+    parser.add_argument("name", help=f"one of {', '.join(benchmark_names())}")
+    parser.add_argument("--root", required=True, help="folder that is to hold the data")
+    parser.add_argument("--keep_archives", type=bool, default=False, help="keep the archives once they are unpacked")
+    settings = parser.parse_args(list(args))
+    fetch(
+        settings.name,
+        benchmark_facts(settings.name),
+        Path(settings.root).expanduser(),
+        keep_archives=settings.keep_archives,
+    )
+
+
+def show(recipe: str, args: Sequence[str]) -> None:
+    """``mcseg show``: a contact sheet of images and labels spread evenly over a split."""
+    from mcseg import pictures
+
+    config, data = _data(recipe, args, images=12, split="train")
+    for remark in data.remarks(config.split):
+        print(remark)
+    samples = data.samples(config.split)
+    if not samples:
+        raise DataError(f"the {config.split} split of {data.root} is empty; choose another --split")
+    count = min(config.images, len(samples))
+    chosen = [samples[index * len(samples) // count] for index in range(count)]
+    sheet = pictures.contact_sheet(
+        ((sample.name, *_shown(data, sample, config.split)) for sample in chosen), data.class_names, data.palette
+    )
+    path = Path(config.trainer.default_root_dir or Path("runs") / recipe) / f"{config.split}.png"
+    pictures.save(sheet, path)
+    print(f"{count} of {len(samples)} images of the {config.split} split: {path}")
+
+
+def _shown(data: SegmentationData, sample: Sample, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Image and labels; all void where the labels are not public."""
+    if split in data.withheld:
+        image = data.reader.image(sample)
+        return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
+    return data.reader.pair(sample)
 
 
 def stats(recipe: str, args: Sequence[str]) -> None:
@@ -232,10 +287,15 @@ def check(recipe: str, args: Sequence[str]) -> None:
     print("no problems found")
 
 
-def _data(recipe: str, args: Sequence[str]) -> tuple[Namespace, SegmentationData]:
-    """Parse as for a run, then make the data module alone."""
+def _data(recipe: str, args: Sequence[str], **options: Any) -> tuple[Namespace, SegmentationData]:
+    """Parse as for a run, with the verb's own options and their defaults, then make the data module alone."""
 
     class DataOnly(SegmentationCLI):
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            super().add_arguments_to_parser(parser)
+            for name, default in options.items():
+                parser.add_argument(f"--{name}", type=type(default), default=default)
+
         def before_instantiate_classes(self) -> None:
             pass
 
@@ -259,6 +319,16 @@ def _offsets(config: Namespace, pixels: torch.Tensor) -> MarginOffsets:
 
 def _recipes() -> list[str]:
     return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
+
+
+def _in_full(words: Sequence[str]) -> list[str]:
+    """Spell out what may be said short: a recipe behind the verb, ``--root`` and ``--format``."""
+    verb, *rest = words
+    if rest and not rest[0].startswith("-"):
+        rest.insert(0, "--config")
+    short = {"--root": "--data.root", "--format": "--writer.format"}
+    pairs = (word.partition("=") for word in rest)
+    return [verb, *(short.get(flag, flag) + equals + value for flag, equals, value in pairs)]
 
 
 def _find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:

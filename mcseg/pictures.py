@@ -1,7 +1,9 @@
 """Pictures: palette PNGs, overlays, panels with a legend, curves, class shares."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,15 @@ from torch import Tensor
 
 Palette = Sequence[tuple[int, int, int]]
 
-_VOID = (0, 0, 0)
 _PAPER, _INK = (255, 255, 255), (40, 40, 40)
+_SHEET_WIDTH = 300  # of a picture in a contact sheet
 _COLUMN_WIDTH = 360  # pixels; smaller images are enlarged, larger ones reduced to it
 _FONT_SIZE = 15
+
+
+def void_color(palette: Palette) -> tuple[int, int, int]:
+    """Black, or the light colour that PASCAL VOC has for void where black stands for a class."""
+    return (224, 224, 192) if (0, 0, 0) in map(tuple, palette) else (0, 0, 0)
 
 
 def default_palette(classes: int) -> Palette:
@@ -32,12 +39,18 @@ def as_array(picture: Image.Image) -> NDArray[np.uint8]:
 
 
 def palette_image(mask: Tensor, palette: Palette) -> Image.Image:
-    """Turn (H,W) train ids into a palette image: the pixel values stay the ids, void (255) is black."""
+    """Turn (H,W) train ids into a palette image: the pixel values stay the ids."""
     picture = Image.fromarray(mask.to(torch.uint8).numpy()).convert("P")
     colors = np.zeros((256, 3), dtype=np.uint8)
     colors[: len(palette)] = palette
+    colors[255] = void_color(palette)
     picture.putpalette(colors.tobytes())
     return picture
+
+
+def grey_image(values: Tensor) -> Image.Image:
+    """Turn (H,W) uint8 values into an 8-bit grey image."""
+    return Image.fromarray(values.numpy())
 
 
 def image_picture(image: Tensor) -> Image.Image:
@@ -57,7 +70,7 @@ def overlay(image: Tensor, mask: Tensor, palette: Palette, opacity: float = 0.5)
 def panel(rows: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str], palette: Palette) -> Image.Image:
     """Compose rows of image (3,h,w) | target (H,W) | prediction (H,W) with headings and a legend of the classes.
 
-    Void pixels of the target are black in the target, and so in the prediction, as they are not scored.
+    Void pixels of the target look void in the prediction as well, as they are not scored.
     """
     font = ImageFont.load_default(_FONT_SIZE)
     gap, line = 8, _FONT_SIZE + 9
@@ -76,7 +89,7 @@ def panel(rows: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str], p
             ]
         )
     width = 3 * _COLUMN_WIDTH + 4 * gap
-    legend = _legend_lines([*names, "void"], [*palette, _VOID], width - 2 * gap, font)
+    legend = _legend_lines([*names, "void"], [*palette, void_color(palette)], width - 2 * gap, font)
     height = line + sum(row[0].height + gap for row in pictures) + line * len(legend) + gap
     canvas = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(canvas)
@@ -87,12 +100,64 @@ def panel(rows: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str], p
         for column, picture in enumerate(row):
             canvas.paste(picture, (gap + column * (_COLUMN_WIDTH + gap), top))
         top += row[0].height + gap
+    _draw_legend(draw, legend, gap, top, font)
+    return canvas
+
+
+def contact_sheet(samples: Iterable[tuple[str, Tensor, Tensor]], names: Sequence[str], palette: Palette) -> Image.Image:
+    """Compose images beside their coloured labels, two to a line, and a legend with the classes' shares, largest first.
+
+    Args:
+        samples: name, image (3,H,W) and labels (H,W) of each; taken one at a time, as only small copies are kept.
+        names: of the classes.
+        palette: of the classes.
+    """
+    font = ImageFont.load_default(_FONT_SIZE)
+    gap, line = 8, _FONT_SIZE + 9
+    counts = torch.zeros(256, dtype=torch.int64)
+    cells: list[tuple[str, Image.Image, Image.Image]] = []
+    for name, image, labels in samples:
+        height, width = labels.shape
+        counts += torch.bincount(labels.flatten(), minlength=256)
+        size = (_SHEET_WIDTH, max(1, round(_SHEET_WIDTH * height / width)))
+        small = image_picture(image).resize(size, Image.Resampling.BILINEAR, reducing_gap=2)
+        colored = palette_image(labels, palette).resize(size, Image.Resampling.NEAREST).convert("RGB")
+        cells.append((f"{name}   {width}x{height}", small, colored))
+    shares = 100 * counts[: len(names)].double() / counts[: len(names)].sum().clamp(min=1)
+    order = shares.argsort(descending=True, stable=True).tolist()
+    entries = [f"{names[index]} {float(shares[index]):.2g} %" if shares[index] else f"{names[index]} -" for index in order]
+    sheet_width = 2 * 2 * (_SHEET_WIDTH + gap) + gap
+    legend = _legend_lines(
+        [*entries, "void"], [*(palette[index] for index in order), void_color(palette)], sheet_width - 2 * gap, font
+    )
+    lines = [cells[start : start + 2] for start in range(0, len(cells), 2)]
+    heights = [line + gap + max(small.height for _, small, _ in cells_of_line) for cells_of_line in lines]
+    canvas = Image.new("RGB", (sheet_width, sum(heights) + line * len(legend) + gap), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    top = 0
+    for cells_of_line, height in zip(lines, heights, strict=True):
+        for column, (title, small, colored) in enumerate(cells_of_line):
+            left = gap + column * 2 * (_SHEET_WIDTH + gap)
+            draw.text((left, top + 4), title, fill=_INK, font=font)
+            canvas.paste(small, (left, top + line))
+            canvas.paste(colored, (left + _SHEET_WIDTH + gap, top + line))
+        top += height
+    _draw_legend(draw, legend, gap, top, font)
+    return canvas
+
+
+def _draw_legend(
+    draw: ImageDraw.ImageDraw,
+    legend: Sequence[Sequence[tuple[int, str, tuple[int, int, int]]]],
+    gap: int,
+    top: int,
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+) -> None:
     for entries in legend:
         for left, name, color in entries:
-            draw.rectangle((gap + left, top + 4, gap + left + 14, top + 18), fill=color)
+            draw.rectangle((gap + left, top + 4, gap + left + 14, top + 18), fill=color, outline=_INK)
             draw.text((gap + left + 20, top + 2), name, fill=_INK, font=font)
-        top += line
-    return canvas
+        top += _FONT_SIZE + 9
 
 
 def _legend_lines(
@@ -114,6 +179,24 @@ def _legend_lines(
 def save(picture: Image.Image, path: Path) -> None:
     """Write a picture under a temporary name and rename it, so that no half-written file is left behind."""
     _atomically(path, lambda temporary: picture.save(temporary))
+
+
+def pack(folder: Path, archive: Path) -> Path:
+    """Pack all files below ``folder`` into ``archive`` (.zip or .tar.gz), named by their paths in it; return its path."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def write(temporary: Path) -> None:
+        if archive.suffix == ".zip":
+            with zipfile.ZipFile(temporary, "w") as packed:  # PNGs do not get smaller
+                for path in files:
+                    packed.write(path, path.relative_to(folder))
+        else:
+            with tarfile.open(temporary, "w:gz") as packed_tar:
+                for path in files:
+                    packed_tar.add(path, path.relative_to(folder).as_posix())
+
+    _atomically(archive, write)
+    return archive
 
 
 def save_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "losses": {"margins", "kernels"},
     "module": {"losses", "networks"},
     "callbacks": {"metrics", "pictures"},
+    "download": {"data"},
 }
 AT_FIRST_USE = {"triton", "wandb", "matplotlib", "scipy", "segmentation_models_pytorch", "timm"}
 

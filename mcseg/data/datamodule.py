@@ -37,6 +37,8 @@ class SegmentationData(pl.LightningDataModule):
         table: names, palette and raw ids of the classes.
         root: folder of the data set.
         batch_size: training images per process and step.
+        total_batch_size: training images per step over all processes, in place of ``batch_size``: a run on 1 and on 8 GPUs
+            then takes the same steps.
         eval_batch_size: validation and test images per step; more than 1 needs images of one size.
         num_workers: loader processes; -1 takes one per core, at most 8.
         crop_size: (height, width) of the training crop in pixels of the network's input.
@@ -60,6 +62,7 @@ class SegmentationData(pl.LightningDataModule):
         root: str | os.PathLike[str] | None = None,
         *,
         batch_size: int = 8,
+        total_batch_size: int | None = None,
         eval_batch_size: int = 1,
         num_workers: int = -1,
         crop_size: tuple[int, int] = (512, 512),
@@ -76,6 +79,7 @@ class SegmentationData(pl.LightningDataModule):
         super().__init__()
         for name, value in {
             "batch_size": batch_size,
+            "total_batch_size": 1 if total_batch_size is None else total_batch_size,
             "eval_batch_size": eval_batch_size,
             "crop_size": min(crop_size),
             "image_scale": image_scale,
@@ -93,6 +97,7 @@ class SegmentationData(pl.LightningDataModule):
         self.reader: Reader = FileReader(table)
         self.root = Path(root).expanduser() if root is not None else None
         self.batch_size = batch_size
+        self.total_batch_size = total_batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = min(8, _cores()) if num_workers < 0 else num_workers
         self.image_scale = image_scale
@@ -179,7 +184,19 @@ class SegmentationData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled, augmented crops; a last, smaller batch is dropped (batch norm cannot take a single image)."""
         dataset = TrainingCrops(self.reader, self._prepared("train"), self.train_transform)
-        return self._loader(dataset, self.batch_size, shuffle=True, drop_last=len(dataset) >= self.batch_size)
+        batch_size = self._share_of_batch()
+        return self._loader(dataset, batch_size, shuffle=True, drop_last=len(dataset) >= batch_size)
+
+    def _share_of_batch(self) -> int:
+        if self.total_batch_size is None:
+            return self.batch_size
+        processes = self.trainer.world_size if self.trainer is not None else 1
+        share, rest = divmod(self.total_batch_size, processes)
+        if rest:
+            raise DataError(
+                f"data.total_batch_size: found {self.total_batch_size} for {processes} processes, expected a multiple of them"
+            )
+        return share
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Whole validation images."""
