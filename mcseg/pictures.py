@@ -18,6 +18,7 @@ _PAPER, _INK = (255, 255, 255), (40, 40, 40)
 _SHEET_WIDTH = 300  # of a picture in a contact sheet
 _COLUMN_WIDTH = 360  # pixels; smaller images are enlarged, larger ones reduced to it
 _FONT_SIZE = 15
+_LEGEND_CLASSES = 30  # a legend of more takes more room than the pictures
 
 
 def void_color(palette: Palette) -> tuple[int, int, int]:
@@ -70,7 +71,8 @@ def overlay(image: Tensor, mask: Tensor, palette: Palette, opacity: float = 0.5)
 def panel(rows: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str], palette: Palette) -> Image.Image:
     """Compose rows of image (3,h,w) | target (H,W) | prediction (H,W) with headings and a legend of the classes.
 
-    Void pixels of the target look void in the prediction as well, as they are not scored.
+    Void pixels of the target look void in the prediction as well, as they are not scored. Of more than 30 classes, the
+    legend has those that are in the pictures.
     """
     font = ImageFont.load_default(_FONT_SIZE)
     gap, line = 8, _FONT_SIZE + 9
@@ -89,7 +91,13 @@ def panel(rows: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str], p
             ]
         )
     width = 3 * _COLUMN_WIDTH + 4 * gap
-    legend = _legend_lines([*names, "void"], [*palette, void_color(palette)], width - 2 * gap, font)
+    shown = list(range(len(names)))
+    if len(names) > _LEGEND_CLASSES:
+        found = torch.cat([mask.flatten() for _, target, preds in rows for mask in (target, preds)])
+        present = torch.bincount(found, minlength=len(names)) > 0
+        shown = [index for index in shown if present[index]]
+    entries = [*(names[index] for index in shown), "void"], [*(palette[index] for index in shown), void_color(palette)]
+    legend = _legend_lines(*entries, width - 2 * gap, font)
     height = line + sum(row[0].height + gap for row in pictures) + line * len(legend) + gap
     canvas = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(canvas)
@@ -200,7 +208,7 @@ def pack(folder: Path, archive: Path) -> Path:
 
 
 def save_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw training loss, mIoU and IoU per class over the epochs.
+    """Draw training loss, mIoU and IoU per class over the epochs; more than 30 classes go without a legend.
 
     Args:
         history: one mapping per epoch: ``epoch`` and the logged ``train/loss``, ``val/miou``, ``val/iou/<class>``.
@@ -220,7 +228,9 @@ def save_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     right.set(xlabel="epoch", ylabel="IoU", ylim=(0, 1), title="validation")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if right.lines:
+    if len(keys) > _LEGEND_CLASSES:
+        right.set(title=f"validation: mIoU and {len(keys)} classes")
+    elif right.lines:
         right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     _atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
 

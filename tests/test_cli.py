@@ -2,8 +2,13 @@
 
 import csv
 import os
+import tarfile
+import warnings
+import zipfile
+from functools import partial
 from pathlib import Path
 
+import fakes
 import numpy as np
 import pytest
 import torch
@@ -15,11 +20,15 @@ from PIL import Image
 from mcseg.cli import RECIPES, main
 from mcseg.module import SegmentationModule
 
+UNET = ["--model.network_options", '{"decoder_channels": [16, 16, 8, 8, 8]}']
+DEEPLAB = [
+    "--model.network_options",
+    '{"encoder_output_stride": 16, "decoder_channels": 16}',
+    "--model.encoder_weights=null",
+]
 TINY = [
     "--model.encoder",
     "tu-test_resnet.r160_in1k",
-    "--model.network_options",
-    '{"decoder_channels": [16, 16, 8, 8, 8]}',
     "--trainer.max_epochs",
     "1",
     "--trainer.accelerator",
@@ -39,25 +48,34 @@ TINY = [
 ]
 
 
+BENCHMARKS = {
+    "bdd100k": fakes.bdd100k,
+    "cityscapes": fakes.cityscapes,
+    "cocostuff10k": fakes.cocostuff10k,
+    "endovis2017": partial(fakes.endovis, sequences=(1, 2)),
+    "mapillary_vistas": fakes.mapillary_vistas,
+    "pascal_voc": partial(fakes.pascal_voc, test=True),
+    "sceneparse150": fakes.sceneparse150,
+}
+
+
 @pytest.fixture
-def arguments(camvid_root, photo_folder):
-    """What each recipe needs to run on small data."""
-    return {
-        "synthetic": [
-            "--data.train_scenes",
-            "4",
-            "--data.val_scenes",
-            "2",
-            "--data.test_scenes",
-            "2",
-            "--data.size",
-            "[32,48]",
-            "--data.crop_size",
-            "[32,32]",
-        ],
-        "camvid": ["--data.root", str(camvid_root), "--data.crop_size", "[32,32]"],
-        "folder": ["--data.root", str(photo_folder), "--data.crop_size", "[32,32]"],
-    }
+def arguments(camvid_root, photo_folder, tmp_path):
+    """What a recipe needs to run on small data: a function from its name to arguments."""
+    scenes = ["--data.train_scenes=4", "--data.val_scenes=2", "--data.test_scenes=2", "--data.size=[32,48]"]
+
+    def of(recipe):
+        crop = "--data.crop_size=[32,32]"
+        if recipe == "synthetic":
+            return [*scenes, crop, *UNET]
+        if recipe not in BENCHMARKS:
+            return [f"--data.root={camvid_root if recipe == 'camvid' else photo_folder}", crop, *UNET]
+        root = tmp_path / "benchmark data"
+        if not root.exists():
+            BENCHMARKS[recipe](root)
+        return [f"--data.root={root}", crop, "--data.total_batch_size=2", *DEEPLAB]
+
+    return of
 
 
 def fails(capsys, words, code=1):
@@ -80,10 +98,10 @@ def logged_rows(folder):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.filterwarnings("ignore:.*no test split found")
+@pytest.mark.filterwarnings("ignore:.*using the validation split")
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_every_recipe_through_every_verb(recipe, arguments, photo_folder, caplog):
-    common = ["--config", recipe, *arguments[recipe], *TINY]
+    common = ["--config", recipe, *arguments(recipe), *TINY]
     with caplog.at_level("INFO", "pytorch_lightning.utilities.rank_zero"):
         main(["fit", *common])
     folder = run_folder(recipe)
@@ -101,7 +119,7 @@ def test_every_recipe_through_every_verb(recipe, arguments, photo_folder, caplog
         assert (folder / name).is_file(), name
     rows = logged_rows(folder)
     logged = next(float(row["val/miou"]) for row in rows if row.get("val/miou"))
-    assert any(row.get("lr-AdamW") for row in rows)
+    assert any(value for row in rows for key, value in row.items() if key.startswith("lr-"))
 
     checkpoint = str(folder / "checkpoints" / "best.ckpt")
     main(["validate", *common, "--ckpt_path", checkpoint])
@@ -119,13 +137,118 @@ def test_every_recipe_through_every_verb(recipe, arguments, photo_folder, caplog
     assert len(list((out / "overlays").iterdir())) == 10
 
 
+# Values that a label map for the server may hold, and the name of one of its files.
+SUBMISSIONS = {
+    "bdd100k": (set(range(19)), "ac6d4f42-00000000.png", (32, 18)),
+    "cityscapes": (
+        {7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33},
+        "berlin_000000_000019.png",
+        (40, 24),
+    ),
+    "mapillary_vistas": (set(range(65)), "2nTTdpqRbvXIqeTVEsqPSg.png", (22, 30)),
+    "pascal_voc": (set(range(21)), "results/VOC2012/Segmentation/comp6_test_cls/2008_000006.png", (18, 26)),
+    "sceneparse150": (set(range(1, 151)), "ADE_test_00000001.png", (18, 26)),
+}
+
+
+@pytest.mark.parametrize("recipe", sorted(SUBMISSIONS))
+def test_submissions_are_what_the_servers_take(recipe, arguments, tmp_path):
+    values, name, size = SUBMISSIONS[recipe]
+    common = [
+        "--config",
+        recipe,
+        *arguments(recipe),
+        *TINY,
+        "--trainer.limit_train_batches=1",
+        "--trainer.limit_val_batches=1",
+    ]
+    main(["fit", *common])
+    checkpoint = str(run_folder(recipe) / "checkpoints" / "last.ckpt")
+    plain, submitted = tmp_path / "plain", tmp_path / "submitted"
+    main(["predict", *common, "--ckpt_path", checkpoint, f"--writer.output_dir={plain}"])
+    main(["predict", *common, "--ckpt_path", checkpoint, f"--writer.output_dir={submitted}", "--format", recipe])
+    order = sorted(values)
+    with Image.open(submitted / "submission" / name) as file, Image.open(plain / "masks" / Path(name).name) as train_ids:
+        assert file.mode == ("P" if recipe == "pascal_voc" else "L")
+        assert file.size == size
+        assert np.asarray(file).tolist() == [[order[train] for train in row] for row in np.asarray(train_ids)]
+        if recipe == "pascal_voc":
+            assert file.getpalette()[:6] == [0, 0, 0, 128, 0, 0]
+    packed = sorted(p.relative_to(submitted / "submission").as_posix() for p in submitted.glob("submission/**/*.png"))
+    assert len(packed) == 2
+    if recipe == "pascal_voc":
+        with tarfile.open(submitted / "pascal_voc.tar.gz") as archive:
+            assert sorted(archive.getnames()) == packed
+    else:
+        with zipfile.ZipFile(submitted / f"{recipe}.zip") as archive:
+            assert sorted(archive.namelist()) == packed
+            assert archive.testzip() is None
+
+
+def test_official_evaluation_of_a_submission_gives_the_logged_miou(arguments, tmp_path, monkeypatch):
+    """Predictions of the validation split, read by cityscapesscripts as its server would, score as `validate` says."""
+    common = ["--config", "cityscapes", *arguments("cityscapes"), *TINY]
+    main(["fit", *common])
+    checkpoint = str(run_folder("cityscapes") / "checkpoints" / "best.ckpt")
+    main(["validate", *common, "--ckpt_path", checkpoint])
+    logged = logged_rows(run_folder("cityscapes"))[0]
+    out = tmp_path / "out"
+    options = ["--ckpt_path", checkpoint, f"--writer.output_dir={out}", "--data.predict_split", "val"]
+    main(["predict", *common, *options, "--format", "cityscapes"])
+
+    official = official_scores(tmp_path / "benchmark data", out / "submission")
+    # Without the classes that neither targets nor predictions hold, in the official average as well as in ours
+    assert float(logged["val/miou"]) == pytest.approx(official["averageScoreClasses"], abs=1e-6)
+    for name, value in official["classScores"].items():
+        if f"val/iou/{name}" in logged:
+            assert float(logged[f"val/iou/{name}"]) == pytest.approx(value, abs=1e-6)
+
+
+def official_scores(root, predictions):
+    from cityscapesscripts.evaluation import evalPixelLevelSemanticLabeling as evaluation
+
+    truth = sorted(map(str, root.glob("gtFine/val/*/*_gtFine_labelIds.png")))
+    names = [Path(path).name.replace("_gtFine_labelIds", "") for path in truth]
+    args = evaluation.args
+    args.evalInstLevelScore, args.JSONOutput, args.quiet = False, False, True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # divisions by zero for absent classes
+        return evaluation.evaluateImgLists([str(predictions / name) for name in names], truth, args)
+
+
+def test_two_stages_cross_entropy_then_margins(arguments, caplog):
+    common = ["--config", "cityscapes", *arguments("cityscapes"), *TINY, "--trainer.limit_val_batches=1"]
+    main(["fit", "--config", "cityscapes", "--config", "objectives/cross_entropy", *common[2:]])
+    first = run_folder("cityscapes") / "checkpoints" / "last.ckpt"
+    assert torch.load(first, weights_only=True)["hyper_parameters"]["objective"] == {
+        "class_path": "mcseg.losses.CrossEntropyLoss",
+        "init_args": {"ignore_index": 255},
+    }
+    with caplog.at_level("INFO"):
+        main(["fit", *common, "--model.init_from", str(first), "--trainer.limit_train_batches=1", "--model.optimizer.lr=0"])
+    assert f"network initialised from {first}" in caplog.text
+    second = run_folder("cityscapes") / "checkpoints" / "last.ckpt"
+    states = [torch.load(path, weights_only=True)["state_dict"] for path in (first, second)]
+    weights = [name for name in states[0] if name.endswith("weight")]
+    assert weights
+    assert all(torch.equal(states[0][name], states[1][name]) for name in weights)  # at learning rate 0
+
+
+def test_a_format_needs_its_own_data(arguments, photo_folder, capsys):
+    main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY])
+    checkpoint = str(run_folder("synthetic") / "checkpoints" / "best.ckpt")
+    words = ["--ckpt_path", checkpoint, "--data.predict_root", str(photo_folder / "images"), "--format", "cityscapes"]
+    said = fails(capsys, ["predict", "--config", "synthetic", *arguments("synthetic"), *TINY, *words])
+    assert "format cityscapes: the data are SyntheticData, expected those of cityscapes" in said
+
+
 def test_checkpoint_from_the_command_line_in_python(arguments):
     main(
         [
             "fit",
             "--config",
             "synthetic",
-            *arguments["synthetic"],
+            *arguments("synthetic"),
             *TINY,
             "--model.objective.tau",
             "3",
@@ -168,10 +291,10 @@ def test_checkpoint_from_the_command_line_in_python(arguments):
     ids=lambda words: words[1],
 )
 def test_any_objective_by_its_name(arguments, objective):
-    main(["fit", "--config", "synthetic", *arguments["synthetic"], *TINY, *objective])
+    main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY, *objective])
     path = run_folder("synthetic") / "checkpoints" / "best.ckpt"
     assert objective[1].endswith(type(SegmentationModule.load_from_checkpoint(path).objective).__name__)
-    main(["validate", "--config", "synthetic", *arguments["synthetic"], *TINY, "--ckpt_path", str(path)])
+    main(["validate", "--config", "synthetic", *arguments("synthetic"), *TINY, "--ckpt_path", str(path)])
 
 
 def test_recipe_of_the_users_own_and_layering(arguments, tmp_path):
@@ -179,7 +302,7 @@ def test_recipe_of_the_users_own_and_layering(arguments, tmp_path):
     mine.write_text("trainer: {max_steps: 2}\nmodel: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.25}}}\n")
     words = [word for word in TINY if word not in ("--trainer.max_epochs",)]
     words.remove("1")
-    main(["fit", "--config=synthetic", "--config", str(mine), *arguments["synthetic"], *words])
+    main(["fit", "--config=synthetic", "--config", str(mine), *arguments("synthetic"), *words])
     saved = yaml.safe_load((run_folder("synthetic") / "config.yaml").read_text())
     assert saved["model"]["optimizer"] == {
         "class_path": "torch.optim.SGD",
@@ -191,7 +314,7 @@ def test_recipe_of_the_users_own_and_layering(arguments, tmp_path):
 
 
 def test_saved_config_repeats_the_run_in_a_new_folder(arguments):
-    main(["fit", "--config", "synthetic", *arguments["synthetic"], *TINY])
+    main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY])
     first = run_folder("synthetic")
     main(["fit", "--config", str(first / "config.yaml")])
     second = run_folder("config")
@@ -200,7 +323,7 @@ def test_saved_config_repeats_the_run_in_a_new_folder(arguments):
 
 
 def test_resuming_from_the_command_line(arguments):
-    common = ["fit", "--config", "synthetic", *arguments["synthetic"], *TINY]
+    common = ["fit", "--config", "synthetic", *arguments("synthetic"), *TINY]
     main(common)
     last = run_folder("synthetic") / "checkpoints" / "last.ckpt"
     main([*common, "--trainer.max_epochs", "3", "--ckpt_path", str(last)])
@@ -212,7 +335,7 @@ def test_wandb_offline_twice_into_one_place(arguments, tmp_path):
         "fit",
         "--config",
         "synthetic",
-        *arguments["synthetic"],
+        *arguments("synthetic"),
         *TINY,
         "--trainer.logger",
         "WandbLogger",
@@ -235,7 +358,7 @@ def test_stats(arguments, camvid_root, capsys):
             "stats",
             "--config",
             "camvid",
-            *arguments["camvid"],
+            *arguments("camvid"),
             "--trainer.default_root_dir",
             "out",
             "--model.objective.tau",
@@ -252,14 +375,14 @@ def test_stats(arguments, camvid_root, capsys):
 
 
 def test_check_of_good_data(arguments, capsys):
-    main(["check", "--config", "folder", *arguments["folder"]])
+    main(["check", "--config", "folder", *arguments("folder")])
     assert capsys.readouterr().out.splitlines()[-1] == "no problems found"
 
 
 def test_bad_files_are_listed_by_check_and_stop_fit_at_once(arguments, photo_folder, capsys):
     break_three(photo_folder)
     with pytest.raises(SystemExit) as end:
-        main(["check", "--config", "folder", *arguments["folder"]])
+        main(["check", "--config", "folder", *arguments("folder")])
     assert end.value.code == 1
     out = capsys.readouterr().out
     for expected in (
@@ -269,7 +392,7 @@ def test_bad_files_are_listed_by_check_and_stop_fit_at_once(arguments, photo_fol
         "3 problems found",
     ):
         assert expected in out
-    said = fails(capsys, ["fit", "--config", "folder", *arguments["folder"], *TINY])
+    said = fails(capsys, ["fit", "--config", "folder", *arguments("folder"), *TINY])
     assert "photo 8.png: the mask is 32x12" in said or "photo 2.jpg: cannot be read" in said
     assert not list(Path().rglob("*.ckpt"))
 
@@ -279,7 +402,7 @@ def test_a_bad_file_found_by_a_worker_is_one_line(arguments, photo_folder, capsy
     """The header is sound, so the file is only found when its pixels are decoded, in another process."""
     for photo in (photo_folder / "images").iterdir():
         photo.write_bytes(photo.read_bytes()[:-200])
-    said = fails(capsys, ["fit", "--config", "folder", *arguments["folder"], *TINY, "--data.num_workers", workers])
+    said = fails(capsys, ["fit", "--config", "folder", *arguments("folder"), *TINY, "--data.num_workers", workers])
     assert "cannot be read" in said
     assert "Traceback" not in said
     assert said.startswith("mcseg: error: " + str(photo_folder))
@@ -291,9 +414,18 @@ def test_a_bad_file_found_by_a_worker_is_one_line(arguments, photo_folder, capsy
         (
             ["fit", "--config", "cityscape"],
             1,
-            "--config cityscape: neither a file nor a recipe of mcseg; the recipes are camvid, folder, synthetic",
+            "--config cityscape: neither a file nor a recipe of mcseg; the recipes are bdd100k, camvid, cityscapes,",
         ),
         (["fit", "--config", "camvid"], 1, "data.root is not set"),
+        (
+            ["fit", "pascal_voc", "--root", "nowhere"],
+            1,
+            "nowhere: no such folder; expected VOCdevkit/VOC2012/JPEGImages/<id>.jpg and "
+            "VOCdevkit/VOC2012/SegmentationClass/<id>.png in it; `mcseg download pascal_voc --root DIR` fetches them",
+        ),
+        (["download", "voc", "--root", "x"], 1, "found the benchmark voc, expected one of bdd100k, camvid, cityscapes,"),
+        (["download", "pascal_voc"], 2, "root"),
+        (["fit", "--model.init_from", "nowhere.ckpt"], 1, "model.init_from: no checkpoint nowhere.ckpt"),
         (["fit", "--config", "folder", "--data.root", "nowhere"], 1, "data.root: no folder nowhere"),
         (["test", "--config", "synthetic"], 1, "mcseg test needs trained weights: give --ckpt_path"),
         (["predict"], 1, "mcseg predict needs trained weights"),
@@ -315,8 +447,34 @@ def test_errors_are_one_line(capsys, words, code, expected):
 def test_help_lists_verbs_and_recipes(capsys):
     main(["--help"])
     out = capsys.readouterr().out
-    for word in ("fit", "validate", "test", "predict", "stats", "check", "camvid, folder, synthetic"):
+    for word in ("fit", "validate", "test", "predict", "download", "show", "check", "stats", "folder", "pascal_voc"):
         assert word in out
+
+
+def test_download_says_what_an_account_is_needed_for(capsys, tmp_path):
+    main(["download", "cityscapes", "--root", str(tmp_path / "data")])
+    out = capsys.readouterr().out
+    for text in ("gtFine_trainvaltest.zip", "https://www.cityscapes-dataset.com/", "leftImg8bit/{train,val,test}/<city>/"):
+        assert text in out
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("recipe", ["camvid", "cityscapes", "cocostuff10k", "endovis2017", "synthetic"])
+def test_show_puts_images_beside_their_labels(recipe, arguments, capsys):
+    main(["show", recipe, *arguments(recipe), "--images", "3", "--trainer.default_root_dir=out"])
+    assert "images of the train split: out/train.png" in capsys.readouterr().out
+    with Image.open("out/train.png") as file:
+        sheet = np.asarray(file)
+    assert sheet.shape[1] == 1240
+    data = {"camvid": (128, 128, 128), "cityscapes": (119, 11, 32), "endovis2017": (128, 128, 0)}
+    if recipe in data:
+        assert (sheet[:, 316:616] == data[recipe]).all(-1).any(), "labels are drawn in the class colours"
+
+
+def test_show_of_withheld_labels_is_void(arguments):
+    main(["show", "bdd100k", *arguments("bdd100k"), "--split", "test", "--trainer.default_root_dir=out"])
+    with Image.open("out/test.png") as file:
+        assert (np.asarray(file)[30:150, 316:616] == 0).all()
 
 
 def test_verb_help(capsys):
@@ -336,5 +494,5 @@ def test_no_run_folder_name_is_used_twice(arguments, monkeypatch):
 
     monkeypatch.setattr("mcseg.cli.datetime", Clock)
     for _ in range(2):
-        main(["fit", "--config", "synthetic", *arguments["synthetic"], *TINY])
+        main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY])
     assert sorted(os.listdir("runs/synthetic")) == ["20260102-030405", "20260102-030405-2"]

@@ -74,7 +74,9 @@ def test_without_a_test_split_validation_images_are_used_and_it_is_said(camvid_r
 def test_missing_roots_say_what_was_expected(tmp_path):
     with pytest.raises(DataError, match=r"data\.root is not set: expected CamVid/train"):
         CamVidData().setup("fit")
-    with pytest.raises(DataError, match=r"nowhere: no such folder; expected CamVid/train/<id>\.png and .*mcseg download camvid"):
+    with pytest.raises(
+        DataError, match=r"nowhere: no such folder; expected CamVid/train/<id>\.png and .*mcseg download camvid"
+    ):
         CamVidData(tmp_path / "nowhere").setup("fit")
 
 

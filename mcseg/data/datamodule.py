@@ -194,7 +194,7 @@ class SegmentationData(pl.LightningDataModule):
         share, rest = divmod(self.total_batch_size, processes)
         if rest:
             raise DataError(
-                f"data.total_batch_size: found {self.total_batch_size} for {processes} processes, expected a multiple of them"
+                f"data.total_batch_size: found {self.total_batch_size} for {processes} processes, expected a multiple"
             )
         return share
 
