@@ -17,6 +17,7 @@ from mcseg.data.labels import DataError, LabelTable
 from mcseg.data.layout import fill, find, fixed_folder, readable
 from mcseg.data.matlab import MatReader
 
+_FILES = ("images", "masks", "list")  # what a source of a split names
 _FACTS = resources.files("mcseg.data").joinpath("facts")
 
 
@@ -76,10 +77,10 @@ class BenchmarkData(SegmentationData):
         self.facts = benchmark_facts(name)
         self.labels = labels
         sets: dict[str, Any] = self.facts["labels"]
-        if labels is not None and labels not in sets:
-            raise DataError(f"{name}: found the labels {labels}, expected one of {', '.join(sets)}")
+        if labels is not None:
+            check_choice("version", labels, sets)
         self.label_facts: dict[str, Any] = sets if labels is None else sets[labels]
-        super().__init__(table or table_from_toml(self.label_facts, f"{name}.toml"), root, **options)
+        super().__init__(table or table_from_toml(self.label_facts, f"{name}.toml", void=()), root, **options)
         self.reader = MatReader(self.reader.table)
         self.official = {split: facts.get("count") for split, facts in self.facts["splits"].items()}
         self._found: dict[str, tuple[list[Sample], list[str]]] = {}
@@ -196,12 +197,18 @@ class BenchmarkData(SegmentationData):
     def _expected(self, split: str = "train") -> str:
         home = self.facts.get("layout", {}).get("home", "")
         source = self.facts["splits"][split if split in self.facts["splits"] else "all"]["from"][0]
-        files = [os.path.normpath(os.path.join(home, readable(source[key]))) for key in ("images", "masks") if key in source]
-        return f"expected {' and '.join(files)} in it; {self._command()}"
+        files = [os.path.normpath(os.path.join(home, readable(source[key]))) for key in _FILES if key in source]
+        return f"expected {', '.join(files[:-1])}{' and ' if files[1:] else ''}{files[-1]} in it; {self._command()}"
 
     def _command(self) -> str:
         verb = "says how to get them" if self.facts["download"]["login"] else "fetches them"
         return f"`mcseg download {self.benchmark} --root DIR` {verb}"
+
+
+def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+    """Raise DataError where a data option is none of its choices."""
+    if value not in choices:
+        raise DataError(f"data.{option}: found {value}, expected one of {', '.join(choices)}")
 
 
 def _partly_filled(value: str, fields: dict[str, str]) -> str:
@@ -265,7 +272,7 @@ class CityscapesData(BenchmarkData):
         extra = self.listed("train_extra")
         if not extra:
             raise DataError(f"{self.root}: data.coarse is set but train_extra is empty; {self._expected('train_extra')}")
-        return super().samples("train") + extra
+        return sorted(super().samples("train") + extra, key=lambda sample: sample.name)
 
 
 class BDD100KData(BenchmarkData):
@@ -377,6 +384,7 @@ class PascalVOCData(BenchmarkData):
         **options: Any,
     ) -> None:
         super().__init__("pascal_voc", root, **options)
+        check_choice("train_set", train_set, ("train", "train_aug"))
         self.train_set = train_set
         self.official["train"] = self.official[train_set]
 
@@ -385,9 +393,11 @@ class PascalVOCData(BenchmarkData):
         own = super().samples(split)
         if split != "train" or self.train_set == "train":
             return own
-        sbd = {sample.name: sample for part in ("sbd_train", "sbd_val") for sample in self.listed(part)}
-        if not sbd:
-            raise DataError(f"{self.root}: data.train_set is train_aug but SBD is missing; {self._expected('sbd_train')}")
+        sbd: dict[str, Sample] = {}
+        for part in ("sbd_train", "sbd_val"):
+            sbd |= {sample.name: sample for sample in self.listed(part)}
+            if not self.listed(part):
+                raise DataError(f"{self.root}: data.train_set is train_aug but SBD is missing; {self._expected(part)}")
         held_out = {sample.name for sample in super().samples("val")}
         both = sbd | {sample.name: sample for sample in own}
         return [both[name] for name in sorted(both) if name not in held_out]

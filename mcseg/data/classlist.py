@@ -45,8 +45,20 @@ def table_from_file(path: Path, by_color: bool) -> LabelTable:
     return table_from_toml({"classes": classes}, path.name, by_color)
 
 
-def table_from_toml(content: Mapping[str, Any], where: str, by_color: bool = False) -> LabelTable:
-    """Build the table from ``classes`` and ``void`` as :func:`table_from_file` describes them. Raises DataError."""
+def table_from_toml(
+    content: Mapping[str, Any], where: str, by_color: bool = False, void: Sequence[int] = (IGNORE_INDEX,)
+) -> LabelTable:
+    """Build the table from ``classes`` and ``void`` as :func:`table_from_file` describes them.
+
+    Args:
+        content: the two keys.
+        where: named in errors.
+        by_color: the masks show colours instead of indices.
+        void: indices without a class that are void whether the content lists them or not.
+
+    Raises:
+        DataError: the content is malformed.
+    """
     classes = content.get("classes")
     if not isinstance(classes, list) or not all(isinstance(entry, dict) and "name" in entry for entry in classes):
         raise DataError(f"{where}: expected a list `classes` of tables, each with a `name`")
@@ -71,13 +83,11 @@ def table_from_toml(content: Mapping[str, Any], where: str, by_color: bool = Fal
     if repeated:
         shared = ", ".join(name for name, values in zip(names, raw, strict=True) if repeated.intersection(values))
         raise DataError(f"{where}: the classes {shared} have the same {'colour' if by_color else 'id'}")
-    void = [
+    listed = [
         pack_color(_color(entry, f"{where}, void")) if by_color else _id(entry, f"{where}, void")
         for entry in content.get("void", [])
     ]
-    raw_ids = dict.fromkeys(void, IGNORE_INDEX)
-    if not by_color:
-        raw_ids.setdefault(IGNORE_INDEX, IGNORE_INDEX)
+    raw_ids = dict.fromkeys([*listed, *(() if by_color else void)], IGNORE_INDEX)
     raw_ids |= {value: train for train, values in enumerate(raw) for value in values}
     return LabelTable(names, palette, raw_ids, by_color)
 

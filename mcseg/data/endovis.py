@@ -1,7 +1,6 @@
 """EndoVis 2017: masks per instrument, merged to one map, and the camera's window in the frame."""
 
 import os
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcseg.data.benchmark import BenchmarkData, benchmark_facts
+from mcseg.data.benchmark import BenchmarkData, benchmark_facts, check_choice
 from mcseg.data.classlist import table_from_toml
 from mcseg.data.files import FileReader, Sample, count_labels, image_size, mask_path
 from mcseg.data.labels import DataError, LabelTable
-from mcseg.data.layout import find
+from mcseg.data.layout import find, fixed_folder
 
 _FRAME = (1080, 1920)
 Window = tuple[int, int, int, int]  # top, left, height, width
@@ -28,13 +27,15 @@ class EndoVisReader(FileReader):
     one with the larger id. (Values are never added: 10 + 20 would read as 30.)
 
     Args:
-        table: what the values in the instruments' masks mean; with ``types``, the ids of the types.
+        table: the classes of the task.
+        instruments: what the values in the instruments' masks mean: classes of the task or, with ``types``, parts.
         test_table: what the values in the official test maps mean, which are merged already.
         test_folder: name of the folders of those.
         types: (keyword in the name of an instrument's folder, id of its type) in the type task; None in the others.
         window: (top, left, height, width) of the camera in a frame of 1920x1080; None keeps the frame.
     """
 
+    instruments: LabelTable
     test_table: LabelTable
     test_folder: str
     types: tuple[tuple[str, int], ...] | None
@@ -51,7 +52,9 @@ class EndoVisReader(FileReader):
             return self._cut(torch.from_numpy(self.test_table.train_ids(self._stored(path), path)), path)
         merged = self._instrument(path)
         for file in sample.more_masks:
-            np.maximum(merged, self._instrument(file), out=merged)
+            part = self._instrument(file)
+            self._compare(replace(sample, mask=file), (merged.shape[0], merged.shape[1]), (part.shape[0], part.shape[1]))
+            np.maximum(merged, part, out=merged)
         return self._cut(torch.from_numpy(merged), path)
 
     def counts(self, sample: Sample) -> Tensor:
@@ -67,10 +70,10 @@ class EndoVisReader(FileReader):
 
     def _instrument(self, path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Train ids (H,W) of one instrument's mask, background where it is not."""
-        values = self._stored(path)
+        values = self.instruments.train_ids(self._stored(path), path)
         if self.types is not None:
-            values = (values > 0) * np.uint8(type_id(path.parent.name, self.types))
-        return np.array(self.table.train_ids(values, path))  # an array of its own, to write into
+            return (values > 0) * np.uint8(type_id(path.parent.name, self.types))
+        return np.array(values)  # an array of its own, to write into
 
     def _cut(self, pixels: Tensor, path: Path) -> Tensor:
         top, left, height, width = self._window((pixels.shape[-2], pixels.shape[-1]), path)
@@ -126,9 +129,14 @@ class EndoVis2017Data(BenchmarkData):
         **options: Any,
     ) -> None:
         facts = benchmark_facts("endovis2017")
+        check_choice("task", task, facts["labels"])
+        check_choice("split", split, ("frames", *facts["layout"]["folds"]))
+        if not set(test_sequences or ()) <= set(range(1, 11)):
+            raise DataError(f"data.test_sequences: found {test_sequences}, expected numbers from 1 to 10")
         labels = facts["labels"][task]
         classes = labels["classes"] if other or task == "binary" else labels["classes"][:-1]
-        table = table_from_toml({"classes": classes}, "endovis2017.toml")
+        table = table_from_toml({"classes": classes}, "endovis2017.toml", void=())
+        instruments = table_from_toml(facts["labels"]["parts"], "endovis2017.toml", void=()) if task == "type" else table
         super().__init__("endovis2017", root, labels=task, table=table, **options)
         raw_ids = {value: train if train < len(classes) else 0 for train, value in enumerate(labels["test_values"])}
         test_table = LabelTable(table.names, table.palette, raw_ids)
@@ -137,7 +145,7 @@ class EndoVis2017Data(BenchmarkData):
         window = (camera["top"], camera["left"], camera["height"], camera["width"]) if crop_to_camera else None
         self.types = tuple(layout["types"].items())
         types = self.types if task == "type" else None
-        self.reader = EndoVisReader(table, test_table, labels["folder"], types, window)
+        self.reader = EndoVisReader(table, instruments, test_table, labels["folder"], types, window)
         self.other = other
         self.split = split
         self.test_root = Path(test_root).expanduser() if test_root is not None else None
@@ -162,25 +170,34 @@ class EndoVis2017Data(BenchmarkData):
     def _annotated(self) -> list[Sample]:
         """All frames of the training archives, with the masks of the instruments that count."""
         if "all" not in self._found:
-            source = self.facts["splits"]["all"]["from"][0]
-            masks: dict[str, list[Path]] = defaultdict(list)
-            name = self.facts["layout"]["name"]
-            for fields, path in find(self.home, source["masks"]):
-                folder = fields["instrument"]
-                if folder in self.facts["layout"]["derived"]:
-                    continue
-                if not type_id(folder, self.types):
-                    keywords = ", ".join(keyword for keyword, _ in self.types)
-                    raise DataError(
-                        f"{path.parent}: unknown instrument; expected one of {keywords} in the folder's name, or remove it"
-                    )
-                if self.other or type_id(folder, self.types) != dict(self.types)["Other"]:
-                    masks[name.format_map(fields)].append(path)
-            images = {name.format_map(fields): path for fields, path in find(self.home, source["images"])}
-            parts = {key: sorted(masks[key]) for key in sorted(images)}
-            samples = [Sample(key, images[key], next(iter(of), None), tuple(of[1:])) for key, of in parts.items()]
-            self._found["all"] = (samples, [])
+            source, name = self.facts["splits"]["all"]["from"][0], self.facts["layout"]["name"]
+            folders: dict[Path, list[Path]] = {}
+            samples = []
+            for fields, path in find(self.home, source["images"]):
+                truth = fixed_folder(self.home, source["masks"].format_map({**fields, "instrument": "{instrument}"}))
+                if truth not in folders:
+                    folders[truth] = self._instruments(truth)
+                masks = tuple(folder / path.name for folder in folders[truth])
+                samples.append(Sample(name.format_map(fields), path, masks[0], masks[1:]))
+            self._found["all"] = (sorted(samples, key=lambda sample: sample.name), [])
         return self._found["all"][0]
+
+    def _instruments(self, truth: Path) -> list[Path]:
+        """Folders of the instruments that count in a sequence."""
+        found = [path for path in sorted(truth.iterdir()) if path.is_dir()] if truth.is_dir() else []
+        counting = []
+        for folder in found:
+            id_ = type_id(folder.name, self.types)
+            if folder.name in self.facts["layout"]["derived"]:
+                continue
+            if not id_:
+                keywords = ", ".join(keyword for keyword, _ in self.types)
+                raise DataError(f"{folder}: unknown instrument; expected one of {keywords} in the name, or remove it")
+            if self.other or id_ != dict(self.types)["Other"]:
+                counting.append(folder)
+        if not counting:
+            raise DataError(f"{truth}: no masks of instruments there; {self._command()}")
+        return counting
 
     def _belongs(self, sample: Sample, split: str) -> bool:
         layout = self.facts["layout"]
