@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -257,3 +259,56 @@ def test_curves_go_on_after_a_checkpoint(tmp_path):
     assert again.history == curves.history
     with Image.open(tmp_path / "curves.png") as file:
         assert file.width > 800
+
+
+def test_archives_hold_the_files_by_their_paths(tmp_path):
+    for name in ("b.png", "sub/a.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text(name)
+    zipped = pictures.pack(tmp_path / "in", tmp_path / "out" / "x.zip")
+    with zipfile.ZipFile(zipped) as archive:
+        assert {name: archive.read(name).decode() for name in archive.namelist()} == {n: n for n in ("b.png", "sub/a.png")}
+    with tarfile.open(pictures.pack(tmp_path / "in", tmp_path / "out" / "x.tar.gz")) as archive:
+        assert sorted(archive.getnames()) == ["b.png", "sub/a.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["x.tar.gz", "x.zip"]
+
+
+def test_void_is_never_the_colour_of_a_class():
+    mask = torch.tensor([[0, 1, 255]], dtype=torch.uint8)
+    assert pictures.as_array(pictures.palette_image(mask, [(9, 9, 9), (8, 8, 8)]))[0].tolist() == [[9] * 3, [8] * 3, [0] * 3]
+    with_black = pictures.as_array(pictures.palette_image(mask, [(0, 0, 0), (8, 8, 8)]))
+    assert with_black[0].tolist() == [[0] * 3, [8] * 3, [224, 224, 192]]
+
+
+def test_contact_sheet_shows_images_labels_and_shares(tmp_path):
+    def samples():
+        for value in (0, 1, 1):
+            yield f"sample {value}", torch.full((3, 20, 40), 77, dtype=torch.uint8), torch.full((20, 40), value)
+
+    sheet = pictures.as_array(pictures.contact_sheet(samples(), ["a", "b", "absent"], [(200, 0, 0), (0, 200, 0), (0, 0, 9)]))
+    image, labels = sheet[24:174, 8:308], sheet[24:174, 316:616]  # the first sample, 300 wide: 150 high
+    assert (image == 77).all()
+    assert (labels == (200, 0, 0)).all()
+    assert (sheet[24:174, 932:1232] == (0, 200, 0)).all()
+    # the third sample begins the second line, and nothing is beside it
+    assert (sheet[206:356, 316:616] == (0, 200, 0)).all()
+    assert (sheet[206:356, 624:] == 255).all()
+    # largest share first in the legend
+    assert sheet[376, 15].tolist() == [0, 200, 0]
+
+
+def test_curves_of_many_classes_are_drawn_without_a_legend(tmp_path):
+    row = {"epoch": 0, "train/loss": 1.0, "val/miou": 0.5} | {f"val/iou/class {index}": 0.5 for index in range(171)}
+    pictures.save_curves([row, {**row, "epoch": 1}], tmp_path / "curves.png")  # a legend would leave no room and warn
+    assert (tmp_path / "curves.png").is_file()
+
+
+def test_panel_of_many_classes_names_those_that_are_shown():
+    names = [f"class {index}" for index in range(171)]
+    palette = [(index, 0, 0) for index in range(171)]
+    image = torch.zeros(3, 20, 40, dtype=torch.uint8)
+    few, many = (
+        pictures.panel([(image, target, torch.zeros_like(target))], names, palette).height
+        for target in (torch.full((20, 40), 7), torch.arange(800).view(20, 40) % 171)
+    )
+    assert many >= few + 10 * 24  # one line of the legend against more than ten

@@ -2,13 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import fakes
 import numpy as np
 import pytest
 import torch
 from conftest import SHARED, break_three, write_png
 
-from mcseg.data import CamVidData, DataError, FolderData, SyntheticData
+from mcseg.data import BDD100KData, CamVidData, DataError, FolderData, SyntheticData
 from mcseg.data.check import check
 from mcseg.data.statistics import default_cache_dir
 
@@ -370,3 +372,38 @@ def test_unknown_value_in_a_training_mask_stops_the_count(photo_folder):
     (photo_folder / "train.txt").write_text("photo 5\n")
     with pytest.raises(DataError, match="unknown values 7"):
         FolderData(photo_folder, num_workers=0).class_pixels()
+
+
+@pytest.mark.parametrize(("processes", "share"), [(1, 8), (2, 4), (8, 1)])
+def test_a_step_takes_as_many_images_on_any_number_of_processes(processes, share):
+    data = SyntheticData(train_scenes=16, num_workers=0, total_batch_size=8, batch_size=3)
+    data.trainer = SimpleNamespace(world_size=processes)
+    assert data.train_dataloader().batch_size == share
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused():
+    data = SyntheticData(train_scenes=16, num_workers=0, total_batch_size=6)
+    data.trainer = SimpleNamespace(world_size=4)
+    with pytest.raises(DataError, match="data.total_batch_size: found 6 for 4 processes, expected a multiple"):
+        data.train_dataloader()
+
+
+def test_max_side_holds_in_evaluation_and_leaves_the_mask():
+    data = SyntheticData(val_scenes=1, size=(40, 100), num_workers=0, max_side=50, image_scale=0.5)
+    batch = next(iter(data.val_dataloader()))
+    assert batch["image"].shape == (1, 3, 10, 25)
+    assert batch["mask"].shape == (1, 40, 100)
+
+
+def test_check_reads_images_whose_labels_are_withheld(tmp_path):
+    fakes.bdd100k(tmp_path, orphans=True)
+    photo = tmp_path / "bdd100k/images/10k/test/ac6d4f42-00000000.jpg"
+    photo.write_bytes(photo.read_bytes()[:-60])
+    report = check(BDD100KData(tmp_path, num_workers=0), progress=False)
+    assert report.images == {"train": 3, "val": 2, "test": 2}
+    assert report.pixels["test"].sum() == 0
+    problems = "\n".join(report.problems)
+    assert "ac6d4f42-00000000.jpg: cannot be read" in problems
+    assert "1 images without a mask left out: 3d581db5-2564fb7e" in problems
+    assert "1 masks without an image left out: fee92217-63b3f87f" in problems
+    assert "has no mask" not in problems

@@ -7,7 +7,7 @@ from PIL import Image
 
 from mcseg.data.classlist import table_from_names
 from mcseg.data.files import FileReader, Sample, image_size, read_image, read_mask
-from mcseg.data.labels import DataError
+from mcseg.data.labels import DataError, LabelTable
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "I;16", "1"])
@@ -117,3 +117,37 @@ def test_missing_mask(tmp_path):
     write_png(tmp_path / "i.png", np.zeros((4, 6, 3), dtype=np.uint8))
     with pytest.raises(DataError, match=r"i\.png: has no mask"):
         FileReader(table_from_names(["a", "b"])).verify(Sample("i", tmp_path / "i.png"))
+
+
+@pytest.mark.parametrize("kind", ["L", "P", "RGB", "16 bits", "1 bit"])
+def test_counts_are_those_of_the_mask(tmp_path, kind):
+    values = np.array([[0, 1, 1, 2], [255, 0, 1, 0]])
+    if kind == "1 bit":
+        values = values % 2
+    path = tmp_path / "m.png"
+    if kind == "P":
+        picture = Image.fromarray(values.astype(np.uint8)).convert("P")
+        picture.putpalette([7, 7, 7] * 256)
+        picture.save(path)
+    else:
+        stored = {"L": np.uint8, "RGB": np.uint8, "16 bits": np.uint16, "1 bit": bool}[kind]
+        write_png(path, np.stack([values] * 3, -1).astype(stored) if kind == "RGB" else values.astype(stored))
+    reader = FileReader(table_from_names(["a", "b", "c"]))
+    expected = [int((values == index).sum()) for index in range(3)]
+    assert reader.counts(Sample("m", tmp_path / "i.png", path)).tolist() == expected
+
+
+def test_counts_of_an_unknown_value_name_file_value_and_pixels(tmp_path):
+    write_png(tmp_path / "m.png", np.array([[0, 9, 9]], dtype=np.uint8))
+    reader = FileReader(table_from_names(["a", "b", "c"]))
+    with pytest.raises(DataError, match=r"m\.png: 2 pixels of the mask have the unknown values 9"):
+        reader.counts(Sample("m", tmp_path / "i.png", tmp_path / "m.png"))
+
+
+def test_counts_of_values_that_are_not_listed(tmp_path):
+    write_png(tmp_path / "m.png", np.array([[0, 9, 9, 1]], dtype=np.uint8))
+    sample = Sample("m", tmp_path / "i.png", tmp_path / "m.png")
+    table = LabelTable(("a", "b"), ((0, 0, 0), (1, 1, 1)), {0: 0, 1: 1}, unlisted=1)
+    assert FileReader(table).counts(sample).tolist() == [1, 3]
+    table = LabelTable(("a", "b"), ((0, 0, 0), (1, 1, 1)), {0: 0, 1: 1}, unlisted=255)
+    assert FileReader(table).counts(sample).tolist() == [1, 1]

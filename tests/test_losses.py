@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from mcseg.losses import MarginCalibrationLoss, margin_calibration_loss
+from mcseg.losses import CrossEntropyLoss, MarginCalibrationLoss, margin_calibration_loss
 from mcseg.margins import MarginOffsets, margin_offsets
 
 GOLDEN = sorted((Path(__file__).parents[2] / "shared" / "golden").glob("margin_case_*.npz"))
@@ -297,3 +297,29 @@ def test_refusals(logits, target, settings, error, message):
 def test_settings_are_checked_when_built(settings, message):
     with pytest.raises(ValueError, match=message):
         MarginCalibrationLoss(**{"num_classes": 4} | settings)
+
+
+def test_cross_entropy_against_a_loop():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    target = torch.randint(0, 4, (2, 3, 5))
+    target[0, 0] = 255
+    losses = [
+        math.log(sum(math.exp(value) for value in logits[n, :, y, x])) - float(logits[n, target[n, y, x], y, x])
+        for n in range(2)
+        for y in range(3)
+        for x in range(5)
+        if target[n, y, x] != 255
+    ]
+    assert float(CrossEntropyLoss()(logits, target)) == pytest.approx(sum(losses) / len(losses), abs=1e-12)
+    half = CrossEntropyLoss()(logits.half(), target)
+    assert half.dtype == torch.float32
+    assert float(half) == pytest.approx(sum(losses) / len(losses), abs=2e-3)
+
+
+def test_cross_entropy_of_nothing_is_zero():
+    logits = torch.randn(1, 4, 3, 5, requires_grad=True)
+    loss = CrossEntropyLoss()(logits, torch.full((1, 3, 5), 255))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()

@@ -12,7 +12,7 @@ from mcseg.callbacks import JaccardCallback
 from mcseg.data import SyntheticData
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import margin_offsets
-from mcseg.module import SegmentationModule
+from mcseg.module import SegmentationModule, labels_at
 
 TINY = {
     "arch": "unet",
@@ -290,3 +290,72 @@ def test_objectives_compute_in_float32(tmp_path, precision):
     Records.__qualname__ = "Records"
     trainer(tmp_path, precision=precision).fit(SegmentationModule(**TINY, num_classes=8, objective=Records()), data())
     assert Records.dtypes == {(torch.float32, torch.float32)}
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((2, 5, 13, 17), (50, 71)), ((1, 3, 40, 60), (20, 31)), ((2, 4, 7, 9), (7, 30))]
+)
+def test_labels_in_bands_are_those_of_the_resized_logits(shape, size, monkeypatch):
+    logits = torch.randn(shape)
+    expected = nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
+    assert torch.equal(labels_at(logits, size).long(), expected)
+    monkeypatch.setattr("mcseg.module._BAND", 3 * shape[0] * shape[1] * size[1])  # bands of three rows
+    assert torch.equal(labels_at(logits, size).long(), expected)
+
+
+def test_labels_of_a_huge_photo_take_little_memory():
+    logits = torch.randn(1, 65, 96, 128)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        labels = labels_at(logits, (1500, 2000))
+    assert labels.shape == (1, 1500, 2000)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest <= 2 * 64 * 2**20  # the resized logits are 780 MB
+
+
+def test_validation_loss_is_taken_at_the_networks_resolution():
+    module = SegmentationModule(**TINY, num_classes=2, objective=KeepsItsArguments())
+    logits = torch.randn(1, 2, 5, 6)
+    module.network.forward = lambda image: logits
+    seen = {}
+    module.log = lambda name, value, **_: seen.update({name: value})
+    target = torch.randint(0, 2, (1, 11, 17))
+    module._evaluate({"image": torch.zeros(1, 3, 5, 6), "mask": target}, "val")
+    nearest = nn.functional.interpolate(target[None].float(), (5, 6), mode="nearest")[0].long()
+    assert torch.equal(seen["val/loss"], nn.functional.cross_entropy(logits, nearest))
+
+
+def test_init_from_takes_the_network_and_nothing_else(tmp_path):
+    first = SegmentationModule(**TINY, num_classes=8, objective=KeepsItsArguments())
+    one = trainer(tmp_path)
+    one.fit(first, data())
+    one.save_checkpoint(tmp_path / "first.ckpt")
+    second = SegmentationModule(**TINY, num_classes=8, init_from=str(tmp_path / "first.ckpt"))
+    assert not same_weights(first.network, second.network)
+    second.trainer = trainer(tmp_path / "second")
+    second.trainer.datamodule = data()
+    second.on_fit_start()
+    assert same_weights(first.network, second.network)
+    assert second.objective.is_calibrated
+
+
+def test_init_from_leaves_out_a_head_of_other_classes(tmp_path, caplog):
+    first = SegmentationModule(**TINY, num_classes=5, objective=KeepsItsArguments())
+    torch.save({"state_dict": first.state_dict()}, tmp_path / "first.ckpt")
+    second = SegmentationModule(**TINY, num_classes=8, init_from=str(tmp_path / "first.ckpt"), objective=KeepsItsArguments())
+    head = second.network.model.segmentation_head[0].weight.clone()
+    with caplog.at_level("INFO"):
+        second.on_fit_start()
+    assert "its last layer is left out, as the number of classes differs" in caplog.text
+    assert torch.equal(second.network.model.segmentation_head[0].weight, head)
+    assert same_weights(first.network.model.encoder, second.network.model.encoder)
+    assert same_weights(first.network.model.decoder, second.network.model.decoder)
+
+
+def test_init_from_another_network_is_refused(tmp_path):
+    first = SegmentationModule(**{**TINY, "arch": "fpn", "network_options": {}}, num_classes=8)
+    torch.save({"state_dict": first.state_dict()}, tmp_path / "first.ckpt")
+    second = SegmentationModule(**TINY, num_classes=8, init_from=str(tmp_path / "first.ckpt"))
+    before = {name: value.clone() for name, value in second.network.state_dict().items()}
+    with pytest.raises(ValueError, match=r"first\.ckpt holds another network \(\d+ tensors differ, for example model\."):
+        second.on_fit_start()
+    assert all(torch.equal(value, before[name]) for name, value in second.network.state_dict().items())

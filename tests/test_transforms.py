@@ -5,7 +5,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
-from mcseg.data.transforms import TrainingTransform, resize_image
+from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
 
 
 def paired(height, width):
@@ -109,3 +109,14 @@ def test_resize_image():
     image = torch.randint(0, 256, (3, 9, 15), dtype=torch.uint8)
     assert resize_image(image, 1.0) is image
     assert resize_image(image, 2.0).shape == (3, 18, 30)
+
+
+def test_max_side_shrinks_what_is_larger():
+    assert shrinking((30, 40), None) == 1
+    assert shrinking((30, 40), 40) == 1
+    assert shrinking((80, 40), 40) == 0.5
+    # At half the size, the window is of twice as many pixels in the file.
+    image, _ = TrainingTransform((16, 16), (1.0, 1.0), max_side=64)(*paired(64, 128))
+    assert float((image[0, 1:, 8].float() - image[0, :-1, 8].float())[2:-2].mean()) == pytest.approx(2, abs=0.1)
+    image, _ = TrainingTransform((16, 16), (1.0, 1.0), max_side=128)(*paired(64, 128))
+    assert float((image[0, 1:, 8].float() - image[0, :-1, 8].float()).mean()) == 1
