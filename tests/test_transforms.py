@@ -5,6 +5,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
+from mcseg.data.files import Window
 from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
 
 
@@ -86,8 +87,13 @@ def test_color_jitter_leaves_the_mask_alone():
 
 
 def colored(image, factors):
-    params = {"window": (0, 0, *image.shape[1:]), "flip": False, "factors": torch.tensor(factors)}
-    return TrainingTransform(tuple(image.shape[1:])).transform(tv_tensors.Image(image), params)
+    params = {
+        "window": Window(0, 0, *image.shape[1:]),
+        "padding": (0, 0, 0, 0),
+        "flip": False,
+        "factors": torch.tensor(factors),
+    }
+    return TrainingTransform(tuple(image.shape[1:])).finish_image(image, params)
 
 
 def test_color_scale_is_torchvisions_three_steps():
@@ -120,3 +126,20 @@ def test_max_side_shrinks_what_is_larger():
     assert float((image[0, 1:, 8].float() - image[0, :-1, 8].float())[2:-2].mean()) == pytest.approx(2, abs=0.1)
     image, _ = TrainingTransform((16, 16), (1.0, 1.0), max_side=128)(*paired(64, 128))
     assert float((image[0, 1:, 8].float() - image[0, :-1, 8].float()).mean()) == 1
+
+
+def test_padding_of_a_resized_window():
+    """A 20x30 image in a window of 40x40, shrunk to half: 10x15 pixels of it, the rest padded, in image and mask alike."""
+    places = set()
+    for _ in range(10):
+        image = torch.full((3, 20, 30), 9, dtype=torch.uint8)
+        mask = torch.full((20, 30), 4, dtype=torch.uint8)
+        crop = TrainingTransform((20, 20), (0.5, 0.5), flip=True)
+        image, mask = crop(tv_tensors.Image(image), tv_tensors.Mask(mask))
+        rows, columns = (mask == 4).any(1), (mask == 4).any(0)
+        assert (int(rows.sum()), int(columns.sum())) == (10, 15)
+        assert int((mask == 255).sum()) == 400 - 150
+        assert torch.equal(image[0] == 9, mask == 4)
+        assert torch.equal(image[0] == 0, mask == 255)
+        places.add(int(rows.int().argmax()))
+    assert len(places) > 3

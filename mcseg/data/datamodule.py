@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,9 +13,8 @@ from PIL import Image
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision import tv_tensors
 
-from mcseg.data.files import FileReader, Reader, Sample
+from mcseg.data.files import FileReader, Reader, Sample, Window
 from mcseg.data.labels import Color, DataError, LabelTable
 from mcseg.data.statistics import count_class_pixels, default_cache_dir
 from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
@@ -211,6 +210,10 @@ class SegmentationData(pl.LightningDataModule):
         reader = FileReader(self.reader.table) if self.predict_root is not None else self.reader
         return self._loader(self._whole_images(reader, "predict", masks=False), 1)
 
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Make masks int64, which every loss takes, where they are cheap to widen and need not travel any more."""
+        return batch | {"mask": batch["mask"].long()} if "mask" in batch else batch
+
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
         return self._loader(self._whole_images(self.reader, split), self.eval_batch_size)
 
@@ -218,7 +221,9 @@ class SegmentationData(pl.LightningDataModule):
         return WholeImages(reader, self._prepared(split), self.image_scale, self.max_side, masks)
 
     def _loader(self, dataset: Dataset[Batch], batch_size: int, **options: Any) -> DataLoader[Batch]:
-        return _Loader(
+        # Under a Trainer masks travel as bytes and are widened on the device, see on_after_batch_transfer.
+        kind = DataLoader if self.trainer is not None else _WideningLoader
+        return kind(
             dataset,
             batch_size=batch_size,  # by keyword: Lightning makes the loader anew with other arguments
             num_workers=self.num_workers,
@@ -238,7 +243,7 @@ def _cores() -> int:
 class TrainingCrops(Dataset[Batch]):
     """Augmented training crops."""
 
-    def __init__(self, reader: Reader, samples: Sequence[Sample], transform: Callable[..., Any]) -> None:
+    def __init__(self, reader: Reader, samples: Sequence[Sample], transform: TrainingTransform) -> None:
         self.reader = reader
         self.samples = samples
         self.transform = transform
@@ -247,10 +252,20 @@ class TrainingCrops(Dataset[Batch]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Batch:
+        drawn: dict[str, Any] = {}
+
+        def choose(mask: Tensor) -> Window:
+            drawn.update(self.transform.draw(mask))
+            window: Window = drawn["window"]
+            return window
+
         sample = self.samples[index]
-        image, mask = self.reader.pair(sample)
-        image, mask = self.transform(tv_tensors.Image(image), tv_tensors.Mask(mask))
-        return {"image": image.as_subclass(Tensor), "mask": mask.as_subclass(Tensor), "name": sample.name}
+        image, mask = self.reader.pair(sample, choose)
+        return {
+            "image": self.transform.finish_image(image, drawn),
+            "mask": self.transform.finish_mask(mask, drawn),
+            "name": sample.name,
+        }
 
 
 class WholeImages(Dataset[Batch]):
@@ -285,7 +300,7 @@ class WholeImages(Dataset[Batch]):
         return item
 
 
-class _Loader(DataLoader[Batch]):
+class _WideningLoader(DataLoader[Batch]):
     """Makes masks int64, which every loss takes, on this side of the pipe from the workers: an eighth goes through it."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from mcseg.data.benchmark import BenchmarkData, benchmark_facts, check_choice
 from mcseg.data.classlist import table_from_toml
-from mcseg.data.files import FileReader, Sample, count_labels, image_size, mask_path
+from mcseg.data.files import Choice, FileReader, Sample, Window, count_labels, image_size, mask_path
 from mcseg.data.labels import DataError, LabelTable
 from mcseg.data.layout import find, fixed_folder
 
 _FRAME = (1080, 1920)
-Window = tuple[int, int, int, int]  # top, left, height, width
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class EndoVisReader(FileReader):
         test_table: what the values in the official test maps mean, which are merged already.
         test_folder: name of the folders of those.
         types: (keyword in the name of an instrument's folder, id of its type) in the type task; None in the others.
-        window: (top, left, height, width) of the camera in a frame of 1920x1080; None keeps the frame.
+        window: the camera's in a frame of 1920x1080; None keeps the frame.
     """
 
     instruments: LabelTable
@@ -57,6 +56,15 @@ class EndoVisReader(FileReader):
             np.maximum(merged, part, out=merged)
         return self._cut(torch.from_numpy(merged), path)
 
+    def pair(self, sample: Sample, choose: Choice | None = None) -> tuple[Tensor, Tensor]:
+        """Image and mask of one size, or the window of both that ``choose`` takes from the mask."""
+        image, mask = self.image(sample), self.mask(sample)
+        self._compare(sample, (image.shape[1], image.shape[2]), (mask.shape[0], mask.shape[1]))
+        if choose is None:
+            return image, mask
+        window = choose(mask)
+        return window.cut(image), window.cut(mask)
+
     def counts(self, sample: Sample) -> Tensor:
         """(C,) int64: pixels of each class in the merged mask."""
         return count_labels(self.mask(sample), self.table.num_classes)
@@ -76,18 +84,20 @@ class EndoVisReader(FileReader):
         return np.array(values)  # an array of its own, to write into
 
     def _cut(self, pixels: Tensor, path: Path) -> Tensor:
-        top, left, height, width = self._window((pixels.shape[-2], pixels.shape[-1]), path)
-        return pixels[..., top : top + height, left : left + width]
+        window = self._window((pixels.shape[-2], pixels.shape[-1]), path)
+        return pixels if window is None else window.cut(pixels)
 
-    def _window(self, size: tuple[int, int], path: Path) -> Window:
-        if self.window is None or size == self.window[2:]:
-            return (0, 0, *size)
+    def _window(self, size: tuple[int, int], path: Path) -> Window | None:
+        """Part of a picture of ``size`` to keep; None for all of it."""
+        window = self.window
+        if window is None or size == (window.bottom - window.top, window.right - window.left):
+            return None
         if size != _FRAME:
             raise DataError(
                 f"{path}: {size[1]}x{size[0]} pixels; the camera's window is known in frames of {_FRAME[1]}x{_FRAME[0]}, "
                 "set data.crop_to_camera to false for others"
             )
-        return self.window
+        return window
 
 
 def type_id(folder: str, types: tuple[tuple[str, int], ...]) -> int:
@@ -141,8 +151,7 @@ class EndoVis2017Data(BenchmarkData):
         raw_ids = {value: train if train < len(classes) else 0 for train, value in enumerate(labels["test_values"])}
         test_table = LabelTable(table.names, table.palette, raw_ids)
         layout = facts["layout"]
-        camera = layout["camera"]
-        window = (camera["top"], camera["left"], camera["height"], camera["width"]) if crop_to_camera else None
+        window = Window(**layout["camera"]) if crop_to_camera else None
         self.types = tuple(layout["types"].items())
         types = self.types if task == "type" else None
         self.reader = EndoVisReader(table, instruments, test_table, labels["folder"], types, window)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mcseg.data.datamodule import SegmentationData
-from mcseg.data.files import Sample, count_labels
+from mcseg.data.files import Choice, Sample, count_labels
 from mcseg.data.labels import LabelTable
 from mcseg.data.scenes import SCENE_CLASSES, SCENE_PALETTE, draw_scene
 
@@ -22,10 +22,14 @@ class SceneReader:
     width: int
     seed: int
 
-    def pair(self, sample: Sample) -> tuple[Tensor, Tensor]:
-        """(3,H,W) uint8 image and (H,W) uint8 labels, void 255."""
-        image, labels = draw_scene((self.seed, *sample.name.encode()), self.height, self.width)
-        return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(labels)
+    def pair(self, sample: Sample, choose: Choice | None = None) -> tuple[Tensor, Tensor]:
+        """(3,H,W) uint8 image and (H,W) uint8 labels, void 255, or the window of both that ``choose`` takes."""
+        drawn, labels = draw_scene((self.seed, *sample.name.encode()), self.height, self.width)
+        image, mask = torch.from_numpy(drawn).permute(2, 0, 1), torch.from_numpy(labels)
+        if choose is None:
+            return image, mask
+        window = choose(mask)
+        return window.cut(image), window.cut(mask)
 
     def image(self, sample: Sample) -> Tensor:
         """(3,H,W) uint8 image."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from mcseg.data.files import Window
 from mcseg.data.labels import IGNORE_INDEX
 
 _TRIES = 10  # windows looked at before the last one is taken whatever it holds
@@ -55,8 +56,23 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         self.max_side = max_side
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw window, flip and colour factors; all randomness comes from torch's generator."""
-        mask = next(value for value in flat_inputs if isinstance(value, tv_tensors.Mask)).as_subclass(Tensor)
+        """Draw for a pair; see :meth:`draw`."""
+        return self.draw(next(value for value in flat_inputs if isinstance(value, tv_tensors.Mask)).as_subclass(Tensor))
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Transform one of the two: (3,H,W) uint8 image or (H,W) uint8 mask."""
+        pixels = inpt.as_subclass(Tensor)  # each operation on a tv_tensor itself costs as much as a small resize
+        cut = params["window"].cut(pixels)
+        return tv_tensors.wrap(
+            self.finish_mask(cut, params) if pixels.ndim == 2 else self.finish_image(cut, params), like=inpt
+        )
+
+    def draw(self, mask: Tensor) -> dict[str, Any]:
+        """Draw window, flip and colour factors for a mask (H,W); all randomness comes from torch's generator.
+
+        Returns:
+            ``window``: the part of image and mask to cut; and what :meth:`finish_image`, :meth:`finish_mask` need to go on.
+        """
         (scale, flip, *places), factors = torch.rand(2 + 2 * _TRIES).tolist(), 2 * torch.rand(3) - 1
         low, high = self.scale_range
         total = (low + (high - low) * scale) * shrinking(mask.shape, self.max_side)
@@ -66,26 +82,45 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
             top, left = _offset(mask.shape[0], height, place[0]), _offset(mask.shape[1], width, place[1])
             if self.max_class_share >= 1 or self._acceptable(mask, top, left, height, width):
                 break
+        full_height, full_width = mask.shape
+        window = Window(max(top, 0), max(left, 0), min(top + height, full_height), min(left + width, full_width))
         return {
-            "window": (top, left, height, width),
+            "window": window,
+            # left, right, top, bottom: what of the drawn window lies beyond the borders
+            "padding": (window.left - left, left + width - window.right, window.top - top, top + height - window.bottom),
             "flip": self.flip and flip < 0.5,
             "factors": 1 + self.color_jitter * factors if self.color_jitter else None,
         }
 
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Transform one of the two: (3,H,W) uint8 image or (H,W) uint8 mask."""
-        is_mask = isinstance(inpt, tv_tensors.Mask)
-        pixels = inpt.as_subclass(Tensor)  # each operation on a tv_tensor itself costs as much as a small resize
-        window = _cut(pixels[None] if is_mask else pixels, params["window"], IGNORE_INDEX if is_mask else 0)[None]
-        if is_mask:
-            changed = F.interpolate(window, self.crop_size, mode="nearest")[0, 0]
-        else:
-            changed = F.interpolate(window, self.crop_size, mode="bilinear", antialias=True)[0]
+    def finish_image(self, cut: Tensor, params: dict[str, Any]) -> Tensor:
+        """Resize, pad, flip and colour the cut part (3,h,w) of an image."""
+        size, padding = self._inside(params)
+        changed = F.pad(F.interpolate(cut[None], size, mode="bilinear", antialias=True)[0], padding)
         if params["flip"]:
             changed = changed.flip(-1)
-        if not is_mask and params["factors"] is not None:
-            changed = _scale_color(changed, *params["factors"])
-        return tv_tensors.wrap(changed, like=inpt)
+        return changed if params["factors"] is None else _scale_color(changed, *params["factors"])
+
+    def finish_mask(self, cut: Tensor, params: dict[str, Any]) -> Tensor:
+        """Resize, pad and flip the cut part (h,w) of a mask."""
+        size, padding = self._inside(params)
+        changed = F.pad(F.interpolate(cut[None, None], size, mode="nearest")[0, 0], padding, value=IGNORE_INDEX)
+        return changed.flip(-1) if params["flip"] else changed
+
+    def _inside(self, params: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """(height, width) of the cut part in the result, and the padding (left, right, top, bottom) around it."""
+        window, (left, right, top, bottom) = params["window"], params["padding"]
+        size: list[int] = []
+        padding: list[int] = []
+        for new, part, before, after in (
+            (self.crop_size[0], window.bottom - window.top, top, bottom),
+            (self.crop_size[1], window.right - window.left, left, right),
+        ):
+            full = before + part + after
+            start = min(round(before * new / full), new - 1)
+            length = max(1, min(round(part * new / full), new - start))
+            size.append(length)
+            padding = [start, new - start - length, *padding]
+        return size, padding
 
     def _acceptable(self, mask: Tensor, top: int, left: int, height: int, width: int) -> bool:
         step = max(1, min(height, width) // _PROBE)
@@ -99,16 +134,6 @@ def _offset(full: int, part: int, place: float) -> int:
     """Where a window of ``part`` pixels starts: anywhere inside, or so that the smaller image lies anywhere in it."""
     low, high = min(0, full - part), max(0, full - part)
     return low + int(place * (high - low + 1))
-
-
-def _cut(pixels: Tensor, window: tuple[int, int, int, int], fill: int) -> Tensor:
-    """Window (top, left, height, width) of (channels,H,W), padded where it reaches beyond the borders."""
-    top, left, height, width = window
-    bottom, right = top + height, left + width
-    full_height, full_width = pixels.shape[1:]
-    inside = pixels[:, max(top, 0) : min(bottom, full_height), max(left, 0) : min(right, full_width)]
-    padding = (max(-left, 0), max(right - full_width, 0), max(-top, 0), max(bottom - full_height, 0))
-    return F.pad(inside, padding, value=fill) if any(padding) else inside
 
 
 def _scale_color(image: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
