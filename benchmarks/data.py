@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch_size", type=int, help="default: the recipe's, at most 8")
     parser.add_argument("--images", type=int, default=32, help="number of drawn training images")
+    parser.add_argument("--epochs", type=int, default=4, help="how often the images are taken in one pass")
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -186,7 +187,8 @@ def measure(args: argparse.Namespace, root: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there are fewer images than in the official split
         data.setup("fit")
-    samples = data.samples("train")
+    data._splits["train"] *= args.epochs  # an epoch of some length, as starting one takes time
+    samples = data._splits["train"]
 
     def decoding(deliver: bool, images: bool = True, **loading: Any) -> DataLoader[object]:
         return DataLoader(Decoded(samples, deliver, images), num_workers=args.workers, **loading)
@@ -206,8 +208,8 @@ def measure(args: argparse.Namespace, root: Path) -> None:
     with Image.open(samples[0].image) as file:
         size, suffix = file.size, samples[0].image.suffix
     print(
-        f"{args.case}: {len(samples)} training images, {size[0]}x{size[1]} {suffix}, {args.workers} workers on "
-        f"{os.cpu_count()} cores, batch {batch_size}, crop {options['crop_size']}; torch {torch.__version__}, "
+        f"{args.case}: {len(samples) // args.epochs} training images, {size[0]}x{size[1]} {suffix}, {args.workers} workers "
+        f"on {os.cpu_count()} cores, batch {batch_size}, crop {options['crop_size']}; torch {torch.__version__}, "
         f"Pillow {PIL.__version__}, Python {platform.python_version()}"
     )
     middle = {name: statistics.median(values) for name, values in rates.items()}
@@ -216,6 +218,9 @@ def measure(args: argparse.Namespace, root: Path) -> None:
             f"{name:<17} {value:8.1f} samples/s   {value / middle['decode, drop']:.2f}x of dropping"
             f"   {value / middle['decode, deliver']:.2f}x of delivering"
         )
+
+    del loader
+    loaders.clear()  # ends their workers
 
     def count() -> None:
         count_class_pixels(data.reader, samples, args.workers, cache_dir=None, progress=False)

@@ -57,10 +57,17 @@ def count_class_pixels(
     # cache would train with other random numbers than one that counts.
     generator = torch.Generator()
     workers = min(num_workers, len(share))
-    loader = DataLoader(_MaskCounts(reader, share), batch_size=None, num_workers=workers, generator=generator)
+    # Several masks to a message, as each costs as much as counting a small mask; few enough to keep all workers busy.
+    together = max(1, min(16, len(share) // (8 * max(1, workers))))
+    masks = _MaskCounts(reader, share)
+    loader = DataLoader(masks, together, num_workers=workers, generator=generator, collate_fn=_sum_up)
     total = torch.zeros(classes, dtype=torch.int64)
-    for counts in tqdm(loader, "Counting label pixels", unit=" masks", disable=not progress or rank != 0, leave=False):
-        total += counts
+    with tqdm(
+        desc="Counting label pixels", total=len(share), unit=" masks", disable=not progress or rank != 0, leave=False
+    ) as bar:
+        for counts, number in loader:
+            total += counts
+            bar.update(number)
     if distributed:
         # The backend's own device: gloo reduces on the CPU, NCCL only on the GPU.
         device = torch.device("cuda", torch.cuda.current_device()) if torch.distributed.get_backend() == "nccl" else "cpu"
@@ -82,6 +89,10 @@ class _MaskCounts(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         return self.reader.counts(self.samples[index])
+
+
+def _sum_up(counts: list[Tensor]) -> tuple[Tensor, int]:
+    return torch.stack(counts).sum(0), len(counts)
 
 
 def _fingerprint(reader: Reader, samples: Sequence[Sample]) -> str:
