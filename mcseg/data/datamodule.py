@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from mcseg.data.files import FileReader, Reader, Sample, Window
+from mcseg.data.files import FileReader, Reader, Sample, Window, keep_freed_memory
 from mcseg.data.labels import Color, DataError, LabelTable
 from mcseg.data.statistics import count_class_pixels, default_cache_dir
 from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
@@ -230,6 +230,7 @@ class SegmentationData(pl.LightningDataModule):
             # Page-locked memory only speeds up copies to a GPU; workers are kept because starting them costs seconds.
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=keep_freed_memory,
             collate_fn=collate,
             **options,
         )

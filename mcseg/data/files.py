@@ -1,7 +1,8 @@
 """Reading image and mask files, with errors that name the file."""
 
+import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from mcseg.data.labels import IGNORE_INDEX, DataError, LabelTable
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap height and width
 
 
@@ -214,3 +216,15 @@ def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
             return np.array(file.getchannel("L"))
         values = np.array(file)
         return values.astype(np.uint8) if values.dtype == np.bool_ else values
+
+
+def keep_freed_memory(_worker: int) -> None:
+    """Let a worker process keep the memory that it frees, where the C library is glibc.
+
+    By default an image's memory goes back to the system and is fetched, page by page and zeroed, for the next image.
+    """
+    with suppress(AttributeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        # The first fails for a value beyond the C library's maximum (32 MB in some versions); then nothing is changed.
+        if mallopt(_M_MMAP_THRESHOLD, 1 << 28) or mallopt(_M_MMAP_THRESHOLD, 1 << 25):
+            mallopt(_M_TRIM_THRESHOLD, 1 << 29)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mcseg.data.files import Reader, Sample
+from mcseg.data.files import Reader, Sample, keep_freed_memory
 
 
 def default_cache_dir() -> Path:
@@ -60,7 +60,14 @@ def count_class_pixels(
     # Several masks to a message, as each costs as much as counting a small mask; few enough to keep all workers busy.
     together = max(1, min(16, len(share) // (8 * max(1, workers))))
     masks = _MaskCounts(reader, share)
-    loader = DataLoader(masks, together, num_workers=workers, generator=generator, collate_fn=_sum_up)
+    loader = DataLoader(
+        masks,
+        together,
+        num_workers=workers,
+        generator=generator,
+        collate_fn=_sum_up,
+        worker_init_fn=keep_freed_memory,
+    )
     total = torch.zeros(classes, dtype=torch.int64)
     with tqdm(
         desc="Counting label pixels", total=len(share), unit=" masks", disable=not progress or rank != 0, leave=False
