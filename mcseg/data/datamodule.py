@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mcseg.data.files import FileReader, Reader, Sample, Window, keep_freed_memory
-from mcseg.data.labels import Color, DataError, LabelTable
+from mcseg.data.labels import Color, DataError, LabelTable, MissingFileError
 from mcseg.data.statistics import count_class_pixels, default_cache_dir
 from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
 
@@ -141,6 +141,10 @@ class SegmentationData(pl.LightningDataModule):
         """Lines about a split that its user should read although it can be used; none by default."""
         return []
 
+    def expected(self, split: str) -> str:
+        """Say which files a split should have and how to get them; "" where it is not known."""
+        return ""
+
     def setup(self, stage: str = "fit") -> None:
         """List the splits of the stage and open every header once, so that bad files stop the run before it starts."""
         wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
@@ -168,8 +172,11 @@ class SegmentationData(pl.LightningDataModule):
             raise DataError(f"{type(self).__name__}: the {split} split of {self.root} is empty; expected at least one image")
         for remark in self.remarks(source):
             rank_zero_warn(remark)
-        for sample in samples:
-            self.reader.verify(sample, masks=split != "predict")
+        try:
+            for sample in samples:
+                self.reader.verify(sample, masks=split != "predict")
+        except MissingFileError as error:
+            raise DataError("; ".join(part for part in (str(error), self.expected(source)) if part)) from None
         return samples
 
     def class_pixels(self) -> Tensor:

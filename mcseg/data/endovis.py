@@ -172,7 +172,7 @@ class EndoVis2017Data(BenchmarkData):
             return [sample for sample in self._annotated() if self._belongs(sample, split)]
         frames = self.listed("official_test", self.test_root, folder=self.label_facts["folder"])
         if not frames:
-            raise DataError(f"data.test_root: no official test set in {self.test_root}; {self._expected('official_test')}")
+            raise DataError(f"data.test_root: no official test set in {self.test_root}; {self.expected('official_test')}")
         wanted = self.test_sequences or range(1, 11)
         return [sample for sample in frames if _sequence(sample) in wanted]
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mcseg.data.labels import IGNORE_INDEX, DataError, LabelTable
+from mcseg.data.labels import IGNORE_INDEX, DataError, LabelTable, MissingFileError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap height and width
@@ -156,7 +156,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with Image.open(path) as file:
             yield file
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise MissingFileError(f"{path}: no such file") from None
     except DataError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:

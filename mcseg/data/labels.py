@@ -19,6 +19,10 @@ class DataError(ValueError):
     """Input that cannot be used: says what was found, where, what was expected and what to do, in one line."""
 
 
+class MissingFileError(DataError):
+    """A file of a data set that should be there is not."""
+
+
 def pack_color(color: Iterable[int]) -> int:
     """Return the RGB colour (three values 0..255) as the single number r * 65536 + g * 256 + b."""
     r, g, b = (int(v) for v in color)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mcseg.data.files import FileReader
-from mcseg.data.labels import DataError
+from mcseg.data.labels import DataError, MissingFileError
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class MatReader(FileReader):
         if path.suffix != ".mat":
             return super()._stored_size(path)
         if not path.is_file():
-            raise DataError(f"{path}: no such file")
+            raise MissingFileError(f"{path}: no such file")
         return None
 
     def _histogram(self, path: Path) -> NDArray[np.int64] | None:
@@ -44,7 +44,7 @@ def read_mat(path: Path) -> NDArray[np.integer[Any]]:
         content = loadmat(path, variable_names=["S", "GTcls"])
         values: NDArray[Any] = content["S"] if "S" in content else content["GTcls"]["Segmentation"][0, 0]
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise MissingFileError(f"{path}: no such file") from None
     except KeyError:
         raise DataError(f"{path}: expected the variable S (COCO-Stuff) or GTcls.Segmentation (SBD), found neither") from None
     except Exception as error:  # the parser meets broken files with whatever error comes first
