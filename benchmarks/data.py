@@ -30,6 +30,7 @@ import torch
 import yaml
 from PIL import Image
 from pytorch_lightning import Trainer
+from pytorch_lightning.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader, Dataset
 
 from mcseg.cli import RECIPES
@@ -183,7 +184,9 @@ def measure(args: argparse.Namespace, root: Path) -> None:
     batch_size = args.batch_size or min(8, options.pop("total_batch_size", options.get("batch_size", 8)))
     options |= {"root": root, "num_workers": args.workers, "batch_size": batch_size, "total_batch_size": None}
     data = kind(**options)
-    data.trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")  # batches as a Trainer gets them
+    # Batches as a Trainer gets them
+    data.trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    data.trainer.state.status = TrainerStatus.RUNNING
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there are fewer images than in the official split
         data.setup("fit")

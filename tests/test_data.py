@@ -7,12 +7,15 @@ from types import SimpleNamespace
 import fakes
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from conftest import SHARED, break_three, write_png
 
 from mcseg.data import BDD100KData, CamVidData, DataError, FolderData, SyntheticData
 from mcseg.data.check import check
 from mcseg.data.statistics import default_cache_dir
+from mcseg.losses import CrossEntropyLoss
+from mcseg.module import SegmentationModule
 
 # The hand-written rows of the CamVid fake: 0..10 are classes, 11 is void.
 ROW = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 255]
@@ -377,7 +380,7 @@ def test_unknown_value_in_a_training_mask_stops_the_count(photo_folder):
 @pytest.mark.parametrize(("processes", "share"), [(1, 8), (2, 4), (8, 1)])
 def test_a_step_takes_as_many_images_on_any_number_of_processes(processes, share):
     data = SyntheticData(train_scenes=16, num_workers=0, total_batch_size=8, batch_size=3)
-    data.trainer = SimpleNamespace(world_size=processes)
+    data.trainer = SimpleNamespace(world_size=processes, state=SimpleNamespace(status="finished"))
     assert data.train_dataloader().batch_size == share
 
 
@@ -407,3 +410,29 @@ def test_check_reads_images_whose_labels_are_withheld(tmp_path):
     assert "1 images without a mask left out: 3d581db5-2564fb7e" in problems
     assert "1 masks without an image left out: fee92217-63b3f87f" in problems
     assert "has no mask" not in problems
+
+
+def test_masks_are_int64_for_a_module_and_for_a_loop_of_ones_own(tmp_path):
+    seen = []
+
+    class Looks(SegmentationModule):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch["mask"].dtype)
+            return super().training_step(batch, batch_idx)
+
+    data = SyntheticData(train_scenes=2, val_scenes=2, size=(32, 48), crop_size=(32, 32), batch_size=2, num_workers=0)
+    module = Looks("unet", "tu-test_resnet.r160_in1k", num_classes=8, objective=CrossEntropyLoss())
+    trainer = pl.Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    before = next(iter(data.train_dataloader()))["mask"].dtype
+    trainer.fit(module, data)
+    after = next(iter(data.val_dataloader()))["mask"].dtype
+    assert {before, *seen, after} == {torch.int64}
+    assert next(iter(trainer.train_dataloader))["mask"].dtype == torch.uint8  # on the way to the device

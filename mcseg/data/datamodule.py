@@ -10,6 +10,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from PIL import Image
+from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
@@ -228,8 +229,9 @@ class SegmentationData(pl.LightningDataModule):
         return WholeImages(reader, self._prepared(split), self.image_scale, self.max_side, masks)
 
     def _loader(self, dataset: Dataset[Batch], batch_size: int, **options: Any) -> DataLoader[Batch]:
-        # Under a Trainer masks travel as bytes and are widened on the device, see on_after_batch_transfer.
-        kind = DataLoader if self.trainer is not None else _WideningLoader
+        # In a Trainer's run masks travel as bytes and are widened on the device, see on_after_batch_transfer.
+        running = self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING
+        kind = DataLoader if running else _WideningLoader
         return kind(
             dataset,
             batch_size=batch_size,  # by keyword: Lightning makes the loader anew with other arguments
