@@ -1,11 +1,10 @@
-"""Objectives for semantic segmentation: the margin-calibrated log-loss as a function and as a module."""
+"""The margin-calibrated log-loss as a function and as a module."""
 
 import math
 from collections.abc import Callable
 from typing import Any, Literal, Self, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mcseg.kernels import check_backend, pixel_loss
@@ -218,32 +217,6 @@ class MarginCalibrationLoss(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         offsets = torch.cat([self.foreground_offsets, self.background_offsets])
         self._calibrated = not offsets.is_meta and not bool(offsets.isnan().any())
-
-
-class CrossEntropyLoss(nn.Module):
-    """Cross entropy that is 0 where all is void, which torch's own turns into NaN.
-
-    Args:
-        ignore_index: target value of void pixels.
-    """
-
-    def __init__(self, ignore_index: int = 255) -> None:
-        super().__init__()
-        self.ignore_index = ignore_index
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the mean over the labelled pixels.
-
-        Args:
-            logits: (N,C,H,W) floating point.
-            target: (N,H,W) int64, 0..C-1 or ``ignore_index``.
-
-        Returns:
-            Scalar in float32, or float64 for logits of that type.
-        """
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        total = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="sum")
-        return total / (target != self.ignore_index).sum().clamp(min=1)
 
 
 def _check_inputs(logits: Tensor, target: Tensor, offsets: MarginOffsets) -> None:

@@ -1,0 +1,11 @@
+"""Objectives for semantic segmentation: modules called with logits and target that return a scalar."""
+
+from mcseg.losses.margin import MarginCalibrationLoss, Reduction, margin_calibration_loss
+from mcseg.losses.pixelwise import CrossEntropyLoss
+
+__all__ = ["CrossEntropyLoss", "MarginCalibrationLoss", "Reduction", "margin_calibration_loss"]
+
+# In checkpoints and configurations objectives are named by this path, wherever in the package they are written.
+for _name in __all__:
+    if isinstance(_object := globals()[_name], type):
+        _object.__module__ = __name__
