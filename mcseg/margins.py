@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Scheme = Literal["ijcv2022", "miou"]
+Scheme = Literal["ijcv2022", "miou", "none"]
 ClassPixels = Tensor | npt.NDArray[Any] | Sequence[float]
 
 
@@ -56,7 +56,7 @@ def margin_offsets(
 
     Args:
         class_pixels: ``(C,)`` counts >= 0 of labelled pixels per class, void excluded; tensor, array or sequence.
-        scheme: ``"ijcv2022"`` or ``"miou"``.
+        scheme: ``"ijcv2022"``, ``"miou"``, or ``"none"`` for offsets 0.
         tau: > 0, scales all offsets of ``ijcv2022``.
         upsilon: > 0, weighs background against foreground in ``ijcv2022``: larger lowers the foreground offsets.
         max_margin: > 0, largest offset of ``miou``, in logit units.
@@ -89,6 +89,8 @@ def margin_offsets(
             stacklevel=2,
         )
     m = n.sum() - n
+    if scheme == "none":
+        return MarginOffsets(torch.zeros_like(n), torch.zeros_like(n))
     foreground, background = _ijcv2022(n, m, tau, upsilon) if scheme == "ijcv2022" else _miou(n, m, max_margin)
     return MarginOffsets(foreground.masked_fill(n == 0, 0.0), background.masked_fill(n == 0, 0.0))
 

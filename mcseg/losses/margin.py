@@ -8,9 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from mcseg.kernels import check_backend, pixel_loss
+from mcseg.losses.family import (
+    Aggregation,
+    Classes,
+    Margin,
+    Surrogate,
+    confusion_shares,
+    iou_weights,
+    ratio,
+    surrogate_errors,
+    weighted_sum,
+)
 from mcseg.margins import ClassPixels, MarginOffsets, Scheme, check_settings, margin_offsets
 
 Reduction = Literal["mean", "sum", "none"]
+Weighting = Literal["foreground", "uniform", "iou"]
 
 
 def margin_calibration_loss(
@@ -92,6 +104,16 @@ class MarginCalibrationLoss(nn.Module):
         reduction: ``"mean"`` over labelled pixels, ``"sum"`` or ``"none"``.
         backend: ``"auto"``, ``"fused"`` or ``"reference"``.
         max_margin: Largest offset of scheme ``"miou"``, > 0.
+        margin: ``"hard"``, against the best rival class, or ``"soft"``, against all; see `mcseg.losses.family`.
+        surrogate: ``"log"`` or ``"sigmoid"`` error at a margin.
+        aggregation: ``"sum"``, or the ratio ``"jaccard"`` or ``"dice"`` over the batch and all processes; ``"dice"`` needs
+            the surrogate ``"sigmoid"``.
+        weighting: Of ``"sum"``: ``"foreground"`` weighs misses with ``foreground_weight``, ``"uniform"`` with 1, ``"iou"``
+            weighs both kinds of error by running confusion counts, so that their sum follows mIoU.
+        false_alarm_weight: Of ``"sum"``, weight >= 0 of all false alarms.
+        classes: Of the ratios: mean over the classes ``"present"`` in the batch's labels, or ``"all"``.
+        smooth: Of the ratios: pixels added to numerator and denominator.
+        decay: Of ``"iou"``: share of the running counts that a step keeps, 0 <= decay < 1.
 
     Attributes:
         foreground_offsets: Buffer, float64 ``(C,)``, NaN until calibrated.
@@ -108,6 +130,7 @@ class MarginCalibrationLoss(nn.Module):
 
     foreground_offsets: Tensor
     background_offsets: Tensor
+    running_shares: Tensor
 
     def __init__(
         self,
@@ -120,12 +143,41 @@ class MarginCalibrationLoss(nn.Module):
         reduction: Reduction = "mean",
         backend: str = "auto",
         max_margin: float = 1.0,
+        margin: Margin = "hard",
+        surrogate: Surrogate = "log",
+        aggregation: Aggregation = "sum",
+        weighting: Weighting = "foreground",
+        false_alarm_weight: float = 1.0,
+        classes: Classes = "present",
+        smooth: float = 1.0,
+        decay: float = 0.95,
     ) -> None:
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes: found {num_classes}, expected at least 2: a margin needs a rival class")
         check_settings(scheme, tau, upsilon, max_margin)
         _check_choices(foreground_weight, reduction, backend)
+        for name, choice, choices in (
+            ("margin", margin, Margin),
+            ("surrogate", surrogate, Surrogate),
+            ("aggregation", aggregation, Aggregation),
+            ("weighting", weighting, Weighting),
+            ("classes", classes, Classes),
+        ):
+            if choice not in get_args(choices):
+                raise ValueError(f"{name}: found {choice!r}, expected one of {', '.join(map(repr, get_args(choices)))}")
+        if aggregation != "sum" and reduction != "mean":
+            raise ValueError(f"reduction: found {reduction!r}, expected 'mean': a ratio is one number for the batch")
+        if aggregation == "dice" and surrogate == "log":
+            raise ValueError(
+                "surrogate: found 'log' with aggregation 'dice', expected 'sigmoid': log errors have no bound, so the "
+                "denominator 2 n - misses + false alarms can fall to 0 and below"
+            )
+        for name, value in {"false_alarm_weight": false_alarm_weight, "smooth": smooth}.items():
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: found {value}, expected a finite number >= 0")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay: found {decay}, expected 0 <= decay < 1")
         self.num_classes = num_classes
         self.scheme: Scheme = scheme
         self.tau = tau
@@ -135,10 +187,25 @@ class MarginCalibrationLoss(nn.Module):
         self.reduction: Reduction = reduction
         self.backend = backend
         self.max_margin = max_margin
+        self.margin: Margin = margin
+        self.surrogate: Surrogate = surrogate
+        self.aggregation: Aggregation = aggregation
+        self.weighting: Weighting = weighting
+        self.false_alarm_weight = false_alarm_weight
+        self.classes: Classes = classes
+        self.smooth = smooth
+        self.decay = decay
+        if self._follows_iou:
+            # shares of labels, hits and predictions, see `confusion_shares`; goes on where a run is resumed
+            self.register_buffer("running_shares", torch.zeros(3, num_classes, dtype=torch.float64))
         self.register_buffer("foreground_offsets", torch.full((num_classes,), torch.nan, dtype=torch.float64))
         self.register_buffer("background_offsets", torch.full((num_classes,), torch.nan, dtype=torch.float64))
         # a flag beside the buffers: looking for NaN in them at each step would make the host wait for the device
         self._calibrated = False
+
+    @property
+    def _follows_iou(self) -> bool:
+        return self.aggregation == "sum" and self.weighting == "iou"
 
     @property
     def is_calibrated(self) -> bool:
@@ -179,25 +246,50 @@ class MarginCalibrationLoss(nn.Module):
             RuntimeError: The loss is not calibrated.
             TypeError: As `margin_calibration_loss`, likewise ValueError.
         """
-        return margin_calibration_loss(
-            logits,
-            target,
-            self.offsets,
-            foreground_weight=self.foreground_weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            backend=self.backend,
-        )
+        corner = (self.margin, self.surrogate, self.aggregation, self.false_alarm_weight) == ("hard", "log", "sum", 1.0)
+        if corner and self.weighting != "iou":  # the paper's, which has kernels
+            return margin_calibration_loss(
+                logits,
+                target,
+                self.offsets,
+                foreground_weight=1.0 if self.weighting == "uniform" else self.foreground_weight,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                backend=self.backend,
+            )
+        _check_inputs(logits, target, self.offsets)
+        target = target.long()
+        errors, is_label = surrogate_errors(logits, target, *self.offsets, self.margin, self.surrogate, self.ignore_index)
+        if self.aggregation != "sum":
+            return ratio(errors, is_label, self.aggregation, self.surrogate, self.classes, self.smooth)
+        pixels = weighted_sum(errors, is_label, *self._error_weights(logits, target))
+        if self.reduction == "none":
+            return pixels
+        total = pixels.sum()
+        return total if self.reduction == "sum" else total / (target != self.ignore_index).sum().clamp(min=1)
+
+    def _error_weights(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """``(C,)`` weights of misses and of false alarms."""
+        if self._follows_iou:
+            if self.training:
+                found = confusion_shares(logits, target, self.ignore_index)
+                self.running_shares.copy_(self.decay * self.running_shares + (1 - self.decay) * found)
+            misses, false_alarms = iou_weights(self.running_shares)
+            return misses, self.false_alarm_weight * false_alarms
+        foreground = self.num_classes if self.foreground_weight is None else self.foreground_weight
+        ones = torch.full((self.num_classes,), 1 / self.num_classes, dtype=torch.float64, device=logits.device)
+        return ones * (1.0 if self.weighting == "uniform" else foreground), ones * self.false_alarm_weight
 
     def extra_repr(self) -> str:
         """Name the settings and whether the offsets are known."""
         names = ("num_classes", "scheme", "tau", "upsilon", "foreground_weight", "ignore_index", "reduction", "backend")
-        settings = {name: getattr(self, name) for name in (*names, "max_margin")} | {"calibrated": self._calibrated}
+        family = ("margin", "surrogate", "aggregation", "weighting", "false_alarm_weight", "classes", "smooth", "decay")
+        settings = {name: getattr(self, name) for name in (*names, "max_margin", *family)} | {"calibrated": self._calibrated}
         return ", ".join(f"{name}={value!r}" for name, value in settings.items())
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # .half() and .to(dtype) would round the offsets: hide them from `fn`, then follow it to its device only
-        kept = {"foreground_offsets": self.foreground_offsets, "background_offsets": self.background_offsets}
+        # .half() and .to(dtype) would round the buffers: hide them from `fn`, then follow it to its device only
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         for name in kept:
             del self._buffers[name]
         try:
@@ -207,7 +299,7 @@ class MarginCalibrationLoss(nn.Module):
             self._buffers.update(kept)
         for name, offsets in kept.items():
             if offsets.is_meta and device.type != "meta":  # to_empty() of a module that was built without storage
-                offsets = torch.full_like(offsets, torch.nan, device="cpu")
+                offsets = torch.full_like(offsets, 0.0 if name == "running_shares" else torch.nan, device="cpu")
                 self._calibrated = False
             # mps has no float64
             self._buffers[name] = offsets.to(torch.float32 if device.type == "mps" else torch.float64).to(device)

@@ -1,0 +1,191 @@
+"""The calibrated family: margin x surrogate x aggregation, of which the paper's loss and other known ones are corners.
+
+Per pixel and class there is a margin ``s_k``, an error at it is counted by a surrogate ``phi`` of the calibrated margin, and
+the counts become one number::
+
+    margin       hard  s_k = z_k - max_{j != k} z_j         soft  s_k = z_k - log sum_{j != k} exp z_j = log(p_k / (1 - p_k))
+    surrogate    log   phi(t) = softplus(t)                 sigmoid  phi(t) = 1 / (1 + exp(-t))
+    misses       A_i = sum over pixels with y = i of phi(foreground_i - s_i)
+    false alarms B_i = sum over pixels with y != i of phi(background_i + s_i)
+    aggregation  sum      sum_i (u_i A_i + v_i B_i) / N for weights u, v of misses and false alarms
+                 jaccard  1 - mean_i (n_i - A_i + smooth) / (n_i + B_i + smooth)
+                 dice     1 - mean_i (2 (n_i - A_i) + smooth) / (2 n_i - A_i + B_i + smooth)
+
+with n_i labelled pixels of class i and N of all classes in the batch. The ratios count errors from 0 to 1, so there the
+surrogate ``log`` is divided by log 2, which makes it 1 at t = 0; in ``sum`` it is not, as in the paper.
+"""
+
+from typing import Literal, cast
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
+
+Margin = Literal["hard", "soft"]
+Surrogate = Literal["log", "sigmoid"]
+Aggregation = Literal["sum", "jaccard", "dice"]
+Classes = Literal["present", "all"]
+
+_LOG_2 = 0.6931471805599453
+
+
+def class_margins(logits: Tensor, kind: Margin) -> Tensor:
+    """Compute the margin of every class.
+
+    Args:
+        logits: ``(N, C, *spatial)`` float32 or float64, finite, C >= 2.
+        kind: ``"hard"`` or ``"soft"``.
+
+    Returns:
+        ``(N, C, *spatial)``. Of several largest logits the lowest index counts as the largest.
+    """
+    classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
+    top, first = logits.max(dim=1, keepdim=True)
+    is_first = classes == first
+    others = logits.masked_fill(is_first, -torch.inf)
+    if kind == "hard":
+        return logits - torch.where(is_first, others.amax(dim=1, keepdim=True), top)
+    # log(1 - p) is exact for all but the largest class, whose rivals are summed by themselves.
+    log_p = (logits - logits.logsumexp(dim=1, keepdim=True)).masked_fill(is_first, -1.0)
+    rivals = others.logsumexp(dim=1, keepdim=True)
+    return torch.where(is_first, logits - rivals, log_p - torch.log1p(-log_p.exp()))
+
+
+def surrogate_errors(
+    logits: Tensor,
+    target: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    margin: Margin,
+    surrogate: Surrogate,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Compute ``phi`` for every pixel and class, and which of them are misses.
+
+    Args:
+        logits: ``(N, C, *spatial)`` floating point.
+        target: ``(N, *spatial)`` int64.
+        foreground: ``(C,)`` offsets, likewise ``background``.
+        background: see there.
+        margin: kind of margin.
+        surrogate: kind of surrogate, in natural units.
+        ignore_index: label of void pixels.
+
+    Returns:
+        Errors ``(N, C, *spatial)`` in float32 or wider, 0 at void pixels; and the one-hot labels of the same shape, bool:
+        where true the error is that of a miss, elsewhere that of a false alarm.
+    """
+    void = (target == ignore_index).unsqueeze(1)
+    label = target.unsqueeze(1).masked_fill(void, 0)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    z = logits.to(wide).masked_fill(void, 0.0)  # before any arithmetic: 0 * nan would be nan in the backward pass
+    classes = torch.arange(z.shape[1], device=z.device).view(-1, *[1] * (z.ndim - 2))
+    is_label = (classes == label) & ~void
+    s = class_margins(z, margin)
+    per_class = (-1, *[1] * (z.ndim - 2))
+    t = torch.where(is_label, foreground.to(wide).view(per_class) - s, background.to(wide).view(per_class) + s)
+    # F.softplus turns into the identity too early for float64
+    errors = -F.logsigmoid(-t) if surrogate == "log" else torch.sigmoid(t)
+    return errors.masked_fill(void, 0.0), is_label
+
+
+def weighted_sum(errors: Tensor, is_label: Tensor, misses: Tensor, false_alarms: Tensor) -> Tensor:
+    """Aggregate by ``sum``: per pixel, weight of the label times its miss plus weights of the others times false alarms.
+
+    Args:
+        errors: as from :func:`surrogate_errors`, likewise ``is_label``.
+        is_label: see there.
+        misses: ``(C,)`` weights.
+        false_alarms: ``(C,)`` weights.
+
+    Returns:
+        ``(N, *spatial)``.
+    """
+    per_class = (-1, *[1] * (errors.ndim - 2))
+    weights = torch.where(is_label, misses.to(errors.dtype).view(per_class), false_alarms.to(errors.dtype).view(per_class))
+    return (weights * errors).sum(dim=1)
+
+
+def ratio(
+    errors: Tensor,
+    is_label: Tensor,
+    aggregation: Aggregation,
+    surrogate: Surrogate,
+    classes: Classes,
+    smooth: float,
+) -> Tensor:
+    """Aggregate by ``jaccard`` or ``dice`` over the batch, and over all processes of a group.
+
+    Args:
+        errors: as from :func:`surrogate_errors`, likewise ``is_label``.
+        is_label: see there.
+        aggregation: which ratio.
+        surrogate: of the errors; ``log`` is brought to units in which it is 1 at the decision boundary.
+        classes: the classes of the mean: those that the targets hold, or all.
+        smooth: added to numerator and denominator, in pixels.
+
+    Returns:
+        Scalar; 0 where nothing is labelled.
+    """
+    if surrogate == "log":
+        errors = errors / _LOG_2
+    over = [dim for dim in range(errors.ndim) if dim != 1]
+    hits = is_label.to(errors.dtype)
+    counts = torch.stack([hits.sum(over), (errors * hits).sum(over), (errors * (1 - hits)).sum(over)])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # With gradient: a process answers for its share of the sums of all, and DDP's mean over processes is the gradient.
+        counts = cast(Tensor, all_reduce(counts))  # type: ignore[no-untyped-call]
+    n, a, b = counts.unbind()
+    if aggregation == "jaccard":
+        ratios = (n - a + smooth) / (n + b + smooth).clamp(min=torch.finfo(n.dtype).tiny)
+    else:
+        ratios = (2 * (n - a) + smooth) / (2 * n - a + b + smooth).clamp(min=torch.finfo(n.dtype).tiny)
+    counted = (n > 0).to(n.dtype) if classes == "present" else (n.sum() > 0).to(n.dtype).expand_as(n)
+    return ((1 - ratios) * counted).sum() / counted.sum().clamp(min=1)
+
+
+def confusion_shares(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """Count labels, hits and predictions of a batch, over all processes of a group, as shares of the labelled pixels.
+
+    Returns:
+        ``(3, C)`` float64, without gradient: share of the pixels that are labelled i, that are so and predicted so, and
+        that are predicted i. All 0 where nothing is labelled.
+    """
+    num_classes = logits.shape[1]
+    labelled = target != ignore_index
+    preds = logits.detach().argmax(1)
+    label = torch.where(labelled, target, 0)
+    hit = (labelled & (preds == label)).double().flatten()
+    one = labelled.double().flatten()
+    # Not by bincount, for which the host would wait for the device
+    counts = torch.zeros(3, num_classes, dtype=torch.float64, device=logits.device)
+    counts[0].scatter_add_(0, label.flatten(), one)
+    counts[1].scatter_add_(0, label.flatten(), hit)
+    counts[2].scatter_add_(0, preds.flatten(), one)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+    return counts / counts[0].sum().clamp(min=1)
+
+
+def iou_weights(shares: Tensor, floor: float = 0.1) -> tuple[Tensor, Tensor]:
+    """Derive the weights of misses and false alarms that make their sum the first-order change of mIoU.
+
+    With p_i the share of class i, b_i that of its false alarms and IoU_i, all of the current model::
+
+        d mIoU = -(1/C) sum_i [d a_i + IoU_i d b_i] / (p_i + b_i)
+
+    Args:
+        shares: ``(3, C)`` as from :func:`confusion_shares`, or a multiple.
+        floor: smallest IoU that weighs false alarms.
+
+    Returns:
+        ``(C,)`` weights of misses, w_i = 1 / (p_i + b_i) scaled so that sum_i w_i p_i = 1, and of false alarms,
+        w_i max(IoU_i, floor). Classes without a label so far have both 0.
+    """
+    labels, hits, predictions = (shares / shares[0].sum().clamp(min=torch.finfo(shares.dtype).tiny)).unbind()
+    union = labels + predictions - hits
+    misses = torch.where(labels > 0, 1 / union.clamp(min=1e-12), 0.0)
+    misses = misses / (misses * labels).sum().clamp(min=1e-12)
+    return misses, misses * (hits / union.clamp(min=1e-12)).clamp(min=floor)
