@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter, Callback
 from pytorch_lightning.loggers import TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from mcseg import pictures
@@ -91,7 +91,9 @@ class JaccardCallback(EvaluationCallback):
 
     Logs ``<split>/miou`` (classes with neither target nor predicted pixels left out), ``<split>/iou/<class>``,
     ``<split>/pixel_accuracy`` and ``<split>/classes_averaged``, and prints a table per class at the end of ``validate`` and
-    ``test`` and of a training run. The step must return a dict with ``preds`` and ``target``, both (N,H,W). Duplicates that
+    ``test`` and of a training run. In a training run, ``val/miou_tail`` is the mean over the rarest third of the classes by
+    their pixels in the training labels, and classes that the targets contain and that are never predicted are named in a
+    warning once. The step must return a dict with ``preds`` and ``target``, both (N,H,W). Duplicates that
     a distributed sampler adds to give each process as many images are not counted.
 
     Args:
@@ -103,6 +105,20 @@ class JaccardCallback(EvaluationCallback):
         self.scores: dict[str, Scores] = {}
         self._metric: SegmentationScores | None = None
         self._seen = 0
+        self._tail: Tensor | None = None
+        self._silent: set[str] = set()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the rarest third of the classes."""
+        class_pixels = getattr(getattr(trainer, "datamodule", None), "class_pixels", None)
+        self._silent = set()
+        self._tail = None
+        if class_pixels is not None:
+            pixels = class_pixels()
+            present = pixels.argsort(stable=True)[
+                int((pixels == 0).sum()) :
+            ]  # classes without a label are not rare but absent
+            self._tail = present[: math.ceil(len(present) / 3)]
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
         """Begin to count."""
@@ -139,7 +155,24 @@ class JaccardCallback(EvaluationCallback):
             for name, value in zip(_classes(trainer, self.class_names), scores.iou, strict=True)
             if not value.isnan()
         }
+        if self._tail is not None:
+            tail = scores.iou[self._tail.to(scores.iou.device)].nanmean()
+            values |= {} if tail.isnan() else {"miou_tail": float(tail)}
         module.log_dict({f"{split}/{name}": value for name, value in values.items()})
+        if trainer.state.fn == "fit":
+            self._alarm(trainer, scores, split)
+
+    def _alarm(self, trainer: pl.Trainer, scores: Scores, split: str) -> None:
+        """Name classes that have collapsed, each once."""
+        names = _classes(trainer, self.class_names)
+        # Without a single predicted pixel a class has no precision.
+        silent = {names[index] for index in ((scores.share > 0) & scores.precision.isnan()).nonzero().flatten().tolist()}
+        if silent - self._silent:
+            rank_zero_warn(
+                f"{split}: never predicted although the targets contain them: {', '.join(sorted(silent))}; if that lasts, "
+                "warm up with cross entropy, or weigh these classes more"
+            )
+        self._silent = silent
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the table, unless a training run goes on."""

@@ -127,6 +127,8 @@ class SegmentationModule(pl.LightningModule):
         """Compute the objective of one batch of crops."""
         loss = self._loss(self(batch["image"]), batch["mask"])
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["image"]))
+        for name, term in getattr(self.objective, "terms", {}).items():  # of a sum of objectives
+            self.log(f"train/loss/{name}", term, batch_size=len(batch["image"]))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:

@@ -312,3 +312,43 @@ def test_panel_of_many_classes_names_those_that_are_shown():
         for target in (torch.full((20, 40), 7), torch.arange(800).view(20, 40) % 171)
     )
     assert many >= few + 10 * 24  # one line of the legend against more than ten
+
+
+class Counted(pl.LightningDataModule):
+    """Seven images of four classes; the third is rare in the training labels, the second has none there."""
+
+    class_names = ("road", "nowhere", "pole", "car")
+
+    def __init__(self, never=()):
+        super().__init__()
+        self.never = never
+
+    def class_pixels(self):
+        return torch.tensor([900, 0, 20, 80])
+
+    def train_dataloader(self):
+        return DataLoader([0, 1])
+
+    def val_dataloader(self):
+        loader = batches(classes=4)[2]
+        for item in loader.dataset:
+            for index in self.never:
+                item["preds"][item["preds"] == index] = 0
+        return loader
+
+
+def test_mean_of_the_rarest_third_is_logged_in_training(tmp_path):
+    run = trainer(tmp_path, [JaccardCallback()])
+    run.fit(Answers(), Counted())
+    logged = run.callback_metrics
+    # Of three classes with training labels, the rarest third is one: the pole.
+    assert float(logged["val/miou_tail"]) == pytest.approx(float(logged["val/iou/pole"]))
+    assert float(logged["val/miou"]) != pytest.approx(float(logged["val/miou_tail"]))
+
+
+def test_classes_that_are_never_predicted_are_named_once(tmp_path):
+    with pytest.warns(UserWarning, match="never predicted although") as caught:
+        trainer(tmp_path, [JaccardCallback()], max_epochs=3).fit(Answers(), Counted(never=(2, 3)))
+    named = [str(warning.message) for warning in caught if "never predicted although" in str(warning.message)]
+    assert len(named) == 1
+    assert "targets contain them: car, pole;" in named[0]

@@ -1,9 +1,10 @@
 """Objectives for semantic segmentation: modules called with logits and target that return a scalar."""
 
+from mcseg.losses.combine import SumLoss
 from mcseg.losses.margin import MarginCalibrationLoss, Reduction, margin_calibration_loss
 from mcseg.losses.pixelwise import CrossEntropyLoss
 
-__all__ = ["CrossEntropyLoss", "MarginCalibrationLoss", "Reduction", "margin_calibration_loss"]
+__all__ = ["CrossEntropyLoss", "MarginCalibrationLoss", "Reduction", "SumLoss", "margin_calibration_loss"]
 
 # In checkpoints and configurations objectives are named by this path, wherever in the package they are written.
 for _name in __all__:
