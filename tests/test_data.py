@@ -436,3 +436,20 @@ def test_masks_are_int64_for_a_module_and_for_a_loop_of_ones_own(tmp_path):
     after = next(iter(data.val_dataloader()))["mask"].dtype
     assert {before, *seen, after} == {torch.int64}
     assert next(iter(trainer.train_dataloader))["mask"].dtype == torch.uint8  # on the way to the device
+
+
+def test_rare_crops_follow_the_training_pixels(photo_folder):
+    """Class 2 has 6 of 768 pixels of an image."""
+
+    def holding(share):
+        options = {"num_workers": 0, "batch_size": 8, "crop_size": (9, 9), "scale_range": (1, 1), "max_class_share": 1.0}
+        data = FolderData(photo_folder, rare_crop_share=share, **options)
+        masks = torch.cat([batch["mask"] for _ in range(10) for batch in data.train_dataloader()])
+        return data, float((masks == 2).flatten(1).any(1).float().mean())
+
+    data, with_rare = holding(1.0)
+    assert with_rare > holding(0.0)[1] + 0.3
+    weights = data.train_transform.class_weights
+    assert torch.allclose(weights * data.class_pixels(), torch.ones(3, dtype=torch.float64))
+    with pytest.raises(DataError, match="data.rare_crop_share: found 2, expected 0 to 1"):
+        FolderData(photo_folder, rare_crop_share=2)

@@ -143,3 +143,26 @@ def test_padding_of_a_resized_window():
         assert torch.equal(image[0] == 0, mask == 255)
         places.add(int(rows.int().argmax()))
     assert len(places) > 3
+
+
+def test_crops_around_rare_classes():
+    mask = torch.zeros(80, 120, dtype=torch.uint8)
+    mask[40:48, 60:68] = 1  # 64 of 9600 pixels
+    mask[:8] = 255
+    image = tv_tensors.Image(torch.zeros(3, 80, 120, dtype=torch.uint8))
+
+    def found(share, weights):
+        crop = TrainingTransform((16, 16), rare_crop_share=share, class_weights=torch.tensor(weights))
+        return sum(bool((crop(image, tv_tensors.Mask(mask))[1] == 1).any()) for _ in range(200)) / 200
+
+    assert found(1.0, [0.0, 1.0]) == 1
+    assert found(0.0, [0.0, 1.0]) < 0.25
+    assert 0.4 < found(0.5, [0.0, 1.0]) < 0.75
+    assert found(1.0, [1.0, 0.0]) < 0.25  # the frequent class instead
+    # a class in the corner, or nothing labelled, and a window as large as the image: all stay inside
+    mask[:] = 255
+    mask[79, 119] = mask[76, 116] = 1
+    crop = TrainingTransform((16, 16), rare_crop_share=1.0, class_weights=torch.tensor([1.0, 1.0]))
+    assert int((crop(image, tv_tensors.Mask(mask))[1] == 1).sum()) == 2
+    mask[:] = 255
+    assert (crop(image, tv_tensors.Mask(mask))[1] == 255).all()

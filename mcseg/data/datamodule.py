@@ -47,6 +47,8 @@ class SegmentationData(pl.LightningDataModule):
         max_class_share: training crops in which one class covers more of the labelled pixels than this are drawn again.
         flip: flip half of the training images horizontally.
         color_jitter: strength of brightness, contrast and saturation jitter, 0 to 1; 0 is off.
+        rare_crop_share: probability with which a training crop is centred on a pixel of a class drawn with weights inverse
+            to the classes' training pixels, among the classes of the image; 0 draws all crops anywhere.
         max_side: images whose longer side has more pixels than this are shrunk to it, before all other scaling; for data
             sets of huge images. Evaluation still takes place at the mask's own size.
         predict_root: image file, or folder searched for images in all its levels, for ``predict``; None predicts
@@ -71,6 +73,7 @@ class SegmentationData(pl.LightningDataModule):
         max_class_share: float = 0.75,
         flip: bool = True,
         color_jitter: float = 0.3,
+        rare_crop_share: float = 0.0,
         max_side: int | None = None,
         predict_root: str | os.PathLike[str] | None = None,
         predict_split: Literal["train", "val", "test"] = "test",
@@ -92,8 +95,9 @@ class SegmentationData(pl.LightningDataModule):
             raise DataError(f"data.scale_range: found {list(scale_range)}, expected [smallest, largest]")
         if not 0 < max_class_share <= 1:
             raise DataError(f"data.max_class_share: found {max_class_share}, expected a share above 0 and up to 1")
-        if not 0 <= color_jitter <= 1:
-            raise DataError(f"data.color_jitter: found {color_jitter}, expected 0 to 1")
+        for name, value in {"color_jitter": color_jitter, "rare_crop_share": rare_crop_share}.items():
+            if not 0 <= value <= 1:
+                raise DataError(f"data.{name}: found {value}, expected 0 to 1")
         self.reader: Reader = FileReader(table)
         self.root = Path(root).expanduser() if root is not None else None
         self.batch_size = batch_size
@@ -104,7 +108,13 @@ class SegmentationData(pl.LightningDataModule):
         self.max_side = max_side
         low, high = scale_range
         self.train_transform = TrainingTransform(
-            crop_size, (low * image_scale, high * image_scale), max_class_share, flip, color_jitter, max_side
+            crop_size,
+            (low * image_scale, high * image_scale),
+            max_class_share,
+            flip,
+            color_jitter,
+            max_side,
+            rare_crop_share,
         )
         self.predict_root = Path(predict_root).expanduser() if predict_root is not None else None
         self.predict_split = predict_split
@@ -190,6 +200,9 @@ class SegmentationData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled, augmented crops; a last, smaller batch is dropped (batch norm cannot take a single image)."""
+        if self.train_transform.rare_crop_share:
+            pixels = self.class_pixels().double()
+            self.train_transform.class_weights = torch.where(pixels > 0, 1 / pixels.clamp(min=1), 0.0)
         dataset = TrainingCrops(self.reader, self._prepared("train"), self.train_transform)
         batch_size = self._share_of_batch()
         return self._loader(dataset, batch_size, shuffle=True, drop_last=len(dataset) >= batch_size)

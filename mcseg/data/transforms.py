@@ -13,6 +13,7 @@ from mcseg.data.labels import IGNORE_INDEX
 
 _TRIES = 10  # windows looked at before the last one is taken whatever it holds
 _PROBE = 32  # a grid of about 32x32 pixels tells a window's class shares well enough
+_GRID = 4  # every fourth row and column tell which classes a mask holds, in a sixteenth of the time
 _GREY = torch.tensor([0.2989, 0.587, 0.114]) / 0.9999  # luma weights of ITU-R BT.601, scaled to the sum 1
 
 
@@ -36,6 +37,10 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         flip: flip horizontally with probability 1/2.
         color_jitter: b, c and s are drawn uniformly from [1 - color_jitter, 1 + color_jitter].
         max_side: a longer side of more pixels counts as shrunk to this before the scale is applied.
+        rare_crop_share: probability with which a window is not drawn anywhere but centred on a pixel of a class that is
+            drawn with ``class_weights`` among those in the mask; pixels are looked for on a grid of every fourth row and
+            column.
+        class_weights: (C,) for ``rare_crop_share``.
     """
 
     def __init__(
@@ -46,6 +51,8 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         flip: bool = False,
         color_jitter: float = 0.0,
         max_side: int | None = None,
+        rare_crop_share: float = 0.0,
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.crop_size = crop_size
@@ -54,6 +61,8 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         self.flip = flip
         self.color_jitter = color_jitter
         self.max_side = max_side
+        self.rare_crop_share = rare_crop_share
+        self.class_weights = class_weights
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw for a pair; see :meth:`draw`."""
@@ -82,6 +91,8 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
             top, left = _offset(mask.shape[0], height, place[0]), _offset(mask.shape[1], width, place[1])
             if self.max_class_share >= 1 or self._acceptable(mask, top, left, height, width):
                 break
+        if self.rare_crop_share and float(torch.rand(())) < self.rare_crop_share:
+            top, left = self._around_a_rare_class(mask, height, width) or (top, left)
         full_height, full_width = mask.shape
         window = Window(max(top, 0), max(left, 0), min(top + height, full_height), min(left + width, full_width))
         return {
@@ -122,6 +133,18 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
             padding = [start, new - start - length, *padding]
         return size, padding
 
+    def _around_a_rare_class(self, mask: Tensor, height: int, width: int) -> tuple[int, int] | None:
+        """Top and left of a window centred on a pixel of a class drawn by its weight; None where nothing is labelled."""
+        assert self.class_weights is not None
+        grid = mask[::_GRID, ::_GRID]
+        present = torch.bincount(grid.flatten(), minlength=len(self.class_weights))[: len(self.class_weights)] > 0
+        weights = self.class_weights * present
+        if not weights.any():
+            return None
+        places = (grid == int(torch.multinomial(weights, 1))).nonzero()
+        row, column = (_GRID * places[int(torch.randint(len(places), ()))]).tolist()
+        return _inside(mask.shape[0], height, row - height // 2), _inside(mask.shape[1], width, column - width // 2)
+
     def _acceptable(self, mask: Tensor, top: int, left: int, height: int, width: int) -> bool:
         step = max(1, min(height, width) // _PROBE)
         probe = mask[max(top, 0) : top + height : step, max(left, 0) : left + width : step]
@@ -134,6 +157,11 @@ def _offset(full: int, part: int, place: float) -> int:
     """Where a window of ``part`` pixels starts: anywhere inside, or so that the smaller image lies anywhere in it."""
     low, high = min(0, full - part), max(0, full - part)
     return low + int(place * (high - low + 1))
+
+
+def _inside(full: int, part: int, start: int) -> int:
+    """Nearest start at which a window of ``part`` pixels lies inside, or holds all of a smaller image."""
+    return max(min(0, full - part), min(max(0, full - part), start))
 
 
 def _scale_color(image: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
