@@ -46,6 +46,8 @@ class SegmentationModule(pl.LightningModule):
         warmup_steps: optimiser steps over which the polynomial schedule first rises linearly.
         network_options: further arguments of the architecture, for example ``{"decoder_channels": [64, 32, 16]}``.
         channels_last: keep the network in channels-last memory.
+        checkpointing: compute the encoder's activations anew in the backward pass instead of keeping them.
+        frozen_batch_norm: leave statistics and parameters of all batch norms as they are, to fine-tune with small batches.
 
     Raises:
         ValueError: unknown architecture or encoder; when training starts, an objective, optimiser or scheduler that a
@@ -67,6 +69,8 @@ class SegmentationModule(pl.LightningModule):
         warmup_steps: int = 0,
         network_options: dict[str, Any] | None = None,
         channels_last: bool = True,
+        checkpointing: bool = False,
+        frozen_batch_norm: bool = False,
     ) -> None:
         super().__init__()
         with warnings.catch_warnings():  # Lightning warns of the module among the arguments, which the next lines make plain
@@ -74,7 +78,9 @@ class SegmentationModule(pl.LightningModule):
             self.save_hyperparameters()
         plain, self._not_plain = _plain_hyperparameters(dict(self.hparams))
         self.save_hyperparameters(plain)
-        self.network = SegmentationNetwork(arch, encoder, num_classes, network_options, channels_last)
+        self.network = SegmentationNetwork(
+            arch, encoder, num_classes, network_options, channels_last, checkpointing, frozen_batch_norm
+        )
         if not isinstance(objective, nn.Module):
             objective = MarginCalibrationLoss(num_classes) if objective is None else objective()
         self.objective = objective

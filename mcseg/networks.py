@@ -1,29 +1,50 @@
-"""Networks: segmentation_models_pytorch by name, taking images as the data modules give them."""
+"""Networks: segmentation_models_pytorch and COPLE-Net by name, taking images as the data modules give them."""
 
-from typing import Any, cast
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from mcseg.coplenet import COPLENet
 
 
 class SegmentationNetwork(nn.Module):
-    """A network of segmentation_models_pytorch (SMP) that takes RGB images of any size and gives logits of that size.
+    """A network that takes RGB images of any size and gives logits of that size: one of SMP's, or COPLE-Net.
+
+    SMP is segmentation_models_pytorch.
 
     Normalisation and padding belong to the network, so that they cannot drift from its weights: images are scaled to [0, 1],
     normalised with the encoder's mean and standard deviation, and padded at the right and bottom to a multiple of the
     output stride; the logits of the padding are cut off.
 
     Args:
-        arch: SMP architecture, for example ``unet``, ``deeplabv3plus``, ``segformer``.
-        encoder: SMP or timm (``tu-...``) encoder.
+        arch: SMP architecture, for example ``unet``, ``deeplabv3plus``, ``segformer``; or ``coplenet``,
+            :class:`~mcseg.coplenet.COPLENet`.
+        encoder: SMP or timm (``tu-...``) encoder. COPLE-Net has its own, and any name does.
         num_classes: number of classes C.
-        options: further arguments of the architecture, for example ``{"decoder_channels": [64, 32, 16]}``.
+        options: further arguments of the architecture, for example ``{"decoder_channels": [64, 32, 16]}``; those of
+            COPLE-Net are ``feature_channels`` and ``dropout``.
         channels_last: keep weights and activations in channels-last memory, the faster format for convolutions on CPUs and
             on GPUs with mixed precision.
+        checkpointing: keep only the inputs of the encoder's blocks for the backward pass and compute the rest of their
+            activations again there: less memory, for one more forward pass of the encoder. Logits, gradients and the
+            statistics of batch norms are the same.
+        frozen_batch_norm: batch norms normalise with the statistics that they were loaded with, in training as well, and
+            their scale and shift are not trained: for fine-tuning with batches too small for statistics. It is for weights
+            of which the decoder is trained, too: a new decoder's batch norms stay the identity.
+        aux_channels: width of an auxiliary head on the encoder's second-to-last feature map, for
+            :meth:`forward_with_aux`; None is no such head.
 
     Raises:
-        ValueError: unknown architecture, encoder or option; the message is one line.
+        ValueError: unknown architecture, encoder or option, or an encoder without blocks to checkpoint or without the
+            feature map of the auxiliary head; the message is one line.
     """
 
     mean: Tensor
@@ -36,13 +57,28 @@ class SegmentationNetwork(nn.Module):
         num_classes: int,
         options: dict[str, Any] | None = None,
         channels_last: bool = True,
+        checkpointing: bool = False,
+        frozen_batch_norm: bool = False,
+        aux_channels: int | None = None,
     ) -> None:
         super().__init__()
         self.model = _build(arch, encoder, num_classes, None, options)
         self.arch = arch.lower()
         self.channels_last = channels_last
+        self.frozen_batch_norm = frozen_batch_norm
+        self.aux_head: nn.Sequential | None = None
+        if aux_channels is not None:
+            self.aux_head = _aux_head(self.model.encoder.out_channels[-2], aux_channels, num_classes)
         if channels_last:
-            self.model.to(memory_format=torch.channels_last)
+            for part in self.children():
+                part.to(memory_format=torch.channels_last)
+        if checkpointing:
+            _recompute_blocks(self.model.encoder, encoder)
+        if frozen_batch_norm:
+            for norm in self._batch_norms():
+                for parameter in norm.parameters(recurse=False):
+                    parameter.requires_grad_(False)
+            self.train()
         # ImageNet's, until pretrained weights bring their own; part of the checkpoint, as they belong to its weights.
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
@@ -63,17 +99,59 @@ class SegmentationNetwork(nn.Module):
             (N,C,H,W) logits.
         """
         height, width = image.shape[-2:]
+        logits = self.model(self._prepare(image))
+        return cast(Tensor, logits[..., :height, :width])
+
+    def forward_with_aux(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute logits, and in training mode those of the auxiliary head as well, in one pass of the encoder.
+
+        Args:
+            image: (N,3,H,W) RGB: uint8 0..255, or floating point 0..1.
+
+        Returns:
+            (N,C,H,W) logits, the same as :meth:`forward` gives, and (N,C,H,W) logits of the auxiliary head, resized
+            bilinearly from its feature map; None in evaluation mode.
+
+        Raises:
+            RuntimeError: the network was made without ``aux_channels``.
+        """
+        if self.aux_head is None:
+            raise RuntimeError("forward_with_aux: the network has no auxiliary head; set aux_channels")
+        if not self.training:
+            return self(image), None
+        height, width = image.shape[-2:]
+        image = self._prepare(image)
+        seen: list[Tensor] = []
+        # SMP's models hand the features on to their decoder themselves; a hook sees them without computing them twice.
+        hook = self.model.encoder.register_forward_hook(lambda encoder, args, features: seen.append(features[-2]))
+        try:
+            logits = self.model(image)
+        finally:
+            hook.remove()
+        aux = F.interpolate(self.aux_head(seen[0]), image.shape[-2:], mode="bilinear", align_corners=False)
+        return logits[..., :height, :width], aux[..., :height, :width]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; frozen batch norms stay in evaluation mode."""
+        super().train(mode)
+        if self.frozen_batch_norm:
+            for norm in self._batch_norms():
+                norm.eval()
+        return self
+
+    def _batch_norms(self) -> list[_BatchNorm]:
+        return [module for module in self.modules() if isinstance(module, _BatchNorm)]
+
+    def _prepare(self, image: Tensor) -> Tensor:
+        """Normalise and pad."""
         if not image.is_floating_point():
             image = image.to(self.mean.dtype) / 255
         image = (image - self.mean) / self.std
-        stride = self.output_stride
+        height, width, stride = *image.shape[-2:], self.output_stride
         padding = (0, -width % stride, 0, -height % stride)
         if any(padding):
             image = F.pad(image, padding, mode="replicate")
-        if self.channels_last:
-            image = image.contiguous(memory_format=torch.channels_last)
-        logits = self.model(image)
-        return cast(Tensor, logits[..., :height, :width])
+        return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
 
     def load_pretrained_encoder(self, arch: str, encoder: str, weights: str, options: dict[str, Any] | None = None) -> None:
         """Copy pretrained encoder weights in, with the normalisation that they were trained with.
@@ -81,8 +159,11 @@ class SegmentationNetwork(nn.Module):
         SMP fetches both from its hub when they are not in the local cache.
 
         Raises:
-            ValueError: unknown weights, or they can be had neither from the cache nor from the network.
+            ValueError: unknown weights, or they can be had neither from the cache nor from the network, or there are none
+                for this architecture.
         """
+        if arch.lower() == "coplenet":
+            raise ValueError(f"encoder_weights: found {weights}; coplenet has no pretrained weights, set it to null")
         from segmentation_models_pytorch.encoders import get_preprocessing_params
 
         try:
@@ -100,12 +181,103 @@ class SegmentationNetwork(nn.Module):
 
 
 def _build(arch: str, encoder: str, num_classes: int, weights: str | bool | None, options: dict[str, Any] | None) -> Any:
+    if arch.lower() == "coplenet":
+        try:
+            return COPLENet(num_classes, **(options or {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"network {arch}: {_one_line(error)}") from None
     import segmentation_models_pytorch as smp  # at first use: it loads timm and torchvision, which takes seconds
 
     try:
         return smp.create_model(arch, encoder, encoder_weights=weights, classes=num_classes, **(options or {}))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"network {arch} with encoder {encoder}: {_one_line(error)}") from None
+
+
+def _aux_head(in_channels: int, channels: int, num_classes: int) -> nn.Sequential:
+    if in_channels < 1:  # SMP's placeholder where an encoder skips a scale
+        raise ValueError("aux_channels: the encoder has no second-to-last feature map; set aux_channels to null")
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.Dropout(0.1),
+        nn.Conv2d(channels, num_classes, 1),
+    )
+
+
+def _recompute_blocks(encoder: nn.Module, name: str) -> None:
+    """Make every block of an encoder keep only its input for the backward pass.
+
+    timm's own ``set_grad_checkpointing`` is not used: it updates the statistics of batch norms twice.
+    """
+    blocks = _blocks(encoder)
+    if not blocks:
+        raise ValueError(f"checkpointing: the encoder {name} is not made of blocks; set checkpointing to false")
+    for block in blocks:
+        # On the instance, so that names in the state dict stay; a partial is copied and pickled along with its block.
+        block.forward = functools.partial(_recomputed, block)
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    """Find the blocks below a module: modules made of layers, and no mere lists or stages of further blocks."""
+    found: list[nn.Module] = []
+    for child in module.children():
+        if not _has_layers(child):
+            continue
+        if isinstance(child, _CONTAINERS) or _has_repeated_blocks(child):
+            found += _blocks(child)
+        else:
+            found.append(child)
+    return found
+
+
+def _has_layers(module: nn.Module) -> bool:
+    return any(next(child.parameters(), None) is not None for child in module.children())
+
+
+def _has_repeated_blocks(module: nn.Module) -> bool:
+    for container in module.modules():
+        if isinstance(container, _CONTAINERS):
+            kinds = Counter(type(c) for c in container.children() if _has_layers(c) and not isinstance(c, _CONTAINERS))
+            if any(count > 1 for count in kinds.values()):
+                return True
+    return False
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the compiler knows no context_fn: blocks run uncompiled
+def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a block's forward so that only its arguments are kept for the backward pass."""
+    forward = functools.partial(type(block).forward, block)
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    # DenseNet appends to the list of features that it gives to its layers; the second run must see it as the first did.
+    kept = [list(value) if isinstance(value, list) else value for value in args]
+    return checkpoint(
+        forward,
+        *kept,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _spare_statistics(block)),
+        **kwargs,
+    )
+
+
+@contextlib.contextmanager
+def _spare_statistics(block: nn.Module) -> Iterator[None]:
+    """Let norms in training mode update copies of their running statistics, which are then dropped."""
+    norms = [module for module in block.modules() if module.training and getattr(module, "track_running_stats", False)]
+    kept = [dict(norm._buffers) for norm in norms]
+    try:
+        for norm, buffers in zip(norms, kept, strict=True):
+            # Copies and not None: the second run must keep tensors of the same number and shapes as the first.
+            norm._buffers.update({name: None if value is None else value.clone() for name, value in buffers.items()})
+        yield
+    finally:
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,8 +1,13 @@
 """Networks: any size in, logits of that size out; normalisation; no network access."""
 
+import copy
+import pickle
+
 import pytest
+import pytorch_lightning as pl
 import torch
 
+from mcseg.module import SegmentationModule
 from mcseg.networks import SegmentationNetwork
 
 ENCODER = "tu-test_resnet.r160_in1k"
@@ -125,3 +130,232 @@ def test_pretrained_weights_bring_their_normalisation(monkeypatch):
     assert (next(network.model.encoder.parameters()) == 0.25).all()
     torch.testing.assert_close(network.mean.flatten(), torch.tensor([0.2, 0.4, 0.6]))
     torch.testing.assert_close(network.std.flatten(), torch.tensor([0.2, 0.2, 0.2]))
+
+
+def pair(encoder, arch="unet", dtype=torch.float64, **options):
+    """The same network twice, without and with checkpointing, in training mode."""
+    networks = []
+    for checkpointing in (False, True):
+        torch.manual_seed(5)
+        networks.append(SegmentationNetwork(arch, encoder, 3, checkpointing=checkpointing, **options).to(dtype).train())
+    return networks
+
+
+@pytest.mark.parametrize(
+    ("encoder", "arch"),
+    [
+        (ENCODER, "unet"),
+        ("resnet18", "unet"),
+        ("resnet18", "deeplabv3plus"),
+        ("densenet121", "unet"),  # hands lists from layer to layer
+        ("mit_b0", "segformer"),
+        ("tu-test_efficientnet.r160_in1k", "unet"),
+        ("any", "coplenet"),  # dropout: the second run must draw the same numbers
+    ],
+)
+def test_checkpointing_changes_neither_gradients_nor_statistics(encoder, arch):
+    plain, checkpointed = pair(encoder, arch)
+    assert list(plain.state_dict()) == list(checkpointed.state_dict())
+    image = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    results = []
+    for network in (plain, checkpointed):
+        torch.manual_seed(6)
+        logits = network(image)
+        logits.square().mean().backward()
+        results.append(logits.detach())
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+    for (name, one), two in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        assert (one.grad is None) == (two.grad is None), name
+        if one.grad is not None:
+            torch.testing.assert_close(two.grad, one.grad, rtol=1e-7, atol=1e-12, msg=name)
+    for (name, one), two in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
+        torch.testing.assert_close(two, one, rtol=1e-12, atol=0, msg=name)
+
+
+def saved_bytes(network, image):
+    """Bytes of the storages that autograd keeps after a forward pass, parameters aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        network(image)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+@pytest.mark.parametrize(("arch", "share"), [("unet", 0.65), ("deeplabv3plus", 0.55)])
+def test_checkpointing_keeps_less(arch, share):
+    plain, checkpointed = pair("resnet50", arch, torch.float32)
+    image = torch.rand(2, 3, 64, 64)
+    assert saved_bytes(checkpointed, image) < share * saved_bytes(plain, image)
+
+
+def test_a_copy_of_a_checkpointed_network_is_on_its_own():
+    network = pair("resnet18", dtype=torch.float32)[1]
+    image = torch.rand(2, 3, 32, 32)
+    for again in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert saved_bytes(again, image) == saved_bytes(network, image)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(1)
+        again(image).mean().backward()
+        assert all(parameter.grad is None for parameter in network.parameters())
+        assert again.model.encoder.layer1[0].conv1.weight.grad.abs().sum() > 0
+
+
+def test_an_encoder_without_blocks_cannot_be_checkpointed():
+    with pytest.raises(ValueError, match="checkpointing: the encoder vgg11 is not made of blocks"):
+        SegmentationNetwork("unet", "vgg11", 3, checkpointing=True)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_frozen_batch_norms_keep_statistics_and_parameters(checkpointing):
+    torch.manual_seed(7)
+    network = SegmentationNetwork("deeplabv3plus", "resnet18", 3, checkpointing=checkpointing, frozen_batch_norm=True)
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert network.training
+    assert not any(norm.training for norm in network.eval().train().modules() if isinstance(norm, torch.nn.BatchNorm2d))
+    before = [{name: value.clone() for name, value in norm.state_dict().items()} for norm in norms]
+    weight = network.model.encoder.conv1.weight.clone()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, weight_decay=0.1)
+    network(torch.rand(1, 3, 32, 32)).square().mean().backward()  # one image: the statistics of ASPP's pooling need two
+    optimizer.step()
+    for norm, kept in zip(norms, before, strict=True):
+        for name, value in norm.state_dict().items():
+            assert torch.equal(value, kept[name]), name
+    assert not torch.equal(network.model.encoder.conv1.weight, weight)
+
+
+def test_batch_norms_are_not_frozen_unless_asked():
+    network = SegmentationNetwork("unet", "resnet18", 3).train()
+    assert all(module.training for module in network.modules())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(("arch", "encoder"), [("deeplabv3plus", "resnet18"), ("coplenet", "any")])
+def test_auxiliary_head(arch, encoder):
+    torch.manual_seed(8)
+    network = SegmentationNetwork(arch, encoder, 3, aux_channels=16, checkpointing=True)
+    plain = SegmentationNetwork(arch, encoder, 3)
+    assert {name for name in network.state_dict() if not name.startswith("aux_head.")} == set(plain.state_dict())
+    plain.load_state_dict(network.state_dict(), strict=False)
+    image = torch.rand(2, 3, 50, 70)
+    network.train()
+    logits, aux = network.forward_with_aux(image)
+    assert logits.shape == aux.shape == (2, 3, 50, 70)
+    aux.square().mean().backward()  # reaches the encoder and leaves decoder and head alone
+    assert next(network.model.encoder.parameters()).grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in network.model.segmentation_head.parameters())
+    network.eval()
+    plain.load_state_dict(network.state_dict(), strict=False)
+    with torch.no_grad():
+        logits, aux = network.forward_with_aux(image)
+        torch.testing.assert_close(logits, plain.eval()(image))
+        assert aux is None
+    assert not network.model.encoder._forward_hooks
+    with pytest.raises(RuntimeError, match="no auxiliary head; set aux_channels"):
+        plain.forward_with_aux(image)
+
+
+def test_auxiliary_logits_are_the_heads(monkeypatch):
+    network = SegmentationNetwork("unet", "resnet18", 3, aux_channels=8).train()
+    network.aux_head[3].p = 0.0
+    image = torch.rand(2, 3, 33, 64)
+    seen = []
+    network.model.encoder.register_forward_hook(lambda module, args, features: seen.append(features[-2].detach()))
+    aux = network.forward_with_aux(image)[1]
+    head = network.aux_head(seen[0])
+    assert head.shape == (2, 3, 4, 4)  # stride 16 of an image padded to 64x64
+    expected = torch.nn.functional.interpolate(head, scale_factor=16, mode="bilinear")[..., :33, :]
+    torch.testing.assert_close(aux, expected)
+
+
+def coplenet(num_classes=3, **options):
+    return SegmentationNetwork("coplenet", "", num_classes, {"feature_channels": [8, 16, 32, 64, 128], **options})
+
+
+def test_coplenet_has_the_published_size():
+    network = SegmentationNetwork("COPLEnet", "resnet34", 2)
+    assert sum(parameter.numel() for parameter in network.parameters()) == 2_634_434  # the authors' code, 3 channels in
+    assert network.output_stride == 16
+
+
+def test_coplenet_takes_any_size_and_drops_nothing_in_evaluation():
+    torch.manual_seed(9)
+    network = coplenet().eval()
+    image = torch.rand(2, 3, 37, 53)
+    with torch.no_grad():
+        logits = network(image)
+        assert logits.shape == (2, 3, 37, 53)
+        assert torch.equal(network(image), logits)
+        network.train()
+        assert not torch.equal(network(image), network(image))
+
+
+def test_coplenet_overfits_one_batch():
+    torch.manual_seed(10)
+    network = coplenet(dropout=[0.0] * 5).train()
+    image, target = torch.rand(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.long)
+    target[:, 8:24, 8:16], target[1, 20:, 20:] = 1, 2
+    optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    for step in range(80):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(network(image), target)
+        loss.backward()
+        if step == 0:
+            first = loss.item()
+            dead = [name for name, value in network.named_parameters() if value.grad is None or not value.grad.any()]
+            assert dead == []
+        optimizer.step()
+    assert loss.item() < 0.05 * first
+    assert (network(image).argmax(1) == target).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"feature_channels": [8, 16, 32, 64]}, "network coplenet: feature_channels: found .*; expected 5 numbers"),
+        ({"feature_channels": [8, 16, 32, 64, 100]}, "each twice the one before"),
+        ({"feature_channels": [4, 8, 16, 32, 64]}, "multiple of 8"),
+        ({"dropout": [0, 0, 0, 0, 1.0]}, "dropout: found .*; expected 5 numbers from 0 to below 1"),
+        ({"decoder_channels": [1]}, "decoder_channels"),
+    ],
+)
+def test_unusable_options_of_coplenet_are_one_line(options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        SegmentationNetwork("coplenet", "", 3, options)
+    assert "\n" not in str(error.value)
+
+
+def test_coplenet_has_no_pretrained_weights():
+    with pytest.raises(ValueError, match="encoder_weights: found imagenet; coplenet has no pretrained weights"):
+        coplenet().load_pretrained_encoder("coplenet", "resnet34", "imagenet")
+
+
+def test_coplenet_comes_back_from_a_checkpoint(tmp_path):
+    options = {"feature_channels": [8, 16, 32, 64, 128]}
+    module = SegmentationModule("coplenet", num_classes=3, network_options=options)
+    run = pl.Trainer(logger=False, accelerator="cpu", barebones=True)
+    run.strategy.connect(module)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    again = SegmentationModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True).eval()
+    image = torch.rand(1, 3, 20, 20)
+    with torch.no_grad():
+        assert torch.equal(again(image), module.eval()(image))
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler itself warns, with every version of other things
+def test_a_checkpointed_network_can_be_compiled():
+    plain, checkpointed = pair("resnet18", dtype=torch.float32)
+    checkpointed.model.compile(backend="aot_eager")
+    image = torch.rand(2, 3, 32, 32)
+    for network in (plain, checkpointed):
+        network(image).square().mean().backward()
+    one, two = (network.model.encoder.layer1[0] for network in (plain, checkpointed))
+    torch.testing.assert_close(two.conv1.weight.grad, one.conv1.weight.grad, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(two.bn1.running_mean, one.bn1.running_mean, rtol=1e-4, atol=1e-6)
+    assert two.bn1.num_batches_tracked == 1
