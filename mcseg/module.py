@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from mcseg.inference import labels_at
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.networks import SegmentationNetwork
 
@@ -236,38 +236,6 @@ class SegmentationModule(pl.LightningModule):
             return float(rise * max(0.0, 1 - step / max(1, steps)) ** power)
 
         return LambdaLR(optimizer, factor)
-
-
-_BAND = 1 << 24  # logits that are resized at once: 64 MB in float32
-
-
-def labels_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Predict at another size: argmax of the logits (N,C,h,w) resized bilinearly to ``size`` (H,W), in bands of rows.
-
-    The resized logits of a photo of 20 megapixels take gigabytes; a band at a time takes 64 MB whatever the size.
-
-    Returns:
-        (N,H,W) uint8 train ids.
-    """
-    height, width = size
-    if logits.shape[-2:] == (height, width):
-        return logits.argmax(1).to(torch.uint8)
-    logits = logits.float()
-    rows = max(1, _BAND // (logits.shape[0] * logits.shape[1] * width))
-    if rows >= height:
-        resized = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
-        return resized.argmax(1).to(torch.uint8)
-    # Where an output row lies between two rows of the logits, as F.interpolate has it with align_corners=False
-    place = ((torch.arange(height, device=logits.device) + 0.5) * (logits.shape[2] / height) - 0.5).clamp(min=0)
-    above = place.long()
-    below, share = (above + 1).clamp(max=logits.shape[2] - 1), (place - above)[:, None]
-    labels = logits.new_empty((logits.shape[0], height, width), dtype=torch.uint8)
-    for top in range(0, height, rows):
-        band = slice(top, min(top + rows, height))
-        mixed = torch.lerp(logits[:, :, above[band]], logits[:, :, below[band]], share[band])
-        mixed = F.interpolate(mixed, (mixed.shape[2], width), mode="bilinear", align_corners=False)
-        labels[:, band] = mixed.argmax(1)
-    return labels
 
 
 def _nearest(target: Tensor, size: torch.Size) -> Tensor:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "pictures": set(),
     "data": set(),
     "losses": {"margins", "kernels"},
-    "module": {"losses", "networks"},
+    "module": {"inference", "losses", "networks"},
     "callbacks": {"metrics", "pictures"},
     "download": {"data"},
 }

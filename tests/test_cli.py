@@ -234,6 +234,22 @@ def test_two_stages_cross_entropy_then_margins(arguments, caplog):
     assert all(torch.equal(states[0][name], states[1][name]) for name in weights)  # at learning rate 0
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (RECIPES / "objectives").glob("*.yaml")))
+def test_every_objective_on_a_data_recipe(name, arguments, capsys):
+    few = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    words = ["--config", "camvid", "--config", f"objectives/{name}", *arguments("camvid"), *TINY, *few]
+    main(["fit", *words])
+    folder = run_folder("camvid")
+    losses = [float(row["train/loss"]) for row in logged_rows(folder) if row.get("train/loss")]
+    assert np.isfinite(losses).all()
+    settings = yaml.safe_load((RECIPES / "objectives" / f"{name}.yaml").read_text())["model"]["objective"]
+    kept = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]["objective"]
+    assert kept["class_path"] == settings["class_path"]
+    assert kept["init_args"].items() >= settings["init_args"].items()
+    module = SegmentationModule.load_from_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert getattr(module.objective, "is_calibrated", True)
+
+
 def test_a_format_needs_its_own_data(arguments, photo_folder, capsys):
     main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY])
     checkpoint = str(run_folder("synthetic") / "checkpoints" / "best.ckpt")

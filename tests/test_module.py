@@ -10,9 +10,10 @@ from torch import nn
 
 from mcseg.callbacks import JaccardCallback
 from mcseg.data import SyntheticData
+from mcseg.inference import labels_at
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import margin_offsets
-from mcseg.module import SegmentationModule, labels_at
+from mcseg.module import SegmentationModule
 
 TINY = {
     "arch": "unet",
@@ -299,7 +300,7 @@ def test_labels_in_bands_are_those_of_the_resized_logits(shape, size, monkeypatc
     logits = torch.randn(shape)
     expected = nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
     assert torch.equal(labels_at(logits, size).long(), expected)
-    monkeypatch.setattr("mcseg.module._BAND", 3 * shape[0] * shape[1] * size[1])  # bands of three rows
+    monkeypatch.setattr("mcseg.inference._BAND", 3 * shape[0] * shape[1] * size[1])  # bands of three rows
     assert torch.equal(labels_at(logits, size).long(), expected)
 
 

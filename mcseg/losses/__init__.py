@@ -2,9 +2,25 @@
 
 from mcseg.losses.combine import SumLoss
 from mcseg.losses.margin import MarginCalibrationLoss, Reduction, margin_calibration_loss
-from mcseg.losses.pixelwise import CrossEntropyLoss
+from mcseg.losses.pixelwise import BalancedSoftmaxLoss, CrossEntropyLoss, FocalLoss, LDAMLoss, LogitAdjustmentLoss
+from mcseg.losses.regions import DiceLoss, GeneralizedDiceLoss, JaccardLoss, LovaszSoftmaxLoss, TverskyLoss
 
-__all__ = ["CrossEntropyLoss", "MarginCalibrationLoss", "Reduction", "SumLoss", "margin_calibration_loss"]
+__all__ = [
+    "BalancedSoftmaxLoss",
+    "CrossEntropyLoss",
+    "DiceLoss",
+    "FocalLoss",
+    "GeneralizedDiceLoss",
+    "JaccardLoss",
+    "LDAMLoss",
+    "LogitAdjustmentLoss",
+    "LovaszSoftmaxLoss",
+    "MarginCalibrationLoss",
+    "Reduction",
+    "SumLoss",
+    "TverskyLoss",
+    "margin_calibration_loss",
+]
 
 # In checkpoints and configurations objectives are named by this path, wherever in the package they are written.
 for _name in __all__:

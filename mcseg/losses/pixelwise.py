@@ -1,31 +1,503 @@
 """Objectives that are a mean over pixels: cross entropy and its relatives."""
 
+import inspect
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, Self, cast, get_args
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mcseg.kernels import _check_labels
+from mcseg.margins import ClassPixels, _counts
 
-class CrossEntropyLoss(nn.Module):
-    """Cross entropy that is 0 where all is void, which torch's own turns into NaN.
+Weighting = Literal["none", "inverse", "median_frequency", "effective_number", "enet"]
+
+
+class Objective(nn.Module):
+    """What the objectives share: checked inputs, settings in their representation, constants that stay float64.
 
     Args:
-        ignore_index: target value of void pixels.
+        ignore_index: Label of void pixels.
     """
 
     def __init__(self, ignore_index: int = 255) -> None:
         super().__init__()
         self.ignore_index = ignore_index
 
+    def extra_repr(self) -> str:
+        """Name the settings."""
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in inspect.signature(type(self)).parameters)
+
+    def _prepared(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Check the inputs of `forward`.
+
+        Returns:
+            Logits in float32 or wider, target in int64, and a bool tensor like the target that is True where labelled.
+        """
+        if not logits.is_floating_point():
+            raise TypeError(f"logits: found dtype {logits.dtype}, expected floating point: the network's raw output")
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise TypeError(f"target: found dtype {target.dtype}, expected an integer dtype; convert labels with .long()")
+        if logits.ndim < 2:
+            raise ValueError(f"logits: found shape {tuple(logits.shape)}, expected (N, C, *spatial)")
+        expected = (logits.shape[0], *logits.shape[2:])
+        if target.shape != expected:
+            raise ValueError(
+                f"target: found shape {tuple(target.shape)}, expected {expected} for logits {tuple(logits.shape)}: "
+                "class indices without a class dimension, logits resized to the labels"
+            )
+        target = target.long()  # before the comparison: uint8 would wrap a negative ignore_index
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait
+            _check_labels(target, logits.shape[1], self.ignore_index)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)), target, target != self.ignore_index
+
+    def _reset_buffers(self) -> None:
+        """Register the buffers with the values that they have in a new module."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # .half() and .to(dtype) would round the constants: hide them from `fn`, then follow it to its device only
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        if not kept:
+            return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+        before = next(iter(kept.values())).device
+        for name in kept:
+            del self._buffers[name]
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            device = fn(torch.empty((), device=before)).device
+        finally:
+            self._buffers.update(kept)
+        if before.type == "meta" and device.type != "meta":  # to_empty() of a module that was built without storage
+            self._reset_buffers()
+        for name in kept:
+            # mps has no float64
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            self._buffers[name] = cast(Tensor, self._buffers[name]).to(dtype).to(device)
+        return self
+
+
+class CountedLoss(Objective):
+    """An objective with one constant per class, derived from the pixel counts of the training labels.
+
+    Call `calibrate` once before the first use. The counts travel in the ``state_dict``, so an objective that loads a
+    calibrated checkpoint needs no training labels. Counts and constants stay float64 when the module is cast.
+
+    Args:
+        num_classes: C >= 2; None only where no counts are needed.
+        ignore_index: Label of void pixels.
+        counted: False leaves out the buffers: a setting that needs no counts.
+
+    Attributes:
+        class_pixels: Buffer, float64 ``(C,)``, NaN until calibrated.
+        class_terms: Buffer outside the ``state_dict``, float64 ``(C,)``: what the objective derives from the counts.
+    """
+
+    class_pixels: Tensor
+    class_terms: Tensor
+    _absent = "its constant is 0"  # what becomes of a class without pixels, in the words of the warning
+
+    def __init__(self, num_classes: int | None, ignore_index: int = 255, *, counted: bool = True) -> None:
+        super().__init__(ignore_index)
+        if num_classes is None and counted:
+            raise ValueError("num_classes: found None, expected the number of classes, as counts of pixels are needed")
+        if num_classes is not None and num_classes < 2:
+            raise ValueError(f"num_classes: found {num_classes}, expected at least 2")
+        self.num_classes = num_classes
+        self._counted = counted
+        self._reset_buffers()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the counts are known, or not needed."""
+        return self._calibrated or not self._counted
+
+    def calibrate(self, class_pixels: ClassPixels) -> Self:
+        """Set the constants from ``(C,)`` counts of labelled training pixels per class, void excluded.
+
+        Returns:
+            The module itself.
+
+        Raises:
+            ValueError: The counts are not ``num_classes`` finite counts >= 0, with pixels in at least two classes.
+
+        Warns:
+            UserWarning: Some class has no pixels; it is named by its index.
+        """
+        n = _counts(class_pixels)
+        if len(n) != self.num_classes:
+            raise ValueError(
+                f"class_pixels: found {len(n)} counts, expected {self.num_classes}: one for each of num_classes"
+            )
+        if absent := torch.nonzero(n == 0).flatten().tolist():
+            warnings.warn(
+                f"class_pixels: no pixels of class {', '.join(map(str, absent))}; {self._absent}. Check the label mapping "
+                "if the training labels should contain it.",
+                stacklevel=2,
+            )
+        terms = self._terms(n)
+        self.class_pixels.copy_(n)
+        self.class_terms.copy_(terms)
+        self._calibrated = True
+        return self
+
+    def extra_repr(self) -> str:
+        """Name the settings and whether the counts are known."""
+        return super().extra_repr() + (f", calibrated={self._calibrated}" if self._counted else "")
+
+    def _terms(self, n: Tensor) -> Tensor:
+        """Derive finite constants, float64 ``(C,)``, from the counts, likewise on the CPU."""
+        raise NotImplementedError
+
+    def _terms_for(self, logits: Tensor) -> Tensor:
+        """Constants in dtype and on the device of the logits."""
+        if not self._calibrated:
+            raise RuntimeError(
+                f"{type(self).__name__} is not calibrated: call loss.calibrate(class_pixels) with the pixel counts of "
+                "the training labels, or load a calibrated state_dict (inside a Trainer, the data module calibrates it)"
+            )
+        if logits.shape[1] != self.num_classes:
+            raise ValueError(
+                f"logits: found {logits.shape[1]} classes, expected {self.num_classes}; give the network and the loss the "
+                "same number of classes"
+            )
+        return self.class_terms.to(logits.dtype).to(logits.device)  # dtype first: some devices have no float64
+
+    def _reset_buffers(self) -> None:
+        # a flag beside the buffers: looking for NaN in them at each step would make the host wait for the device
+        self._calibrated = False
+        if self.num_classes is None or not self._counted:
+            return
+        self.register_buffer("class_pixels", torch.full((self.num_classes,), torch.nan, dtype=torch.float64))
+        self.register_buffer("class_terms", torch.full_like(self.class_pixels, torch.nan), persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self._counted:
+            return
+        n = self.class_pixels
+        self._calibrated = not n.is_meta and not bool(n.isnan().any())
+        if self._calibrated:
+            self.class_terms = self._terms(n.detach().cpu().double()).to(n.dtype).to(n.device)
+        else:
+            self.class_terms = torch.full_like(n, torch.nan)
+
+
+class CrossEntropyLoss(CountedLoss):
+    r"""Cross entropy, with or without class weights; 0 where all is void, which torch's own turns into NaN.
+
+    With ``p = softmax(z)`` over the classes, label ``y`` and ``t`` the smoothed one-hot label
+    ``(1 - label_smoothing) [k = y] + label_smoothing / C``, as `torch.nn.CrossEntropyLoss`::
+
+        loss = - sum over labelled pixels of sum_k w_k t_k log p_k  /  sum over labelled pixels of w_y
+
+    Class weights ``w`` from counts ``n_c``, ``N = sum n_c``, by ``weighting``:
+
+    * ``"none"``: all 1; needs no counts and has no method ``calibrate``.
+    * ``"inverse"``: ``1 / n_c``, scaled to mean 1.
+    * ``"median_frequency"``: ``median(f) / f_c``, ``f_c = n_c / N``; Eigen and Fergus, ICCV 2015, arXiv 1411.4734.
+      There, ``f_c`` divides by the pixels of the images in which the class occurs. Counts per image are not at
+      hand here, so it divides by all labelled pixels.
+    * ``"effective_number"``: ``(1 - beta) / (1 - beta^n_c)``, scaled to mean 1, that is to sum C; Cui et al.,
+      "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, arXiv 1901.05555.
+    * ``"enet"``: ``1 / ln(enet_c + n_c / N)``; Paszke et al., "ENet", 2016, arXiv 1606.02147.
+
+    In all four a class without pixels has weight 0, and takes no part in the mean or median.
+
+    Args:
+        num_classes: C >= 2; None, which only ``weighting="none"`` allows, is any number.
+        weighting: How counts become weights.
+        beta: Of ``"effective_number"``, 0 <= beta < 1. 0 weights all classes alike, towards 1 it becomes ``"inverse"``;
+            classes of many more than ``1 / (1 - beta)`` pixels are weighted alike.
+        enet_c: Of ``"enet"``, > 1. Weights lie between ``1 / ln(enet_c + 1)`` and ``1 / ln(enet_c)``.
+        label_smoothing: Share 0..1 of the label that is spread over all classes, see Szegedy et al., CVPR 2016.
+        ignore_index: Label of void pixels.
+
+    Attributes:
+        class_terms: The weights (weighted only), float64 ``(C,)``, NaN until calibrated.
+
+    Raises:
+        ValueError: A setting is out of its range.
+
+    Example:
+        >>> CrossEntropyLoss()(torch.tensor([[2.0, -1.0]]), torch.tensor([0]))
+        tensor(0.0486)
+    """
+
+    _absent = "its weight is 0"
+
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        weighting: Weighting = "none",
+        beta: float = 0.999999,
+        enet_c: float = 1.02,
+        label_smoothing: float = 0.0,
+        ignore_index: int = 255,
+    ) -> None:
+        if weighting not in get_args(Weighting):
+            raise ValueError(f"weighting: found {weighting!r}, expected one of {', '.join(map(repr, get_args(Weighting)))}")
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta: found {beta}, expected a number >= 0 and < 1")
+        _check_range("enet_c", enet_c, 1, open_=True)
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: found {label_smoothing}, expected a number between 0 and 1")
+        super().__init__(num_classes, ignore_index, counted=weighting != "none")
+        self.weighting: Weighting = weighting
+        self.beta = beta
+        self.enet_c = enet_c
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the weighted mean over the labelled pixels.
+
+        Args:
+            logits: (N,C,*spatial) floating point, unbounded scores.
+            target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
+
+        Returns:
+            Scalar >= 0 in float32, or float64 for logits of that type.
+
+        Raises:
+            RuntimeError: A weighted loss is not calibrated.
+            TypeError: Logits are not floating point or labels not integers.
+            ValueError: Shapes or numbers of classes do not go together, or (CPU only) a label is no class.
+        """
+        logits, target, labelled = self._prepared(logits, target)
+        weights = self._terms_for(logits) if self._counted else None
+        total = F.cross_entropy(
+            logits,
+            target,
+            weights,
+            ignore_index=self.ignore_index,
+            reduction="sum",
+            label_smoothing=self.label_smoothing,
+        )
+        if weights is None:
+            return total / labelled.sum().clamp(min=1)
+        norm = (weights[target.masked_fill(~labelled, 0)] * labelled).sum()
+        return total / norm.where(norm > 0, 1.0)
+
+    @property
+    def calibrate(self) -> Callable[[ClassPixels], Self]:
+        """Method that sets the weights from counts; absent from the unweighted loss, so that no labels are counted."""
+        if not self._counted:
+            raise AttributeError("calibrate")
+        return super().calibrate
+
+    def _terms(self, n: Tensor) -> Tensor:
+        present = n > 0
+        if self.weighting == "inverse":
+            weights = 1 / n
+        elif self.weighting == "median_frequency":
+            weights = n[present].quantile(0.5) / n  # N cancels
+        elif self.weighting == "effective_number":
+            log_beta = math.log(self.beta) if self.beta > 0 else -math.inf
+            weights = (1 - self.beta) / -torch.expm1(n * log_beta)  # 1 - beta^n without cancellation
+        else:
+            weights = 1 / (self.enet_c + n / n.sum()).log()
+        if self.weighting in ("inverse", "effective_number"):
+            weights = weights / weights[present].mean()
+        return weights.where(present, 0.0)
+
+
+class FocalLoss(Objective):
+    r"""Focal loss, softmax form: cross entropy that fades on pixels that are already right.
+
+    With ``p = softmax(z)`` over the classes and label ``y``, the mean over labelled pixels of::
+
+        - alpha_y (1 - p_y)^gamma log p_y
+
+    After Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002, eq. 5, which has sigmoids of two
+    classes and divides by the number of foreground anchors.
+
+    Args:
+        gamma: >= 0; 0 is cross entropy (weighted by alpha).
+        alpha: C weights >= 0, one per class; None is 1 for all. The mean is over pixels whatever their weights.
+        ignore_index: Label of void pixels.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    class_alpha: Tensor
+
+    def __init__(self, gamma: float = 2.0, alpha: list[float] | None = None, ignore_index: int = 255) -> None:
+        super().__init__(ignore_index)
+        _check_range("gamma", gamma, 0)
+        for value in alpha or []:
+            _check_range("alpha", value, 0)
+        self.gamma = gamma
+        self.alpha = None if alpha is None else list(alpha)
+        self._reset_buffers()
+
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute the mean over the labelled pixels.
 
         Args:
-            logits: (N,C,H,W) floating point.
-            target: (N,H,W) int64, 0..C-1 or ``ignore_index``.
+            logits: (N,C,*spatial) floating point, unbounded scores.
+            target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
 
         Returns:
-            Scalar in float32, or float64 for logits of that type.
+            Scalar >= 0 in float32, or float64 for logits of that type.
+
+        Raises:
+            TypeError: Logits are not floating point or labels not integers.
+            ValueError: Shapes or numbers of classes do not go together, or (CPU only) a label is no class.
         """
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits, target, labelled = self._prepared(logits, target)
+        if self.alpha is not None and len(self.alpha) != logits.shape[1]:
+            raise ValueError(f"alpha: found {len(self.alpha)} weights, expected {logits.shape[1]}: one for each class")
+        labels = target.masked_fill(~labelled, 0)
+        log_p = logits.log_softmax(1)
+        pixels = -log_p.gather(1, labels[:, None])[:, 0]
+        if self.gamma > 0:
+            # 1 - p_y as the sum of the others, without cancellation. Where even that underflows, its power has for
+            # gamma < 1 an infinite slope: keep it away from 0, where the loss is 0 and flat anyway.
+            others = log_p.exp().scatter(1, labels[:, None], 0.0).sum(1)
+            pixels = others.clamp(min=torch.finfo(others.dtype).tiny) ** self.gamma * pixels
+        if self.alpha is not None:
+            pixels = self.class_alpha.to(logits.dtype).to(logits.device)[labels] * pixels
+        return (pixels * labelled).sum() / labelled.sum().clamp(min=1)
+
+    def _reset_buffers(self) -> None:
+        if self.alpha is not None:
+            self.register_buffer("class_alpha", torch.tensor(self.alpha, dtype=torch.float64), persistent=False)
+
+
+class LogitAdjustmentLoss(CountedLoss):
+    r"""Cross entropy of logits that are shifted by the log-share of their class.
+
+    The mean over labelled pixels, with counts ``n_c`` and ``N = sum n_c``, of::
+
+        - log softmax(z + tau log pi)_y,    pi_c = n_c / N
+
+    Predictions are made from ``z`` itself, so the loss favours rare classes, the more the larger ``tau``. After Menon et
+    al., "Long-tail learning via logit adjustment", ICLR 2021, arXiv 2007.07314, eq. 10.
+
+    Args:
+        num_classes: C >= 2.
+        tau: >= 0; 0 is cross entropy, 1 is consistent for the mean of the classes' recalls.
+        ignore_index: Label of void pixels.
+
+    Attributes:
+        class_terms: ``tau log pi``, float64 ``(C,)``, NaN until calibrated. A class without pixels counts as one of one
+            pixel, to stay finite.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    _absent = "it is adjusted as a class of one pixel"
+
+    def __init__(self, num_classes: int, tau: float = 1.0, ignore_index: int = 255) -> None:
+        super().__init__(num_classes, ignore_index)
+        _check_range("tau", tau, 0)
+        self.tau = tau
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the mean over the labelled pixels.
+
+        Args:
+            logits: (N,C,*spatial) floating point, unbounded scores.
+            target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
+
+        Returns:
+            Scalar >= 0 in float32, or float64 for logits of that type.
+
+        Raises:
+            RuntimeError: The loss is not calibrated.
+            TypeError: Logits are not floating point or labels not integers.
+            ValueError: Shapes or numbers of classes do not go together, or (CPU only) a label is no class.
+        """
+        logits, target, labelled = self._prepared(logits, target)
+        shift = self._terms_for(logits).view(-1, *[1] * (logits.ndim - 2))
+        total = F.cross_entropy(logits + shift, target, ignore_index=self.ignore_index, reduction="sum")
+        return total / labelled.sum().clamp(min=1)
+
+    def _terms(self, n: Tensor) -> Tensor:
+        return self.tau * (n.clamp(min=1) / n.sum()).log()
+
+
+class BalancedSoftmaxLoss(LogitAdjustmentLoss):
+    r"""Cross entropy of the softmax in which each class counts as often as it occurs: `LogitAdjustmentLoss` with tau 1.
+
+    The mean over labelled pixels of ``- log( n_y exp(z_y) / sum_k n_k exp(z_k) )``, after Ren et al., "Balanced
+    Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, arXiv 2007.10740. Dividing counts by their
+    sum changes nothing in it.
+
+    Args:
+        num_classes: C >= 2.
+        ignore_index: Label of void pixels.
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
+        super().__init__(num_classes, 1.0, ignore_index)
+
+
+class LDAMLoss(CountedLoss):
+    r"""Cross entropy in which the labelled class must win by a margin, larger for rare classes.
+
+    The mean over labelled pixels of ``- log softmax(scale u)_y``, where ``u = z`` but for the label's::
+
+        u_y = z_y - margin_y,    margin_c = max_margin (n_c / min_k n_k)^(-1/4)
+
+    After Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019,
+    arXiv 1906.07413. There, logits are cosines (features and weights of norm 1) and the authors' code scales
+    them by 30. A segmentation network's logits are unbounded, so the scale is 1 here; their second stage of reweighting
+    (DRW) is no part of this.
+
+    Args:
+        num_classes: C >= 2.
+        max_margin: > 0, margin of the rarest class, in logit units.
+        scale: > 0, factor of the logits.
+        ignore_index: Label of void pixels.
+
+    Attributes:
+        class_terms: The margins, float64 ``(C,)``, NaN until calibrated. A class without pixels has margin 0.
+
+    Raises:
+        ValueError: A setting is out of its range.
+    """
+
+    _absent = "its margin is 0"
+
+    def __init__(self, num_classes: int, max_margin: float = 0.5, scale: float = 1.0, ignore_index: int = 255) -> None:
+        super().__init__(num_classes, ignore_index)
+        _check_range("max_margin", max_margin, 0, open_=True)
+        _check_range("scale", scale, 0, open_=True)
+        self.max_margin = max_margin
+        self.scale = scale
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Compute the mean over the labelled pixels.
+
+        Args:
+            logits: (N,C,*spatial) floating point, unbounded scores.
+            target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
+
+        Returns:
+            Scalar >= 0 in float32, or float64 for logits of that type.
+
+        Raises:
+            RuntimeError: The loss is not calibrated.
+            TypeError: Logits are not floating point or labels not integers.
+            ValueError: Shapes or numbers of classes do not go together, or (CPU only) a label is no class.
+        """
+        logits, target, labelled = self._prepared(logits, target)
+        labels = target.masked_fill(~labelled, 0)
+        margins = self._terms_for(logits)[labels]
+        logits = self.scale * logits.scatter_add(1, labels[:, None], -margins[:, None])
         total = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="sum")
-        return total / (target != self.ignore_index).sum().clamp(min=1)
+        return total / labelled.sum().clamp(min=1)
+
+    def _terms(self, n: Tensor) -> Tensor:
+        present = n > 0
+        return (self.max_margin * (n / n[present].min()) ** -0.25).where(present, 0.0)
+
+
+def _check_range(name: str, value: float, low: float, *, open_: bool = False) -> None:
+    if not (math.isfinite(value) and (value > low if open_ else value >= low)):
+        raise ValueError(f"{name}: found {value}, expected a finite number {'>' if open_ else '>='} {low}")

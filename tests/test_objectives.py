@@ -1,0 +1,731 @@
+"""The objectives of the comparison: one contract for all, values from loops over their papers' formulas, corners."""
+
+import copy
+import io
+import math
+import pickle
+from decimal import Decimal, getcontext
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHARED
+from torch import nn
+
+from mcseg.losses import (
+    BalancedSoftmaxLoss,
+    CrossEntropyLoss,
+    DiceLoss,
+    FocalLoss,
+    GeneralizedDiceLoss,
+    JaccardLoss,
+    LDAMLoss,
+    LogitAdjustmentLoss,
+    LovaszSoftmaxLoss,
+    TverskyLoss,
+)
+from mcseg.module import _constructor_arguments
+
+GOLDEN = sorted((SHARED / "golden").glob("margin_case_*.npz"))
+C = 4
+COUNTS = [5000, 30, 900, 7]
+WEIGHTINGS = ["inverse", "median_frequency", "effective_number", "enet"]
+ALPHA = [0.5, 2.0, 0.1, 1.0]
+
+# name -> (built anew, not yet calibrated; takes `ignore_index`)
+OBJECTIVES = {
+    "cross_entropy": CrossEntropyLoss,
+    "cross_entropy_smooth": partial(CrossEntropyLoss, label_smoothing=0.1),
+    **{f"cross_entropy_{w}": partial(CrossEntropyLoss, C, w, beta=0.999) for w in WEIGHTINGS},
+    "cross_entropy_enet_smooth": partial(CrossEntropyLoss, C, "enet", label_smoothing=0.1),
+    "focal": FocalLoss,
+    "focal_root": partial(FocalLoss, gamma=0.5, alpha=ALPHA),
+    "logit_adjustment": partial(LogitAdjustmentLoss, C, tau=1.5),
+    "balanced_softmax": partial(BalancedSoftmaxLoss, C),
+    "ldam": partial(LDAMLoss, C),
+    "ldam_scaled": partial(LDAMLoss, C, max_margin=0.7, scale=30.0),
+    **{
+        f"{name}_{'image' if per_image else 'batch'}_{classes}": partial(cls, per_image=per_image, classes=classes, **more)
+        for name, cls, more in [
+            ("dice", DiceLoss, {}),
+            ("dice_rough", DiceLoss, {"smooth": 0.0}),
+            ("jaccard", JaccardLoss, {}),
+            ("jaccard_rough", JaccardLoss, {"smooth": 0.0}),
+            ("tversky", TverskyLoss, {}),
+            ("tversky_focal", TverskyLoss, {"gamma": 4 / 3, "smooth": 0.0}),
+            ("generalized_dice", GeneralizedDiceLoss, {}),
+            ("lovasz", LovaszSoftmaxLoss, {}),
+        ]
+        for per_image in (False, True)
+        for classes in ("present", "all")
+    },
+}
+COUNTED = {name: make for name, make in OBJECTIVES.items() if hasattr(make(), "calibrate")}
+
+
+def ready(name, **settings):
+    loss = OBJECTIVES[name](**settings)
+    return loss.calibrate(COUNTS) if name in COUNTED else loss
+
+
+def case(scale=2.0, n=2, height=4, width=5, dtype=torch.float64):
+    """Two images with void; class 3 is missing in the second, class 1 in both."""
+    torch.manual_seed(1)
+    target = torch.tensor([0, 2, 3])[torch.randint(3, (n, height, width))]
+    target[-1][target[-1] == 3] = 0
+    target[:, 0, :3] = 255
+    return (scale * torch.randn(n, C, height, width, dtype=torch.float64)).to(dtype).requires_grad_(), target
+
+
+def value_and_gradient(loss, logits, target):
+    logits = logits.detach().clone().requires_grad_()
+    value = loss(logits, target)
+    value.backward()
+    return value.detach(), logits.grad
+
+
+every = pytest.mark.parametrize("name", OBJECTIVES)
+counted = pytest.mark.parametrize("name", COUNTED)
+
+
+# The contract
+
+
+@every
+def test_void_changes_nothing(name):
+    logits, labels = case()
+    assert not (labels == 1).any()
+    void = (labels == 255)[:, None].expand_as(logits)
+    others = logits.masked_fill(void, 0), logits.masked_fill(void, -50), torch.where(void, logits.flip(1) * 9, logits)
+    for ignore_index in (255, 1, -1):
+        target = labels.masked_fill(labels == 255, ignore_index)
+        loss = ready(name, ignore_index=ignore_index)
+        value, gradient = value_and_gradient(loss, logits, target)
+        assert gradient[void].eq(0).all()
+        assert gradient[~void].ne(0).any()
+        for other in others:
+            again, its_gradient = value_and_gradient(loss, other, target)
+            assert torch.equal(again, value)
+            assert torch.equal(its_gradient, gradient)
+
+
+@every
+def test_void_can_be_cut_off(name):
+    logits, target = case()
+    loss = ready(name)
+    padded = nn.functional.pad(logits, (0, 3, 2, 0), value=3.0)
+    assert loss(padded, nn.functional.pad(target, (0, 3, 2, 0), value=255)).item() == pytest.approx(
+        loss(logits, target).item(), rel=1e-12
+    )
+
+
+@every
+def test_images_of_void_do_not_dilute_the_mean(name):
+    logits, target = case()
+    loss = ready(name)
+    more = torch.cat([logits, logits[:1]]), torch.cat([target, torch.full_like(target[:1], 255)])
+    assert loss(*more).item() == pytest.approx(loss(logits, target).item(), rel=1e-12)
+
+
+@every
+def test_nothing_labelled(name):
+    logits, target = case()
+    loss = ready(name)
+    for dtype in (torch.float16, torch.float32, torch.float64):
+        for largest in (1.0, 1e4):
+            scores = (logits / logits.abs().max() * largest).to(dtype)
+            value, gradient = value_and_gradient(loss, scores, torch.full_like(target, 255))
+            assert value.item() == 0
+            assert value.shape == ()
+            assert gradient.eq(0).all()
+    assert loss(logits[:0], target[:0]).item() == 0
+
+
+@every
+def test_extreme_logits(name):
+    _, target = case()
+    loss = ready(name)
+    signs = torch.randint(0, 2, (2, C, 4, 5)) * 2.0 - 1
+    right = nn.functional.one_hot(target.masked_fill(target == 255, 0), C).movedim(-1, 1) * 2.0 - 1
+    for logits in (signs * 1e4, right * 1e4, -right * 1e4, right * 20, torch.zeros_like(right), signs * 100 + 1e4):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            value, gradient = value_and_gradient(loss, logits.to(dtype), target)
+            assert value.isfinite()
+            assert gradient.isfinite().all()
+            assert value.item() >= -1e-6
+
+
+@every
+def test_shape_and_dtype(name):
+    logits, target = case()
+    exact = ready(name)(logits, target).item()
+    for dtype, tolerance in [(torch.float64, 1e-15), (torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)]:
+        for labels in (target, target.to(torch.uint8), target.int()):
+            value = ready(name)(logits.to(dtype), labels)
+            assert value.shape == ()
+            assert value.dtype == torch.promote_types(dtype, torch.float32)
+            assert value.item() == pytest.approx(exact, rel=tolerance)
+
+
+@every
+def test_order_and_layout_of_pixels_do_not_matter(name):
+    logits, target = case()
+    loss = ready(name)
+    value, gradient = value_and_gradient(loss, logits, target)
+    order = torch.randperm(20)
+    mixed, its_gradient = value_and_gradient(loss, logits.flatten(2)[..., order], target.flatten(1)[..., order])
+    assert mixed.item() == pytest.approx(value.item(), rel=1e-12)
+    torch.testing.assert_close(its_gradient, gradient.flatten(2)[..., order], rtol=1e-9, atol=1e-14)
+    laid_out = loss(logits.to(memory_format=torch.channels_last), target)
+    assert laid_out.item() == pytest.approx(value.item(), rel=1e-12)
+    if "image" not in name:  # the whole batch is one set of pixels
+        one = logits.movedim(1, 0).flatten(1)[None], target.flatten()[None]
+        assert loss(*one).item() == pytest.approx(value.item(), rel=1e-12)
+        points = logits.movedim(1, -1).flatten(0, -2), target.flatten()
+        assert loss(*points).item() == pytest.approx(value.item(), rel=1e-12)
+    else:
+        images = [loss(logits[i : i + 1], target[i : i + 1]).item() for i in range(2)]
+        assert value.item() == pytest.approx(sum(images) / 2, rel=1e-12)
+
+
+@every
+def test_gradient_is_that_of_the_value(name):
+    logits, target = case(scale=1.0, height=2, width=4)
+    assert torch.autograd.gradcheck(
+        partial(ready(name), target=target), logits, eps=1e-6, atol=1e-7, rtol=1e-5, fast_mode=True
+    )
+
+
+@every
+def test_shapes_are_static_and_nothing_is_read_back(name):
+    # On the meta device there are no values: boolean indexing, .item() and branches on data raise.
+    logits, target = (t.detach().to("meta") for t in case())
+    value, gradient = value_and_gradient(ready(name), logits, target)
+    assert value.is_meta
+    assert gradient.shape == logits.shape
+
+
+@every
+def test_compiles_in_one_graph(name):
+    torch.compiler.reset()
+    logits, target = case()
+    loss = ready(name)
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    for one, other in zip(
+        value_and_gradient(compiled, logits, target), value_and_gradient(loss, logits, target), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@every
+def test_rebuilt_from_attributes(name):
+    loss = ready(name)
+    arguments = _constructor_arguments(loss, "objective")
+    other = type(loss)(**arguments)
+    assert f"{type(loss).__module__}.{type(loss).__name__}" == f"mcseg.losses.{type(loss).__name__}"
+    other.load_state_dict(loss.state_dict())
+    assert torch.equal(other(*case()), loss(*case()))
+    assert all(f"{key}={value!r}" in repr(loss) for key, value in arguments.items())
+
+
+@every
+def test_copies(name):
+    loss = ready(name)
+    expected = loss(*case())
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(other(*case()), expected)
+        if name in COUNTED:
+            other.calibrate([1, 2, 3, 4])
+            assert torch.equal(loss(*case()), expected)
+
+
+@every
+def test_casting_changes_nothing(name):
+    expected = ready(name)(*case())
+    for cast in (nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to("cpu", torch.half)):
+        loss = ready(name)
+        model = cast(nn.ModuleDict({"layer": nn.Linear(2, 2), "objective": loss}))
+        assert model["layer"].weight.dtype != torch.float32
+        assert torch.equal(loss(*case()), expected)
+
+
+@every
+def test_built_without_storage(name):
+    with torch.device("meta"):
+        loss = OBJECTIVES[name]()
+    loss.to_empty(device="cpu")
+    if name in COUNTED:
+        assert not loss.is_calibrated
+        assert loss.class_pixels.isnan().all()
+        loss.calibrate(COUNTS)
+    assert torch.equal(loss(*case()), ready(name)(*case()))
+
+
+@every
+def test_refusals(name):
+    loss = ready(name)
+    for logits, target, error, message in [
+        (torch.zeros(1, C, 2, 2).long(), torch.zeros(1, 2, 2).long(), TypeError, "logits: found dtype torch.int64"),
+        (torch.zeros(1, C, 2, 2), torch.zeros(1, 2, 2), TypeError, "target: found dtype torch.float32"),
+        (torch.zeros(1, C, 2, 2), torch.zeros(1, 2, 2).bool(), TypeError, "target: found dtype torch.bool"),
+        (torch.zeros(C), torch.zeros(()).long(), ValueError, r"logits: found shape \(4,\)"),
+        (torch.zeros(1, C, 2, 2), torch.zeros(1, C, 2, 2).long(), ValueError, "without a class dimension"),
+        (torch.zeros(1, C, 2, 2), torch.full((1, 2, 2), C), ValueError, "target: found label 4, expected 0..3"),
+        (torch.zeros(1, C, 2, 2), torch.full((1, 2, 2), -1), ValueError, "target: found label -1, expected 0..3"),
+    ]:
+        with pytest.raises(error, match=message) as caught:
+            loss(logits, target)
+        assert "\n" not in str(caught.value)
+
+
+# Life with counts
+
+
+@counted
+def test_uncalibrated(name):
+    loss = OBJECTIVES[name]()
+    assert not loss.is_calibrated
+    assert loss.class_pixels.isnan().all()
+    assert "calibrated=False" in repr(loss)
+    with pytest.raises(RuntimeError, match=r"Loss is not calibrated: call loss.calibrate\(class_pixels\)") as caught:
+        loss(*case())
+    assert "\n" not in str(caught.value)
+    for counts, message in [([1, 2, 3], "found 3 counts, expected 4"), ([1, 2, -3, 4], "found -3 for class 2")]:
+        with pytest.raises(ValueError, match=message):
+            loss.calibrate(counts)
+    assert not loss.is_calibrated
+    assert loss.calibrate(torch.tensor(COUNTS)) is loss
+    assert loss.is_calibrated
+    assert "calibrated=True" in repr(loss)
+    with pytest.raises(ValueError, match="logits: found 5 classes, expected 4"):
+        loss(torch.zeros(1, 5, 2, 2), torch.zeros(1, 2, 2).long())
+
+
+@counted
+def test_state_dict_round_trip(name):
+    loss = ready(name)
+    file = io.BytesIO()
+    torch.save(loss.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert list(state) == ["class_pixels"]
+    assert state["class_pixels"].tolist() == COUNTS
+    for assign in (False, True):
+        model = nn.ModuleDict({"objective": OBJECTIVES[name]()})
+        model.load_state_dict({"objective.class_pixels": state["class_pixels"]}, assign=assign)
+        assert model["objective"].is_calibrated
+        assert torch.equal(model["objective"](*case()), loss(*case()))
+    loss.load_state_dict(OBJECTIVES[name]().state_dict())
+    assert not loss.is_calibrated
+    assert loss.class_terms.isnan().all()
+
+
+@counted
+def test_a_class_without_pixels_is_named_and_stays_finite(name):
+    with pytest.warns(UserWarning, match="no pixels of class 1; ") as caught:
+        loss = OBJECTIVES[name]().calibrate([500, 0, 30, 7])
+    assert caught[0].filename == __file__
+    assert loss.class_terms.isfinite().all()
+    expected = math.log(1 / 537) if isinstance(loss, LogitAdjustmentLoss) else 0
+    assert loss.class_terms[1].item() == pytest.approx(expected * getattr(loss, "tau", 1))
+    # validation labels that hold it all the same, alone as well
+    logits, target = case()
+    for labels in (target.masked_fill(target == 2, 1), target.masked_fill(target != 255, 1)):
+        value, gradient = value_and_gradient(loss, logits, labels)
+        assert value.isfinite()
+        assert gradient.isfinite().all()
+
+
+def test_what_needs_no_counts_asks_for_none():
+    for loss in (CrossEntropyLoss(), CrossEntropyLoss(ignore_index=255), CrossEntropyLoss(C), FocalLoss(), DiceLoss()):
+        assert not hasattr(loss, "calibrate")
+        assert getattr(loss, "is_calibrated", True)
+        assert not loss.state_dict()
+        assert "calibrated" not in repr(loss)
+    with pytest.raises(AttributeError, match="calibrate"):
+        CrossEntropyLoss().calibrate([1, 2])
+    assert torch.equal(CrossEntropyLoss(C)(*case()), CrossEntropyLoss()(*case()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (partial(CrossEntropyLoss, C, "median"), "weighting: found 'median', expected one of 'none', 'inverse'"),
+        (partial(CrossEntropyLoss, weighting="enet"), "num_classes: found None"),
+        (partial(CrossEntropyLoss, 1), "num_classes: found 1, expected at least 2"),
+        (partial(CrossEntropyLoss, beta=1.0), "beta: found 1.0, expected a number >= 0 and < 1"),
+        (partial(CrossEntropyLoss, enet_c=1.0), "enet_c: found 1.0, expected a finite number > 1"),
+        (partial(CrossEntropyLoss, label_smoothing=math.nan), "label_smoothing: found nan"),
+        (partial(FocalLoss, gamma=-1.0), "gamma: found -1.0, expected a finite number >= 0"),
+        (partial(FocalLoss, alpha=[1.0, math.inf]), "alpha: found inf"),
+        (partial(LogitAdjustmentLoss, C, tau=-0.1), "tau: found -0.1"),
+        (partial(LDAMLoss, C, max_margin=0.0), "max_margin: found 0.0, expected a finite number > 0"),
+        (partial(LDAMLoss, C, scale=0.0), "scale: found 0.0"),
+        (partial(DiceLoss, classes="some"), "classes: found 'some', expected one of 'present', 'all'"),
+        (partial(DiceLoss, smooth=-1.0), "smooth: found -1.0"),
+        (partial(JaccardLoss, smooth=math.inf), "smooth: found inf"),
+        (partial(TverskyLoss, alpha=-1.0), "alpha: found -1.0"),
+        (partial(TverskyLoss, beta=-1.0), "beta: found -1.0"),
+        (partial(TverskyLoss, gamma=0.0), "gamma: found 0.0, expected a finite number > 0"),
+        (partial(TverskyLoss, smooth=-1.0), "smooth: found -1.0"),
+        (partial(LovaszSoftmaxLoss, classes="some"), "classes: found 'some'"),
+    ],
+)
+def test_settings_are_checked_when_built(make, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_alpha_of_another_number_of_classes():
+    with pytest.raises(ValueError, match="alpha: found 2 weights, expected 4"):
+        FocalLoss(alpha=[1.0, 2.0])(*case())
+
+
+# Values: loops in double precision, from the formulas
+
+
+def softmax(z):
+    top = max(z)
+    powers = [math.exp(v - top) for v in z]
+    return [v / math.fsum(powers) for v in powers]
+
+
+def pixels_of(logits, target):
+    """List labelled pixels of each image as (logits, label)."""
+    return [
+        [
+            ([float(v) for v in logits[n, :, y, x]], int(target[n, y, x]))
+            for y in range(target.shape[1])
+            for x in range(target.shape[2])
+            if target[n, y, x] != 255
+        ]
+        for n in range(len(target))
+    ]
+
+
+def check(loss, loop, rel=1e-10):
+    logits, target = case()
+    expected = loop(pixels_of(logits.detach(), target))
+    assert loss(logits, target).item() == pytest.approx(expected, rel=rel, abs=0)
+    assert expected > 1e-3  # a number worth comparing
+
+
+def mean_over_pixels(pixel):
+    def loop(images):
+        values = [pixel(z, y) for image in images for z, y in image]
+        return math.fsum(values) / len(values)
+
+    return loop
+
+
+def oracle_weights(weighting, counts, beta=0.999, enet_c=1.02):
+    getcontext().prec = 60
+    n = [Decimal(c) for c in counts]
+    total = sum(n)
+    if weighting == "inverse":
+        w = [1 / c for c in n]
+        return [float(v * len(w) / sum(w)) for v in w]
+    if weighting == "median_frequency":
+        f = [c / total for c in n]
+        low, high = sorted(f)[1:3]  # of four classes
+        return [float((low + high) / 2 / v) for v in f]
+    if weighting == "effective_number":
+        b = Decimal.from_float(beta)
+        w = [(1 - b) / (1 - b**c) for c in n]
+        return [float(v * len(w) / sum(w)) for v in w]
+    return [float(1 / (Decimal.from_float(enet_c) + c / total).ln()) for c in n]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_weighted_cross_entropy_against_a_loop(weighting, smoothing):
+    loss = CrossEntropyLoss(C, weighting, beta=0.999, label_smoothing=smoothing).calibrate(COUNTS)
+    w = oracle_weights(weighting, COUNTS)
+    assert loss.class_terms.tolist() == pytest.approx(w, rel=1e-12)
+
+    def loop(images):
+        total = norm = 0.0
+        for z, y in (pixel for image in images for pixel in image):
+            p = softmax(z)
+            for k in range(C):
+                total -= w[k] * ((1 - smoothing) * (k == y) + smoothing / C) * math.log(p[k])
+            norm += w[y]
+        return total / norm
+
+    check(loss, loop)
+
+
+def test_weights_by_hand():
+    def weights(weighting, counts, **settings):
+        return CrossEntropyLoss(len(counts), weighting, **settings).calibrate(counts).class_terms.tolist()
+
+    assert weights("inverse", [1, 2, 4]) == pytest.approx([12 / 7, 6 / 7, 3 / 7], rel=1e-14)
+    assert weights("median_frequency", [1, 2, 4]) == pytest.approx([2, 1, 0.5], rel=1e-14)
+    assert weights("median_frequency", [1, 2, 4, 8]) == pytest.approx([3, 1.5, 0.75, 0.375], rel=1e-14)
+    # 1 - 0.5^n = 1/2, 3/4: weights before scaling 1 and 2/3
+    assert weights("effective_number", [1, 2], beta=0.5) == pytest.approx([6 / 5, 4 / 5], rel=1e-14)
+    assert weights("effective_number", [1, 9], beta=0.0) == [1, 1]
+    assert weights("enet", [1, 3], enet_c=1.5) == pytest.approx([1 / math.log(1.75), 1 / math.log(2.25)], rel=1e-14)
+    with pytest.warns(UserWarning, match="no pixels of class 1; its weight is 0"):
+        assert weights("inverse", [1, 0, 2, 4]) == pytest.approx([12 / 7, 0, 6 / 7, 3 / 7], rel=1e-14)
+    with pytest.warns(UserWarning, match="no pixels of class 3"):
+        assert weights("median_frequency", [1, 2, 4, 0]) == pytest.approx([2, 1, 0.5, 0], rel=1e-14)
+    # a thousand million pixels of the default beta
+    beta = Decimal.from_float(0.999999)
+    rare, common = (1 / (1 - beta**n) for n in (1000, 10**9))
+    expected = [float(2 * w / (rare + common)) for w in (rare, common)]
+    assert weights("effective_number", [1000, 10**9]) == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_unweighted_cross_entropy_against_a_loop(smoothing):
+    def pixel(z, y):
+        p = softmax(z)
+        return -math.fsum(((1 - smoothing) * (k == y) + smoothing / C) * math.log(p[k]) for k in range(C))
+
+    check(CrossEntropyLoss(label_smoothing=smoothing), mean_over_pixels(pixel))
+
+
+@pytest.mark.parametrize("alpha", [None, ALPHA])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0, 5.0])
+def test_focal_against_a_loop(gamma, alpha):
+    def pixel(z, y):
+        p = softmax(z)[y]
+        return -(1.0 if alpha is None else alpha[y]) * (1 - p) ** gamma * math.log(p)
+
+    check(FocalLoss(gamma, alpha), mean_over_pixels(pixel))
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.7, 1.0, 2.0])
+def test_logit_adjustment_against_a_loop(tau):
+    def pixel(z, y):
+        return -math.log(softmax([v + tau * math.log(n / sum(COUNTS)) for v, n in zip(z, COUNTS, strict=True)])[y])
+
+    check(LogitAdjustmentLoss(C, tau).calibrate(COUNTS), mean_over_pixels(pixel))
+
+
+def test_balanced_softmax_against_a_loop():
+    def pixel(z, y):
+        return -math.log(COUNTS[y] * math.exp(z[y]) / math.fsum(n * math.exp(v) for n, v in zip(COUNTS, z, strict=True)))
+
+    check(BalancedSoftmaxLoss(C).calibrate(COUNTS), mean_over_pixels(pixel))
+
+
+@pytest.mark.parametrize(("max_margin", "scale"), [(0.5, 1.0), (0.3, 30.0)])
+def test_ldam_against_a_loop(max_margin, scale):
+    margins = [1 / n**0.25 for n in COUNTS]
+    margins = [m * max_margin / max(margins) for m in margins]
+
+    def pixel(z, y):
+        moved = [scale * (v - margins[y] * (k == y)) for k, v in enumerate(z)]
+        return -math.log(softmax(moved)[y])
+
+    check(LDAMLoss(C, max_margin, scale).calibrate(COUNTS), mean_over_pixels(pixel))
+
+
+def region_loop(region, per_image, classes):
+    """Average ``region(true positives, false positives, false negatives)``, soft, over classes and images."""
+
+    def loop(images):
+        sets = [image for image in images if image] if per_image else [[pixel for image in images for pixel in image]]
+        means = []
+        for pixels in sets:
+            losses = []
+            for c in range(C):
+                if classes == "present" and all(y != c for _, y in pixels):
+                    continue
+                hit = math.fsum(softmax(z)[c] for z, y in pixels if y == c)
+                false_alarm = math.fsum(softmax(z)[c] for z, y in pixels if y != c)
+                miss = math.fsum(1 - softmax(z)[c] for z, y in pixels if y == c)
+                losses.append(region(hit, false_alarm, miss))
+            means.append(math.fsum(losses) / len(losses))
+        return math.fsum(means) / len(means)
+
+    return loop
+
+
+per_set = pytest.mark.parametrize("per_image", [False, True])
+over_classes = pytest.mark.parametrize("classes", ["present", "all"])
+smoothed = pytest.mark.parametrize("smooth", [0.0, 1.0, 3.0])
+
+
+@per_set
+@over_classes
+@smoothed
+def test_dice_against_a_loop(per_image, classes, smooth):
+    loop = region_loop(lambda t, f, m: 1 - (2 * t + smooth) / (2 * t + f + m + smooth), per_image, classes)
+    check(DiceLoss(per_image, classes, smooth), loop)
+
+
+@per_set
+@over_classes
+@smoothed
+def test_jaccard_against_a_loop(per_image, classes, smooth):
+    loop = region_loop(lambda t, f, m: 1 - (t + smooth) / (t + f + m + smooth), per_image, classes)
+    check(JaccardLoss(per_image, classes, smooth), loop)
+
+
+@per_set
+@over_classes
+@smoothed
+@pytest.mark.parametrize("gamma", [1.0, 4 / 3])
+def test_tversky_against_a_loop(per_image, classes, smooth, gamma):
+    def region(t, f, m):
+        return (1 - (t + smooth) / (t + 0.2 * f + 0.9 * m + smooth)) ** (1 / gamma)
+
+    check(TverskyLoss(0.2, 0.9, gamma, per_image, classes, smooth), region_loop(region, per_image, classes))
+
+
+@per_set
+@over_classes
+def test_generalized_dice_against_a_loop(per_image, classes):
+    def loop(images):
+        sets = images if per_image else [[pixel for image in images for pixel in image]]
+        values = []
+        for pixels in sets:
+            sizes = [sum(y == c for _, y in pixels) for c in range(C)]
+            rarest = min(size for size in sizes if size)
+            weights = [1 / size**2 if size else (1 / rarest**2 if classes == "all" else 0) for size in sizes]
+            overlap = math.fsum(weights[y] * softmax(z)[y] for z, y in pixels)
+            total = math.fsum(weights[c] * (softmax(z)[c] + (y == c)) for z, y in pixels for c in range(C))
+            values.append(1 - 2 * overlap / total)
+        return math.fsum(values) / len(values)
+
+    check(GeneralizedDiceLoss(per_image, classes), loop)
+
+
+def jaccard_of_errors(wrong, truth):
+    """Jaccard loss of a class if exactly these pixels were wrong: 1 - |truth and guess| / |truth or guess|."""
+    guess = truth ^ wrong
+    return 1 - len(truth & guess) / len(truth | guess) if truth | guess else 0.0
+
+
+@per_set
+@over_classes
+def test_lovasz_against_a_loop(per_image, classes):
+    # the definition (their eq. 8 and 9) with sets of pixels, no cumulative sums
+    def loop(images):
+        sets = images if per_image else [[pixel for image in images for pixel in image]]
+        means = []
+        for pixels in sets:
+            losses = []
+            for c in range(C):
+                truth = {i for i, (_, y) in enumerate(pixels) if y == c}
+                if classes == "present" and not truth:
+                    continue
+                errors = {i: abs((y == c) - softmax(z)[c]) for i, (z, y) in enumerate(pixels)}
+                order = sorted(errors, key=errors.get, reverse=True)
+                steps = [
+                    jaccard_of_errors(set(order[: i + 1]), truth) - jaccard_of_errors(set(order[:i]), truth)
+                    for i in range(len(order))
+                ]
+                losses.append(math.fsum(errors[i] * step for i, step in zip(order, steps, strict=True)))
+            means.append(math.fsum(losses) / len(losses))
+        return math.fsum(means) / len(means)
+
+    check(LovaszSoftmaxLoss(per_image, classes), loop)
+
+
+@pytest.mark.skipif(not GOLDEN, reason="golden numbers are not beside this checkout")
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+@pytest.mark.parametrize("kind", ["per_image", "batch"])
+def test_lovasz_against_the_authors_implementation(path, kind):
+    numbers = np.load(path)
+    logits, target = torch.from_numpy(numbers["logits"]).double(), torch.from_numpy(numbers["target"])
+    value, gradient = value_and_gradient(LovaszSoftmaxLoss(per_image=kind == "per_image"), logits, target)
+    assert value.item() == pytest.approx(numbers[f"lovasz_softmax_{kind}"].item(), rel=1e-10)
+    expected = torch.from_numpy(numbers[f"lovasz_grad_{kind}"])
+    # gradients that cancel to 1e-10 of the largest have no more digits than that
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-13 * expected.abs().max().item())
+
+
+# Corners
+
+
+def same(one, other, rel=1e-12):
+    for found, expected in zip(value_and_gradient(one, *case()), value_and_gradient(other, *case()), strict=True):
+        torch.testing.assert_close(found, expected, rtol=rel, atol=rel * expected.abs().max().item())
+
+
+def test_focal_of_gamma_0_is_cross_entropy():
+    same(FocalLoss(gamma=0.0), CrossEntropyLoss())
+
+
+def test_logit_adjustment_of_tau_0_is_cross_entropy():
+    same(LogitAdjustmentLoss(C, tau=0.0).calibrate(COUNTS), CrossEntropyLoss())
+
+
+def test_balanced_softmax_is_logit_adjustment_of_tau_1():
+    same(BalancedSoftmaxLoss(C).calibrate(COUNTS), LogitAdjustmentLoss(C, tau=1.0).calibrate(COUNTS))
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_equal_counts_are_no_weights(weighting):
+    same(CrossEntropyLoss(C, weighting, label_smoothing=0.1).calibrate([50] * C), CrossEntropyLoss(label_smoothing=0.1))
+
+
+def test_weighted_cross_entropy_is_that_of_torch():
+    loss = ready("cross_entropy_inverse", label_smoothing=0.1)
+    same(loss, nn.CrossEntropyLoss(loss.class_terms, ignore_index=255, label_smoothing=0.1))
+
+
+@per_set
+@over_classes
+@pytest.mark.parametrize("smooth", [0.0, 2.0])
+def test_tversky_has_dice_and_jaccard_as_corners(per_image, classes, smooth):
+    same(TverskyLoss(0.5, 0.5, 1.0, per_image, classes, smooth / 2), DiceLoss(per_image, classes, smooth))
+    same(TverskyLoss(1.0, 1.0, 1.0, per_image, classes, smooth), JaccardLoss(per_image, classes, smooth))
+
+
+@per_set
+@over_classes
+@pytest.mark.parametrize("cls", [LovaszSoftmaxLoss, GeneralizedDiceLoss, partial(DiceLoss, smooth=0.0), JaccardLoss])
+def test_right_and_wrong(cls, per_image, classes):
+    _, target = case()
+    if classes == "all" and isinstance(cls, partial):
+        target[:, 0, 3] = 1  # without smoothing, an absent class of all has loss 1
+        target[:, 0, 4] = 3
+    right = nn.functional.one_hot(target.masked_fill(target == 255, 0), C).movedim(-1, 1) * 100.0
+    wrong = nn.functional.one_hot((target + 1) % C, C).movedim(-1, 1) * 100.0
+    loss = cls(per_image=per_image, classes=classes)
+    assert loss(right, target).item() == pytest.approx(0, abs=1e-6)
+    if cls is LovaszSoftmaxLoss:
+        expected = pytest.approx(1, abs=1e-6)
+        if classes == "all":
+            # a class that is neither labelled nor predicted has no error, every other is all wrong
+            sets = [t[t != 255] for t in target] if per_image else [target[target != 255]]
+            shares = [len({int(v) for y in t.unique() for v in (y, (y + 1) % C)}) / C for t in sets]
+            expected = pytest.approx(sum(shares) / len(shares), abs=1e-6)
+        assert loss(wrong, target).item() == expected
+    elif cls is not JaccardLoss:
+        assert loss(wrong, target).item() == pytest.approx(1, abs=1e-6)
+
+
+def test_lovasz_of_a_hard_prediction_is_the_jaccard_loss():
+    _, target = case()
+    guess = torch.randint(C, target.shape)
+    loss = LovaszSoftmaxLoss()(nn.functional.one_hot(guess, C).movedim(-1, 1) * 100.0, target)
+    guess[target == 255] = 255
+    jaccards = [((guess == c) & (target == c)).sum() / ((guess == c) | (target == c)).sum() for c in (0, 2, 3)]
+    assert loss.item() == pytest.approx(1 - sum(jaccards).item() / 3, abs=1e-6)
+
+
+def test_lovasz_with_ties_is_the_limit_of_broken_ties():
+    _, target = case()
+    logits = torch.randint(3, (2, C, 4, 5)).double()
+    tied = LovaszSoftmaxLoss()(logits, target).item()
+    assert LovaszSoftmaxLoss()(logits + 1e-9 * torch.randn_like(logits), target).item() == pytest.approx(tied, abs=1e-8)
+
+
+def test_counts_of_many_pixels_keep_their_digits():
+    """Float32 is as good on 260,000 pixels as on twenty: no sum or difference loses the small steps."""
+    torch.manual_seed(2)
+    logits, target = 3 * torch.randn(4, C, 256, 256), (torch.rand(4, 256, 256) ** 8 * C).long()
+    for loss in (LovaszSoftmaxLoss(), DiceLoss(), JaccardLoss(), GeneralizedDiceLoss(), TverskyLoss(), FocalLoss()):
+        value, gradient = value_and_gradient(loss, logits, target)
+        exact, exact_gradient = value_and_gradient(loss, logits.double(), target)
+        assert value.item() == pytest.approx(exact.item(), rel=2e-6)
+        error = (gradient - exact_gradient).norm() / exact_gradient.norm()
+        assert error < 1e-5
