@@ -115,9 +115,8 @@ class JaccardCallback(EvaluationCallback):
         self._tail = None
         if class_pixels is not None:
             pixels = class_pixels()
-            present = pixels.argsort(stable=True)[
-                int((pixels == 0).sum()) :
-            ]  # classes without a label are not rare but absent
+            absent = int((pixels == 0).sum())  # classes without a label are not rare
+            present = pixels.argsort(stable=True)[absent:]
             self._tail = present[: math.ceil(len(present) / 3)]
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:

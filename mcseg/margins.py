@@ -81,7 +81,7 @@ def margin_offsets(
         tensor([0.0111, 0.3000], dtype=torch.float64)
     """
     check_settings(scheme, tau, upsilon, max_margin)
-    n = _counts(class_pixels)
+    n = checked_counts(class_pixels)
     if absent := torch.nonzero(n == 0).flatten().tolist():
         warnings.warn(
             f"class_pixels: no pixels of class {_listed(absent)}; its offsets are 0. Check the label mapping if the "
@@ -129,7 +129,7 @@ def _miou(n: Tensor, m: Tensor, max_margin: float) -> tuple[Tensor, Tensor]:
     return foreground * scale, background * scale
 
 
-def _counts(class_pixels: ClassPixels) -> Tensor:
+def checked_counts(class_pixels: ClassPixels) -> Tensor:
     """Validate counts of pixels per class and return a float64 copy on the CPU."""
     if isinstance(class_pixels, Tensor):
         class_pixels = class_pixels.detach().cpu().numpy()

@@ -120,6 +120,7 @@ class SegmentationData(pl.LightningDataModule):
         self.predict_split = predict_split
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
         self._splits: dict[str, list[Sample]] = {}
+        self._class_pixels: Tensor | None = None
 
     @property
     def withheld(self) -> tuple[str, ...]:
@@ -196,7 +197,9 @@ class SegmentationData(pl.LightningDataModule):
         Returns:
             (C,) int64.
         """
-        return count_class_pixels(self.reader, self._prepared("train"), self.num_workers, self.cache_dir)
+        if self._class_pixels is None:  # objective, scores and crops ask for them, and finding the cache stats every file
+            self._class_pixels = count_class_pixels(self.reader, self._prepared("train"), self.num_workers, self.cache_dir)
+        return self._class_pixels.clone()
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled, augmented crops; a last, smaller batch is dropped (batch norm cannot take a single image)."""

@@ -70,7 +70,7 @@ def pixel_loss(
     # int64 is what gather and scatter want; it also keeps a negative ignore_index from wrapping around in uint8
     target = target.long()
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_labels(target, logits.shape[1], ignore_index)
+        check_labels(target, logits.shape[1], ignore_index)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     # dtype before device: some devices have no float64
     foreground, background = (o.detach().to(dtype).to(logits.device) for o in (foreground, background))
@@ -86,7 +86,8 @@ def _exporting() -> bool:
     return is_exporting is not None and is_exporting()
 
 
-def _check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
+def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raise ValueError for a label that is neither a class nor ``ignore_index``; the host waits for the device."""
     if target.numel() == 0:
         return
     labels = target.masked_fill(target == ignore_index, 0)

@@ -1,13 +1,13 @@
 """The margin-calibrated log-loss as a function and as a module."""
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mcseg.kernels import check_backend, pixel_loss
+from mcseg.losses.base import Objective, check_choice, check_inputs, check_range
 from mcseg.losses.family import (
     Aggregation,
     Classes,
@@ -88,7 +88,7 @@ def margin_calibration_loss(
     return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)
 
 
-class MarginCalibrationLoss(nn.Module):
+class MarginCalibrationLoss(Objective):
     """`margin_calibration_loss` with offsets from the pixel counts of the training labels.
 
     Call `calibrate` once before the first use. The offsets travel in the ``state_dict``, so a loss that loads a
@@ -152,7 +152,7 @@ class MarginCalibrationLoss(nn.Module):
         smooth: float = 1.0,
         decay: float = 0.95,
     ) -> None:
-        super().__init__()
+        super().__init__(ignore_index)
         if num_classes < 2:
             raise ValueError(f"num_classes: found {num_classes}, expected at least 2: a margin needs a rival class")
         check_settings(scheme, tau, upsilon, max_margin)
@@ -164,8 +164,7 @@ class MarginCalibrationLoss(nn.Module):
             ("weighting", weighting, Weighting),
             ("classes", classes, Classes),
         ):
-            if choice not in get_args(choices):
-                raise ValueError(f"{name}: found {choice!r}, expected one of {', '.join(map(repr, get_args(choices)))}")
+            check_choice(name, choice, choices)
         if aggregation != "sum" and reduction != "mean":
             raise ValueError(f"reduction: found {reduction!r}, expected 'mean': a ratio is one number for the batch")
         if aggregation == "dice" and surrogate == "log":
@@ -174,8 +173,7 @@ class MarginCalibrationLoss(nn.Module):
                 "denominator 2 n - misses + false alarms can fall to 0 and below"
             )
         for name, value in {"false_alarm_weight": false_alarm_weight, "smooth": smooth}.items():
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}: found {value}, expected a finite number >= 0")
+            check_range(name, value, 0)
         if not 0 <= decay < 1:
             raise ValueError(f"decay: found {decay}, expected 0 <= decay < 1")
         self.num_classes = num_classes
@@ -183,7 +181,6 @@ class MarginCalibrationLoss(nn.Module):
         self.tau = tau
         self.upsilon = upsilon
         self.foreground_weight = foreground_weight
-        self.ignore_index = ignore_index
         self.reduction: Reduction = reduction
         self.backend = backend
         self.max_margin = max_margin
@@ -195,13 +192,7 @@ class MarginCalibrationLoss(nn.Module):
         self.classes: Classes = classes
         self.smooth = smooth
         self.decay = decay
-        if self._follows_iou:
-            # shares of labels, hits and predictions, see `confusion_shares`; goes on where a run is resumed
-            self.register_buffer("running_shares", torch.zeros(3, num_classes, dtype=torch.float64))
-        self.register_buffer("foreground_offsets", torch.full((num_classes,), torch.nan, dtype=torch.float64))
-        self.register_buffer("background_offsets", torch.full((num_classes,), torch.nan, dtype=torch.float64))
-        # a flag beside the buffers: looking for NaN in them at each step would make the host wait for the device
-        self._calibrated = False
+        self._reset_buffers()
 
     @property
     def _follows_iou(self) -> bool:
@@ -282,28 +273,16 @@ class MarginCalibrationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """Name the settings and whether the offsets are known."""
-        names = ("num_classes", "scheme", "tau", "upsilon", "foreground_weight", "ignore_index", "reduction", "backend")
-        family = ("margin", "surrogate", "aggregation", "weighting", "false_alarm_weight", "classes", "smooth", "decay")
-        settings = {name: getattr(self, name) for name in (*names, "max_margin", *family)} | {"calibrated": self._calibrated}
-        return ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        return f"{super().extra_repr()}, calibrated={self._calibrated}"
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # .half() and .to(dtype) would round the buffers: hide them from `fn`, then follow it to its device only
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        for name in kept:
-            del self._buffers[name]
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            device = fn(torch.empty((), device=kept["foreground_offsets"].device)).device
-        finally:
-            self._buffers.update(kept)
-        for name, offsets in kept.items():
-            if offsets.is_meta and device.type != "meta":  # to_empty() of a module that was built without storage
-                offsets = torch.full_like(offsets, 0.0 if name == "running_shares" else torch.nan, device="cpu")
-                self._calibrated = False
-            # mps has no float64
-            self._buffers[name] = offsets.to(torch.float32 if device.type == "mps" else torch.float64).to(device)
-        return self
+    def _reset_buffers(self) -> None:
+        # a flag beside the buffers: looking for NaN in them at each step would make the host wait for the device
+        self._calibrated = False
+        for name in ("foreground_offsets", "background_offsets"):
+            self.register_buffer(name, torch.full((self.num_classes,), torch.nan, dtype=torch.float64))
+        if self._follows_iou:
+            # shares of labels, hits and predictions, see `confusion_shares`; goes on where a run is resumed
+            self.register_buffer("running_shares", torch.zeros(3, self.num_classes, dtype=torch.float64))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -312,18 +291,7 @@ class MarginCalibrationLoss(nn.Module):
 
 
 def _check_inputs(logits: Tensor, target: Tensor, offsets: MarginOffsets) -> None:
-    if not logits.is_floating_point():
-        raise TypeError(f"logits: found dtype {logits.dtype}, expected floating point: the network's raw output")
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"target: found dtype {target.dtype}, expected an integer dtype; convert labels with .long()")
-    if logits.ndim < 2 or logits.shape[1] < 2:
-        raise ValueError(f"logits: found shape {tuple(logits.shape)}, expected (N, C, *spatial) with C >= 2 classes")
-    expected = (logits.shape[0], *logits.shape[2:])
-    if target.shape != expected:
-        raise ValueError(
-            f"target: found shape {tuple(target.shape)}, expected {expected} for logits {tuple(logits.shape)}: "
-            "class indices without a class dimension, logits resized to the labels"
-        )
+    check_inputs(logits, target, least_classes=2)
     for name, offset in zip(MarginOffsets._fields, offsets, strict=True):
         if offset.shape != logits.shape[1:2]:
             raise ValueError(
@@ -337,6 +305,5 @@ def _check_choices(foreground_weight: float | None, reduction: str, backend: str
         raise ValueError(
             f"foreground_weight: found {foreground_weight}, expected a finite number >= 0, or None for the number of classes"
         )
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"reduction: found {reduction!r}, expected one of {', '.join(map(repr, get_args(Reduction)))}")
+    check_choice("reduction", reduction, Reduction)
     check_backend(backend)

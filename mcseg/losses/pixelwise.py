@@ -1,188 +1,17 @@
 """Objectives that are a mean over pixels: cross entropy and its relatives."""
 
-import inspect
 import math
-import warnings
 from collections.abc import Callable
-from typing import Any, Literal, Self, cast, get_args
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mcseg.kernels import _check_labels
-from mcseg.margins import ClassPixels, _counts
+from mcseg.losses.base import CountedLoss, Objective, check_choice, check_range
+from mcseg.margins import ClassPixels
 
 Weighting = Literal["none", "inverse", "median_frequency", "effective_number", "enet"]
-
-
-class Objective(nn.Module):
-    """What the objectives share: checked inputs, settings in their representation, constants that stay float64.
-
-    Args:
-        ignore_index: Label of void pixels.
-    """
-
-    def __init__(self, ignore_index: int = 255) -> None:
-        super().__init__()
-        self.ignore_index = ignore_index
-
-    def extra_repr(self) -> str:
-        """Name the settings."""
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in inspect.signature(type(self)).parameters)
-
-    def _prepared(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Check the inputs of `forward`.
-
-        Returns:
-            Logits in float32 or wider, target in int64, and a bool tensor like the target that is True where labelled.
-        """
-        if not logits.is_floating_point():
-            raise TypeError(f"logits: found dtype {logits.dtype}, expected floating point: the network's raw output")
-        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-            raise TypeError(f"target: found dtype {target.dtype}, expected an integer dtype; convert labels with .long()")
-        if logits.ndim < 2:
-            raise ValueError(f"logits: found shape {tuple(logits.shape)}, expected (N, C, *spatial)")
-        expected = (logits.shape[0], *logits.shape[2:])
-        if target.shape != expected:
-            raise ValueError(
-                f"target: found shape {tuple(target.shape)}, expected {expected} for logits {tuple(logits.shape)}: "
-                "class indices without a class dimension, logits resized to the labels"
-            )
-        target = target.long()  # before the comparison: uint8 would wrap a negative ignore_index
-        if logits.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait
-            _check_labels(target, logits.shape[1], self.ignore_index)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), target, target != self.ignore_index
-
-    def _reset_buffers(self) -> None:
-        """Register the buffers with the values that they have in a new module."""
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # .half() and .to(dtype) would round the constants: hide them from `fn`, then follow it to its device only
-        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        if not kept:
-            return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
-        before = next(iter(kept.values())).device
-        for name in kept:
-            del self._buffers[name]
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            device = fn(torch.empty((), device=before)).device
-        finally:
-            self._buffers.update(kept)
-        if before.type == "meta" and device.type != "meta":  # to_empty() of a module that was built without storage
-            self._reset_buffers()
-        for name in kept:
-            # mps has no float64
-            dtype = torch.float32 if device.type == "mps" else torch.float64
-            self._buffers[name] = cast(Tensor, self._buffers[name]).to(dtype).to(device)
-        return self
-
-
-class CountedLoss(Objective):
-    """An objective with one constant per class, derived from the pixel counts of the training labels.
-
-    Call `calibrate` once before the first use. The counts travel in the ``state_dict``, so an objective that loads a
-    calibrated checkpoint needs no training labels. Counts and constants stay float64 when the module is cast.
-
-    Args:
-        num_classes: C >= 2; None only where no counts are needed.
-        ignore_index: Label of void pixels.
-        counted: False leaves out the buffers: a setting that needs no counts.
-
-    Attributes:
-        class_pixels: Buffer, float64 ``(C,)``, NaN until calibrated.
-        class_terms: Buffer outside the ``state_dict``, float64 ``(C,)``: what the objective derives from the counts.
-    """
-
-    class_pixels: Tensor
-    class_terms: Tensor
-    _absent = "its constant is 0"  # what becomes of a class without pixels, in the words of the warning
-
-    def __init__(self, num_classes: int | None, ignore_index: int = 255, *, counted: bool = True) -> None:
-        super().__init__(ignore_index)
-        if num_classes is None and counted:
-            raise ValueError("num_classes: found None, expected the number of classes, as counts of pixels are needed")
-        if num_classes is not None and num_classes < 2:
-            raise ValueError(f"num_classes: found {num_classes}, expected at least 2")
-        self.num_classes = num_classes
-        self._counted = counted
-        self._reset_buffers()
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether the counts are known, or not needed."""
-        return self._calibrated or not self._counted
-
-    def calibrate(self, class_pixels: ClassPixels) -> Self:
-        """Set the constants from ``(C,)`` counts of labelled training pixels per class, void excluded.
-
-        Returns:
-            The module itself.
-
-        Raises:
-            ValueError: The counts are not ``num_classes`` finite counts >= 0, with pixels in at least two classes.
-
-        Warns:
-            UserWarning: Some class has no pixels; it is named by its index.
-        """
-        n = _counts(class_pixels)
-        if len(n) != self.num_classes:
-            raise ValueError(
-                f"class_pixels: found {len(n)} counts, expected {self.num_classes}: one for each of num_classes"
-            )
-        if absent := torch.nonzero(n == 0).flatten().tolist():
-            warnings.warn(
-                f"class_pixels: no pixels of class {', '.join(map(str, absent))}; {self._absent}. Check the label mapping "
-                "if the training labels should contain it.",
-                stacklevel=2,
-            )
-        terms = self._terms(n)
-        self.class_pixels.copy_(n)
-        self.class_terms.copy_(terms)
-        self._calibrated = True
-        return self
-
-    def extra_repr(self) -> str:
-        """Name the settings and whether the counts are known."""
-        return super().extra_repr() + (f", calibrated={self._calibrated}" if self._counted else "")
-
-    def _terms(self, n: Tensor) -> Tensor:
-        """Derive finite constants, float64 ``(C,)``, from the counts, likewise on the CPU."""
-        raise NotImplementedError
-
-    def _terms_for(self, logits: Tensor) -> Tensor:
-        """Constants in dtype and on the device of the logits."""
-        if not self._calibrated:
-            raise RuntimeError(
-                f"{type(self).__name__} is not calibrated: call loss.calibrate(class_pixels) with the pixel counts of "
-                "the training labels, or load a calibrated state_dict (inside a Trainer, the data module calibrates it)"
-            )
-        if logits.shape[1] != self.num_classes:
-            raise ValueError(
-                f"logits: found {logits.shape[1]} classes, expected {self.num_classes}; give the network and the loss the "
-                "same number of classes"
-            )
-        return self.class_terms.to(logits.dtype).to(logits.device)  # dtype first: some devices have no float64
-
-    def _reset_buffers(self) -> None:
-        # a flag beside the buffers: looking for NaN in them at each step would make the host wait for the device
-        self._calibrated = False
-        if self.num_classes is None or not self._counted:
-            return
-        self.register_buffer("class_pixels", torch.full((self.num_classes,), torch.nan, dtype=torch.float64))
-        self.register_buffer("class_terms", torch.full_like(self.class_pixels, torch.nan), persistent=False)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if not self._counted:
-            return
-        n = self.class_pixels
-        self._calibrated = not n.is_meta and not bool(n.isnan().any())
-        if self._calibrated:
-            self.class_terms = self._terms(n.detach().cpu().double()).to(n.dtype).to(n.device)
-        else:
-            self.class_terms = torch.full_like(n, torch.nan)
 
 
 class CrossEntropyLoss(CountedLoss):
@@ -237,11 +66,10 @@ class CrossEntropyLoss(CountedLoss):
         label_smoothing: float = 0.0,
         ignore_index: int = 255,
     ) -> None:
-        if weighting not in get_args(Weighting):
-            raise ValueError(f"weighting: found {weighting!r}, expected one of {', '.join(map(repr, get_args(Weighting)))}")
+        check_choice("weighting", weighting, Weighting)
         if not 0 <= beta < 1:
             raise ValueError(f"beta: found {beta}, expected a number >= 0 and < 1")
-        _check_range("enet_c", enet_c, 1, open_=True)
+        check_range("enet_c", enet_c, 1, open_=True)
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: found {label_smoothing}, expected a number between 0 and 1")
         super().__init__(num_classes, ignore_index, counted=weighting != "none")
@@ -250,22 +78,7 @@ class CrossEntropyLoss(CountedLoss):
         self.enet_c = enet_c
         self.label_smoothing = label_smoothing
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the weighted mean over the labelled pixels.
-
-        Args:
-            logits: (N,C,*spatial) floating point, unbounded scores.
-            target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
-
-        Returns:
-            Scalar >= 0 in float32, or float64 for logits of that type.
-
-        Raises:
-            RuntimeError: A weighted loss is not calibrated.
-            TypeError: Logits are not floating point or labels not integers.
-            ValueError: Shapes or numbers of classes do not go together, or (CPU only) a label is no class.
-        """
-        logits, target, labelled = self._prepared(logits, target)
+    def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
         weights = self._terms_for(logits) if self._counted else None
         total = F.cross_entropy(
             logits,
@@ -326,28 +139,14 @@ class FocalLoss(Objective):
 
     def __init__(self, gamma: float = 2.0, alpha: list[float] | None = None, ignore_index: int = 255) -> None:
         super().__init__(ignore_index)
-        _check_range("gamma", gamma, 0)
+        check_range("gamma", gamma, 0)
         for value in alpha or []:
-            _check_range("alpha", value, 0)
+            check_range("alpha", value, 0)
         self.gamma = gamma
         self.alpha = None if alpha is None else list(alpha)
         self._reset_buffers()
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the mean over the labelled pixels.
-
-        Args:
-            logits: (N,C,*spatial) floating point, unbounded scores.
-            target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
-
-        Returns:
-            Scalar >= 0 in float32, or float64 for logits of that type.
-
-        Raises:
-            TypeError: Logits are not floating point or labels not integers.
-            ValueError: Shapes or numbers of classes do not go together, or (CPU only) a label is no class.
-        """
-        logits, target, labelled = self._prepared(logits, target)
+    def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
         if self.alpha is not None and len(self.alpha) != logits.shape[1]:
             raise ValueError(f"alpha: found {len(self.alpha)} weights, expected {logits.shape[1]}: one for each class")
         labels = target.masked_fill(~labelled, 0)
@@ -394,25 +193,10 @@ class LogitAdjustmentLoss(CountedLoss):
 
     def __init__(self, num_classes: int, tau: float = 1.0, ignore_index: int = 255) -> None:
         super().__init__(num_classes, ignore_index)
-        _check_range("tau", tau, 0)
+        check_range("tau", tau, 0)
         self.tau = tau
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the mean over the labelled pixels.
-
-        Args:
-            logits: (N,C,*spatial) floating point, unbounded scores.
-            target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
-
-        Returns:
-            Scalar >= 0 in float32, or float64 for logits of that type.
-
-        Raises:
-            RuntimeError: The loss is not calibrated.
-            TypeError: Logits are not floating point or labels not integers.
-            ValueError: Shapes or numbers of classes do not go together, or (CPU only) a label is no class.
-        """
-        logits, target, labelled = self._prepared(logits, target)
+    def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
         shift = self._terms_for(logits).view(-1, *[1] * (logits.ndim - 2))
         total = F.cross_entropy(logits + shift, target, ignore_index=self.ignore_index, reduction="sum")
         return total / labelled.sum().clamp(min=1)
@@ -466,27 +250,12 @@ class LDAMLoss(CountedLoss):
 
     def __init__(self, num_classes: int, max_margin: float = 0.5, scale: float = 1.0, ignore_index: int = 255) -> None:
         super().__init__(num_classes, ignore_index)
-        _check_range("max_margin", max_margin, 0, open_=True)
-        _check_range("scale", scale, 0, open_=True)
+        check_range("max_margin", max_margin, 0, open_=True)
+        check_range("scale", scale, 0, open_=True)
         self.max_margin = max_margin
         self.scale = scale
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the mean over the labelled pixels.
-
-        Args:
-            logits: (N,C,*spatial) floating point, unbounded scores.
-            target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
-
-        Returns:
-            Scalar >= 0 in float32, or float64 for logits of that type.
-
-        Raises:
-            RuntimeError: The loss is not calibrated.
-            TypeError: Logits are not floating point or labels not integers.
-            ValueError: Shapes or numbers of classes do not go together, or (CPU only) a label is no class.
-        """
-        logits, target, labelled = self._prepared(logits, target)
+    def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
         labels = target.masked_fill(~labelled, 0)
         margins = self._terms_for(logits)[labels]
         logits = self.scale * logits.scatter_add(1, labels[:, None], -margins[:, None])
@@ -496,8 +265,3 @@ class LDAMLoss(CountedLoss):
     def _terms(self, n: Tensor) -> Tensor:
         present = n > 0
         return (self.max_margin * (n / n[present].min()) ** -0.25).where(present, 0.0)
-
-
-def _check_range(name: str, value: float, low: float, *, open_: bool = False) -> None:
-    if not (math.isfinite(value) and (value > low if open_ else value >= low)):
-        raise ValueError(f"{name}: found {value}, expected a finite number {'>' if open_ else '>='} {low}")

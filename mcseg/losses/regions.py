@@ -9,14 +9,11 @@ Per image or batch, losses are averaged over the classes that have labelled pixe
 without labelled pixels takes no part in the mean over images. Where nothing is labelled the loss is 0.
 """
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-from mcseg.losses.pixelwise import Objective, _check_range
-
-Classes = Literal["present", "all"]
+from mcseg.losses.base import Objective, check_choice, check_range
+from mcseg.losses.family import Classes
 
 _TINY = 1e-30  # least denominator; only absent classes without smoothing come near
 
@@ -32,26 +29,12 @@ class RegionLoss(Objective):
 
     def __init__(self, per_image: bool = False, classes: Classes = "present", ignore_index: int = 255) -> None:
         super().__init__(ignore_index)
-        if classes not in get_args(Classes):
-            raise ValueError(f"classes: found {classes!r}, expected one of {', '.join(map(repr, get_args(Classes)))}")
+        check_choice("classes", classes, Classes)
         self.per_image = per_image
         self.classes: Classes = classes
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the loss.
-
-        Args:
-            logits: (N,C,*spatial) floating point, unbounded scores.
-            target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
-
-        Returns:
-            Scalar 0..1 in float32, or float64 for logits of that type.
-
-        Raises:
-            TypeError: Logits are not floating point or labels not integers.
-            ValueError: Shapes do not go together, or (CPU only) a label is no class.
-        """
-        counts = self._soft_counts(*self._prepared(logits, target))
+    def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
+        counts = self._soft_counts(logits, target, labelled)
         return self._mean(self._class_losses(*counts), counts[2])
 
     def _class_losses(self, intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
@@ -79,7 +62,18 @@ class RegionLoss(Objective):
         return images.sum() / counted.any(1).sum().clamp(min=1)
 
 
-class DiceLoss(RegionLoss):
+class SmoothedLoss(RegionLoss):
+    """A loss of regions with ``smooth`` >= 0 pixels added to numerator and denominator; the rest as `RegionLoss`."""
+
+    def __init__(
+        self, per_image: bool = False, classes: Classes = "present", smooth: float = 1.0, ignore_index: int = 255
+    ) -> None:
+        super().__init__(per_image, classes, ignore_index)
+        check_range("smooth", smooth, 0)
+        self.smooth = smooth
+
+
+class DiceLoss(SmoothedLoss):
     r"""Soft Dice loss.
 
     The mean over classes of::
@@ -100,18 +94,11 @@ class DiceLoss(RegionLoss):
         ValueError: A setting is out of its range.
     """
 
-    def __init__(
-        self, per_image: bool = False, classes: Classes = "present", smooth: float = 1.0, ignore_index: int = 255
-    ) -> None:
-        super().__init__(per_image, classes, ignore_index)
-        _check_range("smooth", smooth, 0)
-        self.smooth = smooth
-
     def _class_losses(self, intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
         return 1 - (2 * intersection + self.smooth) / (predicted + labelled + self.smooth).clamp(min=_TINY)
 
 
-class JaccardLoss(RegionLoss):
+class JaccardLoss(SmoothedLoss):
     r"""Soft Jaccard (IoU) loss.
 
     The mean over classes of::
@@ -132,19 +119,12 @@ class JaccardLoss(RegionLoss):
         ValueError: A setting is out of its range.
     """
 
-    def __init__(
-        self, per_image: bool = False, classes: Classes = "present", smooth: float = 1.0, ignore_index: int = 255
-    ) -> None:
-        super().__init__(per_image, classes, ignore_index)
-        _check_range("smooth", smooth, 0)
-        self.smooth = smooth
-
     def _class_losses(self, intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
         union = predicted + labelled - intersection
         return 1 - (intersection + self.smooth) / (union + self.smooth).clamp(min=_TINY)
 
 
-class TverskyLoss(RegionLoss):
+class TverskyLoss(SmoothedLoss):
     r"""Soft Tversky loss, which prices false alarms and misses apart.
 
     The mean over classes of::
@@ -183,15 +163,13 @@ class TverskyLoss(RegionLoss):
         smooth: float = 1.0,
         ignore_index: int = 255,
     ) -> None:
-        super().__init__(per_image, classes, ignore_index)
-        _check_range("alpha", alpha, 0)
-        _check_range("beta", beta, 0)
-        _check_range("gamma", gamma, 0, open_=True)
-        _check_range("smooth", smooth, 0)
+        super().__init__(per_image, classes, smooth, ignore_index)
+        check_range("alpha", alpha, 0)
+        check_range("beta", beta, 0)
+        check_range("gamma", gamma, 0, open_=True)
         self.alpha = alpha
         self.beta = beta
         self.gamma = gamma
-        self.smooth = smooth
 
     def _class_losses(self, intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
         errors = self.alpha * (predicted - intersection) + self.beta * (labelled - intersection)
@@ -253,9 +231,7 @@ class LovaszSoftmaxLoss(RegionLoss):
         ValueError: A setting is out of its range.
     """
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the loss; arguments, result and errors are those of the other losses of regions."""
-        logits, target, valid = self._prepared(logits, target)
+    def _loss(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         groups = logits.shape[0] if self.per_image else 1
         shape = (groups, target.numel() // max(groups, 1))
         p = logits.softmax(1)
