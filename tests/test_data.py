@@ -453,3 +453,19 @@ def test_rare_crops_follow_the_training_pixels(photo_folder):
     assert torch.allclose(weights * data.class_pixels(), torch.ones(3, dtype=torch.float64))
     with pytest.raises(DataError, match="data.rare_crop_share: found 2, expected 0 to 1"):
         FolderData(photo_folder, rare_crop_share=2)
+
+
+def test_held_out_images_take_the_place_of_the_validation_split(camvid_root):
+    data = CamVidData(camvid_root, held_out=["0006R0_*"], num_workers=0, crop_size=(8, 8), batch_size=1)
+    data.setup("fit")
+    names = [[n for batch in loader for n in batch["name"]] for loader in (data.train_dataloader(), data.val_dataloader())]
+    assert sorted(names[0]) == ["0001TP_006690", "0016E5_08430"]
+    assert names[1] == ["0006R0_f00930"]
+    whole = CamVidData(camvid_root, num_workers=0)
+    assert (3 * data.class_pixels() == 2 * whole.class_pixels()).all()  # of the two that are left; all three are alike
+
+
+def test_held_out_pattern_without_an_image_is_an_error(camvid_root):
+    data = CamVidData(camvid_root, held_out=["0006R0_*", "Seq05VD_*"])
+    with pytest.raises(DataError, match=r"held_out: no training image is named Seq05VD_\*; .* such as 0001TP_006690"):
+        data.setup("fit")

@@ -1,5 +1,6 @@
 """The data module that every data set of mcseg is: samples per split in, batches out."""
 
+import fnmatch
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -55,6 +56,9 @@ class SegmentationData(pl.LightningDataModule):
             ``predict_split``.
         predict_split: split whose images ``predict`` takes where ``predict_root`` is not given; the validation split stands
             in for a missing test split.
+        held_out: glob patterns of names of training images, for example ``0006R0_*`` for one of CamVid's sequences. Images
+            that match one are left out of training and take the place of the validation split, so that settings can be
+            chosen without a look at that split.
         cache_dir: folder for the counts of label pixels; None is the user's cache folder.
     """
 
@@ -77,6 +81,7 @@ class SegmentationData(pl.LightningDataModule):
         max_side: int | None = None,
         predict_root: str | os.PathLike[str] | None = None,
         predict_split: Literal["train", "val", "test"] = "test",
+        held_out: Sequence[str] = (),
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
@@ -118,6 +123,7 @@ class SegmentationData(pl.LightningDataModule):
         )
         self.predict_root = Path(predict_root).expanduser() if predict_root is not None else None
         self.predict_split = predict_split
+        self.held_out = tuple(held_out)
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
         self._splits: dict[str, list[Sample]] = {}
         self._class_pixels: Tensor | None = None
@@ -173,13 +179,13 @@ class SegmentationData(pl.LightningDataModule):
         if split == "predict" and self.predict_root is not None:
             return _images_below(self.predict_root)
         source = self.predict_split if split == "predict" else split
-        samples = self.samples(source)
+        samples = self._listed(source)
         lack = "" if samples else "no test split found"
         if split == "test" and split in self.withheld:
             lack = "the labels of the test split are not public"
         if source == "test" and lack:
             rank_zero_warn(f"{type(self).__name__}: {lack}, using the validation split instead")
-            source, samples = "val", self.samples("val")
+            source, samples = "val", self._listed("val")
         if not samples:
             raise DataError(f"{type(self).__name__}: the {split} split of {self.root} is empty; expected at least one image")
         for remark in self.remarks(source):
@@ -190,6 +196,20 @@ class SegmentationData(pl.LightningDataModule):
         except MissingFileError as error:
             raise DataError("; ".join(part for part in (str(error), self.expected(source)) if part)) from None
         return samples
+
+    def _listed(self, split: str) -> list[Sample]:
+        """Samples of a split, after training images that are held out have taken the place of the validation split."""
+        if not self.held_out or split == "test":
+            return self.samples(split)
+        samples = self.samples("train")
+        for pattern in self.held_out:
+            if not any(fnmatch.fnmatchcase(sample.name, pattern) for sample in samples):
+                raise DataError(
+                    f"data.held_out: no training image is named {pattern}; expected a glob pattern of names such as "
+                    f"{samples[0].name if samples else 'those of the training split'}"
+                )
+        out = [any(fnmatch.fnmatchcase(sample.name, pattern) for pattern in self.held_out) for sample in samples]
+        return [sample for sample, held in zip(samples, out, strict=True) if held == (split == "val")]
 
     def class_pixels(self) -> Tensor:
         """Count the labelled pixels of each class over the training split, before augmentation; cached.
