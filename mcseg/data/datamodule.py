@@ -179,13 +179,13 @@ class SegmentationData(pl.LightningDataModule):
         if split == "predict" and self.predict_root is not None:
             return _images_below(self.predict_root)
         source = self.predict_split if split == "predict" else split
-        samples = self._listed(source)
+        samples = self._samples_in_use(source)
         lack = "" if samples else "no test split found"
         if split == "test" and split in self.withheld:
             lack = "the labels of the test split are not public"
         if source == "test" and lack:
             rank_zero_warn(f"{type(self).__name__}: {lack}, using the validation split instead")
-            source, samples = "val", self._listed("val")
+            source, samples = "val", self._samples_in_use("val")
         if not samples:
             raise DataError(f"{type(self).__name__}: the {split} split of {self.root} is empty; expected at least one image")
         for remark in self.remarks(source):
@@ -197,7 +197,7 @@ class SegmentationData(pl.LightningDataModule):
             raise DataError("; ".join(part for part in (str(error), self.expected(source)) if part)) from None
         return samples
 
-    def _listed(self, split: str) -> list[Sample]:
+    def _samples_in_use(self, split: str) -> list[Sample]:
         """Samples of a split, after training images that are held out have taken the place of the validation split."""
         if not self.held_out or split == "test":
             return self.samples(split)
