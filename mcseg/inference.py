@@ -77,7 +77,7 @@ class Inference:
             raise ValueError(f"size: found {tuple(size)}; expected (height, width), each at least 1")
         height, width = size
         scaled = [_scaled(image, scale) for scale in self.scales]
-        tiles = [self._tile(part) for part in scaled]
+        tiles = [self._tile(part.shape[-2:]) for part in scaled]
         if len(scaled) == 1 and not self.flip and tiles[0] == tuple(scaled[0].shape[-2:]):  # nothing to average
             return labels_at(network(scaled[0]), size).to(image.device)
 
@@ -96,9 +96,13 @@ class Inference:
             labels[:, band] = total.argmax(1)
         return labels
 
-    def _tile(self, image: Tensor) -> tuple[int, int]:
-        """(height, width) of the windows of an image."""
-        height, width = image.shape[-2:]
+    def is_plain(self, size: tuple[int, int] | torch.Size) -> bool:
+        """Whether an image of (height, width) passes the network once, as it is, so that its logits are all there is."""
+        return self.scales == (1.0,) and not self.flip and self._tile(size) == tuple(size)
+
+    def _tile(self, size: tuple[int, int] | torch.Size) -> tuple[int, int]:
+        """(height, width) of the windows of an image of this size."""
+        height, width = size
         return (height, width) if self.window is None else (min(self.window[0], height), min(self.window[1], width))
 
 
