@@ -423,7 +423,9 @@ def test_auxiliary_head_is_trained_along_and_left_out_of_predictions(tmp_path):
     assert logged["train/loss"] == pytest.approx(float(loss.detach()))
     assert logged["train/loss/aux"] == pytest.approx(float(expected), rel=1e-5)
 
-    trainer(tmp_path, callbacks=[JaccardCallback()]).fit(module := SegmentationModule(**TINY, num_classes=8, aux_weight=0.4), source)
+    trainer(tmp_path, callbacks=[JaccardCallback()]).fit(
+        module := SegmentationModule(**TINY, num_classes=8, aux_weight=0.4), source
+    )
     path = tmp_path / "aux.ckpt"
     module.trainer.save_checkpoint(path)
     again = SegmentationModule.load_from_checkpoint(path, weights_only=True)
