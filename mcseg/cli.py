@@ -1,5 +1,6 @@
 """The command ``mcseg``: Lightning's fit, validate, test and predict, and mcseg's own verbs for data sets."""
 
+import json
 import logging
 import os
 import shutil
@@ -13,12 +14,12 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
 
-from mcseg.callbacks import JaccardCallback, PredictionPanel, PredictionWriter, TrainingCurves
+from mcseg.callbacks import ConfusionPicture, JaccardCallback, PredictionPanel, PredictionWriter, TrainingCurves
 from mcseg.data import IGNORE_INDEX, DataError, SegmentationData
 from mcseg.data.benchmark import benchmark_facts, benchmark_names
 from mcseg.data.files import Sample
@@ -26,6 +27,7 @@ from mcseg.inference import Inference
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import MarginOffsets, margin_offsets
 from mcseg.module import SegmentationModule
+from mcseg.tracking import ObjectiveMonitor, log_configuration
 
 RECIPES = Path(__file__).parent / "configs"
 
@@ -66,6 +68,10 @@ class SaveConfig(SaveConfigCallback):
             if logger.get("init_args.save_dir") == chosen_folder:
                 logger.init_args.save_dir = "."
 
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the same to the trackers, on rank 0."""
+        log_configuration(trainer, json.loads(self.parser.dump(self.config, format="json", skip_none=False)))
+
 
 def _loggers(config: Namespace) -> list[Namespace]:
     found = config.trainer.logger
@@ -97,6 +103,8 @@ class SegmentationCLI(LightningCLI):
         for callback, key in (
             (JaccardCallback, "jaccard"),
             (PredictionPanel, "panel"),
+            (ConfusionPicture, "confusion"),
+            (ObjectiveMonitor, "monitor"),
             (TrainingCurves, "curves"),
             (PredictionWriter, "writer"),
             (ModelCheckpoint, "checkpoint"),
@@ -439,4 +447,4 @@ def _last_line(error: BaseException) -> str:
 
 def _fail(message: str, code: int) -> None:
     print(f"mcseg: error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    sys.exit(code)  # not raised by hand: W&B notes the code of a failed run in this function

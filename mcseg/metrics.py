@@ -14,7 +14,8 @@ class Scores:
     Per class (C,) float64, NaN where the quantity is undefined (division by zero pixels): ``iou`` TP / (TP + FP + FN),
     ``precision`` TP / (TP + FP), ``recall`` TP / (TP + FN), ``share`` of the labelled pixels. ``miou`` is the mean of
     the defined IoUs, so a class with neither target nor predicted pixels is left out; ``classes_averaged`` counts the
-    others. ``pixel_accuracy`` is the share of labelled pixels predicted right. Void pixels count nowhere.
+    others. ``pixel_accuracy`` is the share of labelled pixels predicted right. ``confusion`` (C,C) holds the counts. Void
+    pixels count nowhere.
     """
 
     miou: float
@@ -24,10 +25,11 @@ class Scores:
     precision: Tensor
     recall: Tensor
     share: Tensor
+    confusion: Tensor
 
     @classmethod
     def from_confusion(cls, confusion: Tensor) -> "Scores":
-        """Compute from (C,C) counts: rows are targets, columns predictions."""
+        """Compute from (C,C) int64 counts: rows are targets, columns predictions."""
         counts = confusion.double().cpu()  # exact up to 2^53 pixels
         hit, target, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
         iou = hit / (target + predicted - hit)
@@ -39,6 +41,7 @@ class Scores:
             precision=hit / predicted,
             recall=hit / target,
             share=target / target.sum(),
+            confusion=confusion.cpu(),
         )
 
 

@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "data": set(),
     "losses": {"margins", "kernels"},
     "module": {"inference", "losses", "networks"},
-    "callbacks": {"metrics", "pictures"},
+    "callbacks": {"metrics", "pictures", "tracking"},
+    "tracking": {"pictures"},
     "download": {"data"},
 }
 AT_FIRST_USE = {"triton", "wandb", "matplotlib", "scipy", "segmentation_models_pytorch", "timm"}
