@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from mcseg import pictures
-from mcseg.metrics import Scores, SegmentationScores
+from mcseg.metrics import Scores, SegmentationScores, rarest_third
 
 IGNORE_INDEX = 255
 
@@ -114,10 +114,7 @@ class JaccardCallback(EvaluationCallback):
         self._silent = set()
         self._tail = None
         if class_pixels is not None:
-            pixels = class_pixels()
-            absent = int((pixels == 0).sum())  # classes without a label are not rare
-            present = pixels.argsort(stable=True)[absent:]
-            self._tail = present[: math.ceil(len(present) / 3)]
+            self._tail = rarest_third(class_pixels())
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
         """Begin to count."""

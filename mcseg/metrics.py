@@ -1,5 +1,6 @@
 """Confusion counts over a whole split, and what is read from them; every IoU in the package comes from here."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,13 @@ class Scores:
     @classmethod
     def from_confusion(cls, confusion: Tensor) -> "Scores":
         """Compute from (C,C) counts: rows are targets, columns predictions."""
-        counts = confusion.double().cpu()  # exact up to 2^53 pixels
-        hit, target, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+        counts = confusion.cpu()
+        return cls.from_counts(counts.diagonal(), counts.sum(1), counts.sum(0))
+
+    @classmethod
+    def from_counts(cls, hit: Tensor, target: Tensor, predicted: Tensor) -> "Scores":
+        """Compute from (C,) counts of pixels per class: predicted right, in the target, in the prediction."""
+        hit, target, predicted = hit.double(), target.double(), predicted.double()  # exact up to 2^53 pixels
         iou = hit / (target + predicted - hit)
         return cls(
             miou=float(iou.nanmean()),
@@ -40,6 +46,17 @@ class Scores:
             recall=hit / target,
             share=target / target.sum(),
         )
+
+
+def rarest_third(class_pixels: Tensor) -> Tensor:
+    """Train ids of the rarest third of the classes, rarest first; a class without a pixel is not rare but absent.
+
+    Args:
+        class_pixels: (C,) labelled training pixels.
+    """
+    absent = int((class_pixels == 0).sum())
+    present = class_pixels.argsort(stable=True)[absent:]
+    return present[: math.ceil(len(present) / 3)]
 
 
 class SegmentationScores(MulticlassJaccardIndex):
