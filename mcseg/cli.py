@@ -291,7 +291,7 @@ def check(recipe: str, args: Sequence[str]) -> None:
 
 def compare(recipe: str, args: Sequence[str]) -> None:
     """``mcseg compare``: objectives x seeds on one data recipe, with tables and a report."""
-    from mcseg.compare import command
+    from mcseg.compare.command import command
 
     command(recipe, args)
 

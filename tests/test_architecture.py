@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "callbacks": {"metrics", "pictures"},
     "download": {"data"},
 }
-AT_FIRST_USE = {"triton", "wandb", "matplotlib", "scipy", "segmentation_models_pytorch", "timm"}
+AT_FIRST_USE = {"triton", "wandb", "matplotlib", "scipy", "pandas", "segmentation_models_pytorch", "timm"}
 
 
 def room(path):

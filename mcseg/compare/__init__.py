@@ -1,118 +1,132 @@
-"""Compare objectives: one data recipe x objectives x seeds, tables with intervals, one report."""
+"""Compare objectives: one data recipe x objectives x seeds, a table with intervals, and one report."""
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from mcseg.compare import tables
 from mcseg.compare.schedule import Folder, default_jobs, execute, save_text, workers_per_job
-from mcseg.compare.study import Study, make_study, parse_grid, parse_overrides, remarks
+from mcseg.compare.study import ObjectiveSettings, Study, make_study, remarks, setting_words
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+__all__ = ["compare", "run_study"]
+
+# Defaults of all runs that change no result.
+_QUIET = {"--trainer.enable_progress_bar": "false", "--trainer.num_sanity_val_steps": "0"}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"compare: {message}")
+def compare(
+    config: str | Sequence[str],
+    objectives: Sequence[ObjectiveSettings] | Mapping[str, ObjectiveSettings],
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    baseline: str | None = None,
+    folds: Sequence[str | Sequence[str]] = (),
+    tune: Mapping[str, Sequence[Any]] | None = None,
+    first: ObjectiveSettings | None = None,
+    then: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    folder: str | Path | None = None,
+    jobs: int | None = None,
+    keep_checkpoints: bool = False,
+) -> "DataFrame":
+    """Train every objective with every seed and compare them; what the folder already holds is not run again.
 
+    Every run has the same network, data order, augmentation and budget, in a process of its own, and is scored with its
+    last weights on the validation split, once. With ``folds``, the settings of each objective (``tune``, or ``trials`` of
+    its own, the same number for each) are chosen by mIoU on images held out of the training split, and so are shifts of the
+    logits per class, with which the final runs are scored a second time.
 
-def command(recipe: str, words: Sequence[str]) -> None:
-    """``mcseg compare``: read its own options, give all others to the runs.
+    Args:
+        config: data recipe by name or path, or several to be layered.
+        objectives: each is ``NAME`` or ``NAME:key=value,key=value``, NAME being a recipe below ``objectives`` or a YAML
+            file; or a mapping with ``recipe``, ``overrides`` (key -> value) and ``trials`` (list of key -> value). A key
+            without a dot is one of the objective's arguments. In a mapping the keys are the labels.
+        seeds: of the final runs; runs on folds take the first.
+        baseline: label of the objective that the others are compared to; None is the first.
+        folds: for each fold a glob pattern of names of training images, or several.
+        tune: values by key; every objective tries all combinations.
+        first: objective of a first stage, from whose weights all others start.
+        then: settings of the second stage by key, for example fewer epochs.
+        settings: of all runs by key, for example ``{"data.root": "CamVid", "trainer.max_epochs": 30}``.
+        folder: where results go and are looked for; None is ``runs/compare/<recipe>``.
+        jobs: runs at the same time; None is one for each GPU, or one.
+        keep_checkpoints: keep the last weights of the final runs.
+
+    Returns:
+        One row per objective, without and with shifts: mean and standard deviation over seeds of mIoU, mean IoU of the
+        rarest third, pixel accuracy and each class's IoU as fractions; differences to the baseline with their intervals;
+        step time and memory. A run that failed is warned of and missing.
 
     Raises:
-        SystemExit: 1 where a run failed.
+        ValueError: a setting cannot be used; nothing has run then.
     """
-    parser = _Parser(prog="mcseg compare", allow_abbrev=False, description=_DESCRIPTION)
-    parser.add_argument(
-        "--objectives", nargs="+", metavar="NAME[:KEY=VALUE,...]", help="recipes below objectives, or YAML files"
-    )
-    parser.add_argument("--seeds", nargs="+", type=int, help="of the final runs (0 1 2)")
-    parser.add_argument("--baseline", help="objective that the others are compared to (the first)")
-    parser.add_argument("--folds", nargs="+", metavar="PATTERN", help="names of training images that a fold holds out")
-    parser.add_argument(
-        "--tune", nargs="+", metavar="KEY=V1,V2", help="settings to choose on the folds, for every objective"
-    )
-    parser.add_argument("--first", metavar="NAME", help="objective of a first stage; all others start from its weights")
-    parser.add_argument("--then", nargs="+", metavar="KEY=VALUE", help="settings of the second stage")
-    parser.add_argument("--study", help="YAML file with these settings, and with trials for each objective")
-    parser.add_argument("--folder", help="where results go and are looked for (runs/compare/RECIPE)")
-    parser.add_argument("--jobs", type=int, help="runs at the same time (one for each GPU, or 1)")
-    parser.add_argument("--keep_checkpoints", action="store_true", help="keep the last weights of the final runs")
-    found, others = parser.parse_known_args(list(words))
-    settings: dict[str, Any] = {}
-    if found.study:
-        settings = _read_study(Path(found.study))
-    own = {key: value for key, value in vars(found).items() if value not in (None, False) and key != "study"}
-    own |= {key: read(own[key]) for key, read in (("tune", parse_grid), ("then", parse_overrides)) if key in own}
-    settings |= own
-    shared = [
-        f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in settings.pop("settings", {}).items()
-    ]
-    if "objectives" not in settings:
-        raise ValueError("compare: --objectives: none given; name some, such as --objectives cross_entropy lovasz")
-    try:
-        failures = _compare(recipe, [*others, *shared], settings)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on with what is missing")
-        raise SystemExit(130) from None
-    if failures:
-        raise SystemExit(1)
+    from mcseg.cli import _find_recipes
+
+    configs = [config] if isinstance(config, str) else list(config)
+    recipe, words = _find_recipes(["compare", *(f"--config={name}" for name in configs), *setting_words(settings or {})])
+    return run_study(
+        recipe,
+        words[1:],
+        folder=folder,
+        jobs=jobs,
+        keep_checkpoints=keep_checkpoints,
+        objectives=objectives,
+        seeds=seeds,
+        baseline=baseline,
+        folds=folds,
+        tune=tune,
+        first=first,
+        then=then,
+    ).table()
 
 
-_DESCRIPTION = (
-    "Trains every objective with every seed on one data recipe; goes on where it stopped. Other options are those of fit."
-)
-_STUDY_KEYS = (
-    "objectives",
-    "seeds",
-    "baseline",
-    "folds",
-    "tune",
-    "first",
-    "then",
-    "settings",
-    "folder",
-    "jobs",
-    "keep_checkpoints",
-)
+def run_study(
+    recipe: str,
+    words: Sequence[str],
+    *,
+    folder: str | Path | None = None,
+    jobs: int | None = None,
+    keep_checkpoints: bool = False,
+    only_report: bool = False,
+    **settings: Any,
+) -> tables.Results:
+    """Run what is missing of a study, write tables and report, and print the table.
 
-
-def _read_study(path: Path) -> dict[str, Any]:
-    import yaml
-
-    if not path.is_file():
-        raise ValueError(f"--study: no file {path}")
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or (unknown := sorted(set(found) - set(_STUDY_KEYS))):
-        told = ", ".join(unknown) if isinstance(found, dict) else type(found).__name__
-        raise ValueError(f"{path}: found {told}, expected settings among {', '.join(_STUDY_KEYS)}")
-    return found
-
-
-def _compare(recipe: str, words: Sequence[str], settings: Mapping[str, Any]) -> dict[str, str]:
-    settings = dict(settings)
-    folder = Folder(Path(settings.pop("folder", None) or Path("runs") / "compare" / recipe))
-    jobs = int(settings.pop("jobs", None) or default_jobs())
-    keep = bool(settings.pop("keep_checkpoints", False))
+    Args:
+        recipe: name of the data recipe.
+        words: what all runs share, as words of ``mcseg fit``.
+        folder: see :func:`compare`.
+        jobs: see :func:`compare`.
+        keep_checkpoints: see :func:`compare`.
+        only_report: run nothing.
+        **settings: see :func:`~mcseg.compare.study.make_study`.
+    """
+    jobs = default_jobs() if jobs is None else jobs
     if jobs < 1:
         raise ValueError(f"jobs: found {jobs}, expected at least 1")
-    study = make_study(recipe, [*words, *_quiet(words), *_workers(words, folder, jobs)], **settings)
-    for remark in remarks(study):
-        print(f"note: {remark}")
-    save_text(folder.root / "study.json", json.dumps(_about(study), indent=1))
-    failures = execute(study, folder, jobs, keep_checkpoints=keep)
-    for run, reason in failures.items():
-        print(f"failed: {run}: {reason} ({folder.path(run)})")
-    return {str(run): reason for run, reason in failures.items()}
+    place = Folder(Path(folder or Path("runs") / "compare" / recipe))
+    defaults = [f"{flag}={value}" for flag, value in _QUIET.items() if not _has(words, flag)]
+    study = make_study(recipe, [*words, *defaults, *_loader_processes(words, place, jobs)], **settings)
+    notes = remarks(study)
+    for note in notes:
+        print(f"note: {note}")
+    if not only_report:
+        save_text(place.root / "study.json", json.dumps(_about(study), indent=1))
+        execute(study, place, jobs, keep_checkpoints=keep_checkpoints)
+    results = tables.Results(study, place)
+    tables.write(results, notes)
+    print(tables.as_text(results))
+    for run, reason in results.failures:
+        print(f"failed: {run}: {reason} ({place.path(run)})")
+    print(f"written to {place.root}: table.csv, runs.csv, results.json")
+    return results
 
 
-def _quiet(words: Sequence[str]) -> list[str]:
-    """Defaults of all runs that change no result."""
-    defaults = {"--trainer.enable_progress_bar": "false", "--trainer.num_sanity_val_steps": "0"}
-    return [f"{flag}={value}" for flag, value in defaults.items() if not _has(words, flag)]
-
-
-def _workers(words: Sequence[str], folder: Folder, jobs: int) -> list[str]:
+def _loader_processes(words: Sequence[str], folder: Folder, jobs: int) -> list[str]:
     """Loader processes: the random crops depend on their number, so a folder keeps the one that it began with."""
     if _has(words, "--data.num_workers"):
         return []

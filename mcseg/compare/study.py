@@ -101,7 +101,7 @@ def make_study(
         baseline=baseline if baseline is not None else next(iter(labels), ""),
         folds=tuple((fold,) if isinstance(fold, str) else tuple(fold) for fold in folds),
         first=_objective(None, first, None) if first is not None else None,
-        then=_words(then or {}),
+        then=setting_words(then or {}),
     )
     _check(study)
     return study
@@ -127,8 +127,8 @@ def _objective(label: str | None, settings: ObjectiveSettings, tune: Mapping[str
         trials = [dict(zip(tune, values, strict=True)) for values in itertools.product(*tune.values())]
     return Objective(
         label,
-        ("--config", str(_path(str(settings["recipe"]))), *_words(settings.get("overrides") or {})),
-        tuple(_words(trial) for trial in trials) if trials else ((),),
+        ("--config", str(_path(str(settings["recipe"]))), *setting_words(settings.get("overrides") or {})),
+        tuple(setting_words(trial) for trial in trials) if trials else ((),),
     )
 
 
@@ -149,7 +149,7 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _words(settings: Mapping[str, Any]) -> Words:
+def setting_words(settings: Mapping[str, Any]) -> Words:
     """Turn settings by key into words; a key without a dot is an argument of the objective."""
     return tuple(
         f"--{key if '.' in key else f'model.objective.{key}'}={value if isinstance(value, str) else json.dumps(value)}"
