@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mcseg.compare import tables
+from mcseg.compare import report, tables
 from mcseg.compare.schedule import Folder, default_jobs, execute, save_text, workers_per_job
 from mcseg.compare.study import ObjectiveSettings, Study, make_study, remarks, setting_words
 
@@ -119,10 +119,11 @@ def run_study(
         execute(study, place, jobs, keep_checkpoints=keep_checkpoints)
     results = tables.Results(study, place)
     tables.write(results, notes)
+    report.write(results, notes)
     print(tables.as_text(results))
     for run, reason in results.failures:
         print(f"failed: {run}: {reason} ({place.path(run)})")
-    print(f"written to {place.root}: table.csv, runs.csv, results.json")
+    print(f"written to {place.root}: table.csv, runs.csv, results.json, report.html")
     return results
 
 

@@ -43,7 +43,7 @@ def fit_shifts(log_probs: Sequence[NDArray[np.floating]], target: Sequence[NDArr
                 best, shifts[index] = float(found[choice]), _GRID[choice]
         if best <= before + _GAIN:
             break
-    shifts = np.round(shifts - shifts.mean(), 4)
+    shifts = np.round(shifts - shifts.mean(), 4) + 0.0  # no -0
     unshifted = np.zeros(classes)
     # rounding to float32 can decide ties another way than on the grid
     better = shifted_miou(log_probs, target, shifts) > shifted_miou(log_probs, target, unshifted)
