@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from mcseg.compare.record import _place, image_counts, sample_log_probs
 from mcseg.compare.schedule import Folder, execute
 from mcseg.compare.shifts import _GRID, _miou_on_grid, fit_shifts, shifted_miou
 from mcseg.compare.statistics import class_iou, measures, paired_intervals
-from mcseg.compare.study import _ParseOnly, make_study, parse_grid, remarks, setting_words
+from mcseg.compare.study import _ParseOnly, make_study, parse_grid, setting_words
 from mcseg.metrics import Scores, rarest_third
 
 SYNTHETIC = ["--config", str(RECIPES / "synthetic.yaml")]
@@ -210,7 +211,11 @@ def test_objectives_as_people_write_them(tmp_path):
     own.write_text("model: {objective: {class_path: mcseg.losses.DiceLoss}}")
     written = ["cross_entropy", "margin_calibration:tau=3,scheme=miou,model.optimizer.lr=0.1", "objectives/focal", str(own)]
     study = study_of(
-        written, seeds=[4, 2], baseline="objectives/focal", tune={"model.lr_power": ["0.5", 1]}, folds=["a*", ["b", "c"]]
+        written,
+        seeds=[4, 2],
+        baseline="objectives/focal",
+        tune={"model.lr_power": ["0.5", 1]},
+        folds=["train-000*", ["train-0020", "train-0021"]],
     )
     assert [objective.label for objective in study.objectives] == written
     assert study.objectives[1].words[2:] == (
@@ -220,7 +225,7 @@ def test_objectives_as_people_write_them(tmp_path):
     )
     assert study.objectives[3].words == ("--config", str(own))
     assert all(objective.trials == (("--model.lr_power=0.5",), ("--model.lr_power=1",)) for objective in study.objectives)
-    assert study.folds == (("a*",), ("b", "c"))
+    assert study.folds == (("train-000*",), ("train-0020", "train-0021"))
     assert (study.seeds, study.baseline) == ((4, 2), "objectives/focal")
     assert parse_grid(["tau=1,10", "x=[1,2],[3,4]"]) == {"tau": ["1", "10"], "x": ["[1,2]", "[3,4]"]}
 
@@ -241,9 +246,11 @@ TRIALS = {
         ({"objectives": []}, "none given"),
         ({"objectives": ["dice:smooth"]}, "KEY=VALUE"),
         ({"objectives": [{"name": "dice"}]}, "expected recipe, overrides, trials"),
-        ({"objectives": TRIALS, "folds": ["x"]}, "same number, found a 2, b 1"),
+        ({"objectives": TRIALS, "folds": ["train-0000"]}, "same number, found a 2, b 1"),
         ({"tune": {"model.lr_power": [1, 2]}}, "give folds"),
-        ({"tune": {"tau": [1, 2]}, "folds": ["x"]}, "cross_entropy: .*tau' is not accepted"),
+        ({"tune": {"tau": [1, 2]}, "folds": ["train-0000"]}, "cross_entropy: .*tau' is not accepted"),
+        ({"folds": ["train-0000", "0001TP_*"]}, "0001TP_\\* is the name of no training image.*such as train-0000"),
+        ({"folds": ["*"]}, "every training image"),
         ({"baseline": "focal"}, "baseline: found focal"),
         ({"seeds": [1, 1]}, "each once"),
         ({"then": {"trainer.max_epochs": 1}}, "no first stage"),
@@ -258,8 +265,8 @@ def test_a_study_that_cannot_run_is_refused_in_one_line(options, told):
 
 
 def test_differences_beyond_the_objective_are_remarked():
-    assert remarks(study_of(["cross_entropy", "dice:model.optimizer.lr=0.1"])) == []
-    (line,) = remarks(study_of(["cross_entropy", "dice:trainer.max_epochs=3"]))
+    assert study_of(["cross_entropy", "dice:model.optimizer.lr=0.1"]).remarks == ()
+    (line,) = study_of(["cross_entropy", "dice:trainer.max_epochs=3"]).remarks
     assert line == "the objectives differ in trainer.max_epochs: cross_entropy 10, dice:trainer.max_epochs=3 3"
 
 
@@ -281,7 +288,9 @@ def miou(value):
 
 
 def test_plan_takes_the_best_trial_of_each_objective_into_the_final_runs():
-    study = study_of(["cross_entropy", "dice"], seeds=[3, 4], folds=["a*", "b*"], tune={"model.lr_power": [1, 2, 3]})
+    study = study_of(
+        ["cross_entropy", "dice"], seeds=[3, 4], folds=["train-000*", "train-001*"], tune={"model.lr_power": [1, 2, 3]}
+    )
     outcomes = {}
     assert len(planned(study)) == 2 * 2 * 3
     for objective, trial, fold in itertools.product(["cross_entropy", "dice"], range(3), range(2)):
@@ -300,7 +309,7 @@ def test_plan_takes_the_best_trial_of_each_objective_into_the_final_runs():
     run = planned(study, outcomes, (0.5, -0.5))["cross_entropy, seed 3"][0]
     assert run.trial == 1
     fold = found["dice, trial 0, fold 1, seed 3"][0]
-    assert '--data.held_out=["b*"]' in fold.words
+    assert '--data.held_out=["train-001*"]' in fold.words
     assert fold.keeps_log_probs
     assert not run.keeps_log_probs
     outcomes |= {name: "failed" for name in outcomes if name.startswith("dice")}
@@ -308,7 +317,9 @@ def test_plan_takes_the_best_trial_of_each_objective_into_the_final_runs():
 
 
 def test_plan_of_two_stages_starts_each_run_from_the_same_data_and_seed():
-    study = study_of(["cross_entropy", "dice"], seeds=[0, 1], folds=["a*"], first="focal", then={"trainer.max_epochs": 2})
+    study = study_of(
+        ["cross_entropy", "dice"], seeds=[0, 1], folds=["train-000*"], first="focal", then={"trainer.max_epochs": 2}
+    )
     outcomes = {f"{name}, trial 0, fold 0, seed 0": miou(0.5) for name in ("cross_entropy", "dice")}
     found = planned(study, outcomes, ())
     assert str(found["dice, trial 0, fold 0, seed 0"][0].start) == "focal, first stage, fold 0, seed 0"
@@ -531,8 +542,8 @@ class Fabricated:
     def results(self):
         return tables.Results(self.study, Folder(self.folder.root))
 
-    def report(self, notes=()):
-        return report.write(self.results, notes).read_text()
+    def report(self):
+        return report.write(self.results).read_text()
 
 
 def test_table_is_mean_and_deviation_of_scores_and_intervals_of_counts(tmp_path):
@@ -552,9 +563,12 @@ def test_table_is_mean_and_deviation_of_scores_and_intervals_of_counts(tmp_path)
 
 
 def test_files_of_a_comparison(tmp_path):
-    study = study_of(["cross_entropy", "dice"], seeds=[0, 1], folds=["a*", "b*"], tune={"model.lr_power": [1, 2]})
+    study = study_of(
+        ["cross_entropy", "dice"], seeds=[0, 1], folds=["train-000*", "train-001*"], tune={"model.lr_power": [1, 2]}
+    )
+    study = replace(study, remarks=("a remark",))
     made = Fabricated(tmp_path, study)
-    tables.write(made.results, ["a remark"])
+    tables.write(made.results)
     with (tmp_path / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["state"] for row in rows] == ["finished"] * (2 * 2 * 2 + 2 * 2)
@@ -629,9 +643,10 @@ HOSTILE = "<img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
 
 
 def test_report_shows_everything_without_scripts_and_fetches_nothing(tmp_path):
-    study = study_of(["cross_entropy", "dice"], seeds=[0, 1], folds=["a*"], tune={"model.lr_power": [1, 2]})
+    study = study_of(["cross_entropy", "dice"], seeds=[0, 1], folds=["train-000*"], tune={"model.lr_power": [1, 2]})
+    study = replace(study, remarks=("a remark",))
     made = Fabricated(tmp_path, study)
-    page = made.report(["a remark"])
+    page = made.report()
     reader = Reader(page)
     shown = " ".join(reader.text)
     row = max(made.results.rows, key=lambda row: row["miou_mean"])
@@ -657,7 +672,7 @@ def test_report_escapes_names(tmp_path):
         result["machine"]["device"] = HOSTILE
 
     study = study_of({HOSTILE: "cross_entropy", "b</td><script>alert(2)</script>": "dice"}, seeds=[0])
-    reader = Reader(Fabricated(tmp_path, study, hostile).report([HOSTILE]))
+    reader = Reader(Fabricated(tmp_path, replace(study, remarks=(HOSTILE,)), hostile).report())
     assert HOSTILE in reader.text
     assert "b</td><script>alert(2)</script>" in reader.text
     assert reader.tags.count("script") == 1

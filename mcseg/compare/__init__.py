@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcseg.compare import report, tables
 from mcseg.compare.schedule import Folder, default_jobs, execute, save_text, workers_per_job
-from mcseg.compare.study import ObjectiveSettings, Study, make_study, remarks, setting_words
+from mcseg.compare.study import ObjectiveSettings, Study, make_study, setting_words
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -111,15 +111,14 @@ def run_study(
     place = Folder(Path(folder or Path("runs") / "compare" / recipe))
     defaults = [f"{flag}={value}" for flag, value in _QUIET.items() if not _has(words, flag)]
     study = make_study(recipe, [*words, *defaults, *_loader_processes(words, place, jobs)], **settings)
-    notes = remarks(study)
-    for note in notes:
+    for note in study.remarks:
         print(f"note: {note}")
     if not only_report:
         save_text(place.root / "study.json", json.dumps(_about(study), indent=1))
         execute(study, place, jobs, keep_checkpoints=keep_checkpoints)
     results = tables.Results(study, place)
-    tables.write(results, notes)
-    report.write(results, notes)
+    tables.write(results)
+    report.write(results)
     print(tables.as_text(results))
     for run, reason in results.failures:
         print(f"failed: {run}: {reason} ({place.path(run)})")

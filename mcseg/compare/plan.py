@@ -6,7 +6,8 @@ import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -90,12 +91,17 @@ def _contents(words: Words) -> Iterator[list[Any]]:
             pending = word
             continue
         if flag == "--config":
-            with open(value, encoding="utf-8") as file:
-                yield [flag, yaml.safe_load(file)]
+            yield [flag, _settings_in(value, Path(value).stat().st_mtime_ns)]
         elif flag not in _IRRELEVANT:
             yield [flag, value]
     if pending is not None:
         yield [pending, None]
+
+
+@lru_cache
+def _settings_in(path: str, _: int) -> Any:
+    """Contents of a YAML file as it is at this time; runs are listed often."""
+    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
 
 
 def runs(

@@ -4,7 +4,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ _CURVE = (220, 120)  # width and height of the area in which a curve is drawn
 _SCATTER = (220, 160)
 
 
-def write(results: Results, remarks: Iterable[str]) -> Path:
+def write(results: Results) -> Path:
     """Write ``report.html`` into the folder of the comparison and return its path."""
     import jinja2
 
@@ -33,11 +33,11 @@ def write(results: Results, remarks: Iterable[str]) -> Path:
         lstrip_blocks=True,
     )
     path = results.folder.root / "report.html"
-    save_text(path, environment.get_template("report.html").render(_content(results, remarks)))
+    save_text(path, environment.get_template("report.html").render(_content(results)))
     return path
 
 
-def _content(results: Results, remarks: Iterable[str]) -> dict[str, Any]:
+def _content(results: Results) -> dict[str, Any]:
     study = results.study
     content: dict[str, Any] = {
         "recipe": study.recipe,
@@ -45,7 +45,7 @@ def _content(results: Results, remarks: Iterable[str]) -> dict[str, Any]:
         "level": round(100 * LEVEL),
         "problems": [*(f"{run}: {error}" for run, error in results.failures), *results.uneven()],
         "missing": results.missing,
-        "remarks": list(remarks),
+        "remarks": study.remarks,
         "finished": bool(results.finals),
     }
     if not results.finals:

@@ -1,16 +1,18 @@
 """What is compared: objectives, seeds, folds and trials, checked before anything runs."""
 
+import fnmatch
 import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from mcseg.cli import RECIPES, SegmentationCLI
+from mcseg.data import SegmentationData
 
 Words = tuple[str, ...]
 ObjectiveSettings = str | Mapping[str, Any]
@@ -41,6 +43,7 @@ class Study:
         folds: glob patterns of the training images that each fold holds out.
         first: objective with which a first stage trains the weights that all others start from; None: one stage.
         then: words that all runs of the second stage get.
+        remarks: where the objectives differ in more than objective and optimiser, as their budgets or data may.
     """
 
     recipe: str
@@ -51,6 +54,7 @@ class Study:
     folds: tuple[Words, ...] = ()
     first: Objective | None = None
     then: Words = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def tuned(self) -> bool:
@@ -104,7 +108,7 @@ def make_study(
         then=setting_words(then or {}),
     )
     _check(study)
-    return study
+    return replace(study, remarks=tuple(_check_settings(study)))
 
 
 def _objective(label: str | None, settings: ObjectiveSettings, tune: Mapping[str, Sequence[Any]] | None) -> Objective:
@@ -196,24 +200,27 @@ def _check(study: Study) -> None:
     for setting in ("seed_everything", "data.held_out", "model.init_from"):
         if any(word.split("=")[0] == f"--{setting}" for word in study.words):
             raise ValueError(f"{setting}: mcseg compare sets it itself; use seeds, folds or first")
-    cases = [(o.label, (*study.then, *o.words, *trial)) for o in study.objectives for trial in o.trials]
-    if study.first is not None:
-        cases.append((f"{study.first.label} (first stage)", study.first.words))
-    parser = _ParseOnly(study.recipe, [*study.words], run=False).parser
-    for label, words in cases:
+
+
+def _check_settings(study: Study) -> list[str]:
+    """Parse the settings of all runs; return the study's remarks."""
+    cli = _ParseOnly(study.recipe, study.words, run=False)
+    if study.folds:
+        _check_folds(study, cli.config)
+
+    def parsed(label: str, words: Words) -> Namespace:
         try:
-            parser.parse_args([*study.words, *words])
+            config: Namespace = cli.parser.parse_args([*study.words, *words])
         except ArgumentError as error:
             raise ValueError(f"objective {label}: {_short(error)}") from None
+        return config
 
-
-def remarks(study: Study) -> list[str]:
-    """Say where the objectives differ in more than objective and optimiser, as their budgets or data may."""
-    parser = _ParseOnly(study.recipe, [*study.words], run=False).parser
+    if study.first is not None:
+        parsed(f"{study.first.label} (first stage)", study.first.words)
     found: dict[str, dict[str, str]] = {}
     for objective in study.objectives:
         for trial in objective.trials:
-            settings = _flat(parser.parse_args([*study.words, *study.then, *objective.words, *trial]))
+            settings = _flat(parsed(objective.label, (*study.then, *objective.words, *trial)))
             for key, value in settings.items():
                 if not key.startswith(_OBJECTIVES_OWN):
                     found.setdefault(key, {})[objective.label] = value
@@ -223,6 +230,21 @@ def remarks(study: Study) -> list[str]:
         for key, values in found.items()
         if len(set(values.values())) > 1 or len(values) < every
     ]
+
+
+def _check_folds(study: Study, config: Namespace) -> None:
+    """Look for the images that are held out, before the first run does."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(SegmentationData, "data")
+    data = parser.instantiate_classes(parser.parse_object({"data": config.data.as_dict()})).data
+    names = [sample.name for sample in data.samples("train")]
+    for fold in study.folds:
+        out = [any(fnmatch.fnmatchcase(name, pattern) for pattern in fold) for name in names]
+        if not any(out) or all(out):
+            raise ValueError(
+                f"folds: {', '.join(fold)} is the name of {'every' if all(out) else 'no'} training image; expected a glob "
+                f"pattern of some of them, such as {names[0] if names else 'those of the training split'}"
+            )
 
 
 def _flat(config: Namespace) -> dict[str, str]:

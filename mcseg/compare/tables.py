@@ -205,7 +205,7 @@ class Results:
             names = found
 
 
-def write(results: Results, remarks: Iterable[str]) -> None:
+def write(results: Results) -> None:
     """Write ``table.csv``, ``runs.csv`` and ``results.json`` into the folder."""
     import pandas as pd
 
@@ -224,7 +224,7 @@ def write(results: Results, remarks: Iterable[str]) -> None:
         "table": results.rows,
         "shifts": {label: result["shifts"] for (label, _), (_, result) in results.finals.items()},
         "tuning": {objective.label: results.fold_scores(objective.label) for objective in results.study.objectives},
-        "remarks": [*remarks, *results.uneven()],
+        "remarks": [*results.study.remarks, *results.uneven()],
         "failures": {str(run): error for run, error in results.failures},
     }
     save_text(root / "results.json", json.dumps(_plain(found), indent=1))
