@@ -180,7 +180,7 @@ def _class_table(results: Results, entries: Sequence[Entry], shifted: bool) -> d
                     "value": None if np.isnan(mean) else float(mean),
                     "text": "-" if np.isnan(mean) else f"{100 * mean:.1f}",
                     "spread": f"{100 * values.std(ddof=1):.1f}" if len(values) > 1 and not np.isnan(values).any() else "",
-                    "best": bool(mean == best),
+                    "best": bool(mean == best > 0),
                     "tint": _tint(float(mean - reference[index]) / _FULL_TINT),
                 }
             )
@@ -287,8 +287,8 @@ def _offsets(results: Results) -> list[dict[str, Any]]:
             {
                 "label": label,
                 "points": points,
-                "x_ticks": [(_SCATTER[0] * i / (len(decades) - 1), f"{10.0**d:g}") for i, d in enumerate(decades)],
-                "y_ticks": [(_height(d, span[0], span[-1], _SCATTER), f"{10.0**d:g}") for d in span],
+                "x_ticks": [(_SCATTER[0] * i / (len(decades) - 1), _power(d)) for i, d in enumerate(decades)],
+                "y_ticks": [(_height(d, span[0], span[-1], _SCATTER), _power(d)) for d in span],
                 "size": _SCATTER,
             }
         )
@@ -390,13 +390,19 @@ def _minus(text: str) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
+def _power(exponent: int) -> str:
+    """A power of ten for an axis."""
+    digits = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return f"{10.0**exponent:g}" if -4 < exponent < 5 else "10" + str(exponent).translate(digits)
+
+
 def _last_parts(settings: str) -> str:
     """Settings without the path in front of each key."""
     return re.sub(r"(?<!\S)[\w.]+\.(?=\w+=)", "", settings)
 
 
 def _share(share: float) -> str:
-    return f"{100 * share:.2g}" if share < 0.1 else f"{100 * share:.1f}"
+    return f"{100 * share:.2f}" if share < 0.01 else f"{100 * share:.1f}"
 
 
 def _tint(strength: float) -> str:
