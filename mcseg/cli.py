@@ -22,6 +22,7 @@ from mcseg.callbacks import JaccardCallback, PredictionPanel, PredictionWriter, 
 from mcseg.data import IGNORE_INDEX, DataError, SegmentationData
 from mcseg.data.benchmark import benchmark_facts, benchmark_names
 from mcseg.data.files import Sample
+from mcseg.inference import Inference
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import MarginOffsets, margin_offsets
 from mcseg.module import SegmentationModule
@@ -103,6 +104,7 @@ class SegmentationCLI(LightningCLI):
             (ModelCheckpoint, "checkpoint"),
         ):
             parser.add_lightning_class_args(callback, key)
+        parser.add_class_arguments(Inference, "inference")
         parser.set_defaults(
             {
                 "model.objective": {"class_path": "mcseg.losses.MarginCalibrationLoss"},
@@ -150,6 +152,11 @@ class SegmentationCLI(LightningCLI):
             config.checkpoint.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         if trainer.precision is None:
             trainer.precision = _default_precision(trainer.accelerator)
+
+    def instantiate_classes(self) -> None:
+        """Make everything, and give the module the way in which it labels whole images."""
+        super().instantiate_classes()
+        self.model.inference = self._get(self.config_init, "inference")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add ``last.ckpt`` of every epoch, and the learning rate where there is something to log it to."""
@@ -424,6 +431,7 @@ def _quieten() -> None:
         ".*smaller than the logging interval.*",
         ".*is not supported by the model summary.*",
         ".*recommended to use `self.log.*sync_dist=True.*",  # the scores are reduced before they are logged
+        ".*loading a checkpoint outside the 'fit' stage.*",  # averaged weights are in the checkpoint's usual place
         ".*The dirpath has changed from.*",  # scoring a checkpoint of another run folder
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning on a newer torch
     ):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 _BAND = 1 << 24  # logits that are resized at once: 64 MB in float32
 _ROWS = 32  # rows of averaged probabilities that are resized at once, few beside the rows of a window
+_STRIP = 4096  # columns of labels that are made at once where there are windows: several windows of the usual sizes
 _FLOOR = 0.01  # weight at a window's border as a share of that in its middle
 
 
@@ -25,11 +26,13 @@ class Inference:
     Memory: rows of windows are computed from the top, and of a scale s only the rows of probabilities are kept that a
     window can still contribute to or that the labels wait for. That are at most h + 34 rows for windows of h rows, thus
 
-        4 N C (h + 34) s W bytes in float32, whatever the height of the image (N,3,H,W),
+        4 N C (h + 34) s min(W, 4096) bytes in float32, whatever the size of the image (N,3,H,W),
 
-    summed over the scales; besides the image, its scaled copies (s^2 times its size, a uint8 image stays uint8) and the
-    labels, there is only the network at work on ``batch`` windows with its probabilities, and 32 rows being resized. Without
-    a window h is the height of the scaled image: several scales or mirroring then hold 4 N C s^2 H W bytes for each scale.
+    summed over the scales: labels are made in strips of at most 4096 columns, and windows that lie across the border of two
+    strips are computed for both. Besides the image, its scaled copies (s^2 times its size, uint8 stays uint8) and
+    the labels, there is only the network at work on ``batch`` windows with its probabilities, and 32 rows being resized.
+    Without a window h is the height of the scaled image: several scales or mirroring then hold 4 N C s^2 H W bytes for each
+    scale.
 
     Args:
         window: (height, width) in pixels of the scaled image; where the image is smaller, the window shrinks. None takes
@@ -77,33 +80,40 @@ class Inference:
             raise ValueError(f"size: found {tuple(size)}; expected (height, width), each at least 1")
         height, width = size
         scaled = [_scaled(image, scale) for scale in self.scales]
-        tiles = [self._tile(part) for part in scaled]
+        tiles = [self._tile(part.shape[-2:]) for part in scaled]
         if len(scaled) == 1 and not self.flip and tiles[0] == tuple(scaled[0].shape[-2:]):  # nothing to average
             return labels_at(network(scaled[0]), size).to(image.device)
 
         # Bands of output rows that stretch over at most _ROWS rows at any scale, which bounds what the scales keep
         step = max(1, _ROWS * height // max(height, *(part.shape[2] for part in scaled)))
         bands = [slice(top, min(top + step, height)) for top in range(0, height, step)]
-        sources = [_Rows(self, network, part, tile, bands) for part, tile in zip(scaled, tiles, strict=True)]
+        strips = 1 if self.window is None else -(-width // _STRIP)
         labels = torch.empty((len(image), height, width), dtype=torch.uint8, device=image.device)
-        for band in bands:
-            total: Tensor | None = None
-            for source in sources:
-                rows = source.resized(band)
-                rows = F.interpolate(rows, (rows.shape[2], width), mode="bilinear", align_corners=False)
-                total = rows if total is None else total.add_(rows)
-            assert total is not None  # there is at least one scale
-            labels[:, band] = total.argmax(1)
+        for index in range(strips):
+            strip = slice(index * width // strips, (index + 1) * width // strips)
+            sources = [
+                _Rows(self, network, part, tile, bands, _neighbours(width, part.shape[3], strip))
+                for part, tile in zip(scaled, tiles, strict=True)
+            ]
+            for band in bands:
+                first, *others = (source.resized(band) for source in sources)
+                for rows in others:
+                    first.add_(rows)
+                labels[:, band, strip] = first.argmax(1).to(torch.uint8)
         return labels
 
-    def _tile(self, image: Tensor) -> tuple[int, int]:
-        """(height, width) of the windows of an image."""
-        height, width = image.shape[-2:]
+    def is_plain(self, size: tuple[int, int] | torch.Size) -> bool:
+        """Whether an image of (height, width) passes the network once, as it is, so that its logits are all there is."""
+        return self.scales == (1.0,) and not self.flip and self._tile(size) == tuple(size)
+
+    def _tile(self, size: tuple[int, int] | torch.Size) -> tuple[int, int]:
+        """(height, width) of the windows of an image of this size."""
+        height, width = size
         return (height, width) if self.window is None else (min(self.window[0], height), min(self.window[1], width))
 
 
 class _Rows:
-    """Averaged probabilities of one scale, computed from the top as they are asked for; only the last rows are kept.
+    """Averaged probabilities of a strip of one scale, computed from the top as they are asked for; the last rows are kept.
 
     Row r of the scaled image lies in row r modulo the buffer's length. A row of windows is computed only when a row below
     the top of it is asked for, so a buffer for one window and the rows asked for at once loses nothing that is needed.
@@ -116,15 +126,22 @@ class _Rows:
         image: Tensor,
         tile: tuple[int, int],
         bands: list[slice],
+        columns: tuple[Tensor, Tensor, Tensor],
     ) -> None:
         self._network, self._image, self._tile = network, image, tile
         self._flip, self._batch = settings.flip, settings.batch
         height, width = image.shape[-2:]
+        left, right, self._share_right = columns  # of the strip's labels
+        self._start, self._stop = int(left[0]), int(right[-1]) + 1  # columns of the image that they lie between
+        self._left, self._right = left - self._start, right - self._start
+        self._resized = bool(self._share_right.any()) or not torch.equal(self._left, torch.arange(len(left)))
         self._tops = window_starts(height, tile[0], settings.overlap)
-        self._lefts = window_starts(width, tile[1], settings.overlap)
         self._down = _shares(height, tile[0], self._tops)
-        self._across = _shares(width, tile[1], self._lefts)
-        self._above, self._below, self._share = _neighbours(bands[-1].stop, height, torch.device("cpu"))
+        lefts = window_starts(width, tile[1], settings.overlap)
+        reaching = [self._start - tile[1] < start < self._stop for start in lefts]
+        self._lefts = [start for start, reaches in zip(lefts, reaching, strict=True) if reaches]
+        self._across = _shares(width, tile[1], lefts)[torch.tensor(reaching)]
+        self._above, self._below, self._share = _neighbours(bands[-1].stop, height)
         asked = max(int(self._below[band][-1] - self._above[band][0]) + 1 for band in bands)
         self._length = min(height, tile[0] + asked)
         self._next = 0  # of the rows of windows
@@ -132,7 +149,7 @@ class _Rows:
         self._buffer: Tensor | None = None
 
     def resized(self, band: slice) -> Tensor:
-        """Give the probabilities (N,C,rows,w) of a band of output rows, which lies below the bands of former calls."""
+        """Give the probabilities (N,C,rows,columns) of a band of output rows, which lies below the bands of former calls."""
         above, below, share = self._above[band], self._below[band], self._share[band]
         while self._finished <= int(below[-1]):
             self._add_windows()
@@ -140,7 +157,10 @@ class _Rows:
         device = self._buffer.device
         upper = self._buffer.index_select(2, (above % self._length).to(device))
         lower = self._buffer.index_select(2, (below % self._length).to(device))
-        return upper.lerp_(lower, share.to(device))
+        rows = upper.lerp_(lower, share[:, None].to(device))
+        if not self._resized:
+            return rows[..., : len(self._left)]
+        return torch.lerp(rows[..., self._left], rows[..., self._right], self._share_right.to(device))
 
     @property
     def _finished(self) -> int:
@@ -156,7 +176,7 @@ class _Rows:
             windows = [self._image[:, :, top:bottom, left : left + self._tile[1]] for left in lefts]
             added = self._probabilities(torch.cat(windows))
             if self._buffer is None:  # only now the number of classes is known
-                shape = (len(self._image), added.shape[1], self._length, self._image.shape[3])
+                shape = (len(self._image), added.shape[1], self._length, self._stop - self._start)
                 self._buffer = added.new_empty(shape)
                 self._down, self._across = self._down.to(added), self._across.to(added)
             if first == 0:
@@ -164,11 +184,12 @@ class _Rows:
                     self._buffer[:, :, rows] = 0
                 self._end = bottom
             for index, part in enumerate(added.chunk(len(lefts)), start=first):
-                left = self._lefts[index]
-                weights = self._down[self._next][:, None] * self._across[index]
+                left = self._lefts[index] - self._start
+                inside = slice(max(0, -left), self._stop - self._start - left)  # columns of the window that the strip has
+                weights = self._down[self._next][:, None] * self._across[index, inside]
                 for rows, own in self._places(top, bottom):
-                    place = self._buffer[:, :, rows, left : left + self._tile[1]]
-                    place.addcmul_(part[:, :, own], weights[own])
+                    place = self._buffer[:, :, rows, max(0, left) : left + self._tile[1]]
+                    place.addcmul_(part[:, :, own, inside], weights[own])
         self._next += 1
 
     def _probabilities(self, windows: Tensor) -> Tensor:
@@ -223,25 +244,25 @@ def labels_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     if rows >= height:
         resized = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
         return resized.argmax(1).to(torch.uint8)
-    above, below, share = _neighbours(height, logits.shape[2], logits.device)
     labels = logits.new_empty((logits.shape[0], height, width), dtype=torch.uint8)
     for top in range(0, height, rows):
         band = slice(top, min(top + rows, height))
-        mixed = torch.lerp(logits[:, :, above[band]], logits[:, :, below[band]], share[band])
+        above, below, share = _neighbours(height, logits.shape[2], band)
+        mixed = torch.lerp(logits[:, :, above], logits[:, :, below], share[:, None].to(logits.device))
         mixed = F.interpolate(mixed, (mixed.shape[2], width), mode="bilinear", align_corners=False)
         labels[:, band] = mixed.argmax(1)
     return labels
 
 
-def _neighbours(height: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Where output rows lie between two of ``rows`` rows, as F.interpolate has it with align_corners=False.
+def _neighbours(length: int, source: int, part: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+    """Where ``part`` of ``length`` rows lies between ``source`` rows, as F.interpolate has it without aligned corners.
 
     Returns:
-        The row above and the row below (height,) int64; the share of the row below (height,1) float32.
+        The row above and the row below int64, the share of the row below float32, one for each row; on the CPU.
     """
-    place = ((torch.arange(height, device=device) + 0.5) * (rows / height) - 0.5).clamp(min=0)
+    place = ((torch.arange(length)[part] + 0.5) * (source / length) - 0.5).clamp(min=0)
     above = place.long()
-    return above, (above + 1).clamp(max=rows - 1), (place - above)[:, None]
+    return above, (above + 1).clamp(max=source - 1), place - above
 
 
 def _shares(length: int, window: int, starts: list[int]) -> Tensor:

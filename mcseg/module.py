@@ -15,8 +15,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from mcseg.inference import labels_at
-from mcseg.losses import MarginCalibrationLoss
+from mcseg.inference import Inference, labels_at
+from mcseg.losses import CrossEntropyLoss, MarginCalibrationLoss
 from mcseg.networks import SegmentationNetwork
 
 
@@ -48,6 +48,14 @@ class SegmentationModule(pl.LightningModule):
         channels_last: keep the network in channels-last memory.
         checkpointing: compute the encoder's activations anew in the backward pass instead of keeping them.
         frozen_batch_norm: leave statistics and parameters of all batch norms as they are, to fine-tune with small batches.
+        aux_weight: weight of the cross entropy of an auxiliary head on the encoder's second-to-last feature map, which is
+            trained along and not used for predictions; 0.4 is usual for DeepLab and PSPNet, 0 is no such head.
+        aux_channels: width of the auxiliary head.
+
+    Attributes:
+        inference: how validation, test and prediction label whole images, an :class:`~mcseg.inference.Inference`; by default
+            the network sees an image at once. It belongs to the evaluation and not to the weights: checkpoints do not hold
+            it. With windows, several scales or mirroring there are no logits of a whole image, and no ``<split>/loss``.
 
     Raises:
         ValueError: unknown architecture or encoder; when training starts, an objective, optimiser or scheduler that a
@@ -71,19 +79,32 @@ class SegmentationModule(pl.LightningModule):
         channels_last: bool = True,
         checkpointing: bool = False,
         frozen_batch_norm: bool = False,
+        aux_weight: float = 0.0,
+        aux_channels: int = 256,
     ) -> None:
         super().__init__()
+        if aux_weight < 0:
+            raise ValueError(f"aux_weight: found {aux_weight}, expected a weight >= 0")
         with warnings.catch_warnings():  # Lightning warns of the module among the arguments, which the next lines make plain
             warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
             self.save_hyperparameters()
         plain, self._not_plain = _plain_hyperparameters(dict(self.hparams))
         self.save_hyperparameters(plain)
         self.network = SegmentationNetwork(
-            arch, encoder, num_classes, network_options, channels_last, checkpointing, frozen_batch_norm
+            arch,
+            encoder,
+            num_classes,
+            network_options,
+            channels_last,
+            checkpointing,
+            frozen_batch_norm,
+            aux_channels if aux_weight else None,
         )
+        self.inference = Inference()
         if not isinstance(objective, nn.Module):
             objective = MarginCalibrationLoss(num_classes) if objective is None else objective()
         self.objective = objective
+        self._aux_objective = CrossEntropyLoss()
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.has_weights = False  # set by training and by loading a checkpoint; test and predict refuse without
@@ -131,10 +152,19 @@ class SegmentationModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Compute the objective of one batch of crops."""
-        loss = self._loss(self(batch["image"]), batch["mask"])
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["image"]))
-        for name, term in getattr(self.objective, "terms", {}).items():  # of a sum of objectives
-            self.log(f"train/loss/{name}", term, batch_size=len(batch["image"]))
+        target = batch["mask"]
+        if self.network.aux_head is None:
+            loss, terms = self._loss(self.objective, self(batch["image"]), target), {}
+        else:
+            logits, aux_logits = self.network.forward_with_aux(batch["image"])
+            assert aux_logits is not None  # in training mode
+            aux = self._loss(self._aux_objective, aux_logits, target)
+            loss, terms = self._loss(self.objective, logits, target), {"aux": aux.detach()}
+            loss = loss + self.hparams["aux_weight"] * aux
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(target))
+        terms |= getattr(self.objective, "terms", {})  # of a sum of objectives
+        for name, term in terms.items():
+            self.log(f"train/loss/{name}", term, batch_size=len(target))
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -147,8 +177,8 @@ class SegmentationModule(pl.LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Tensor]:
         """Predict images at their files' own size: a list of (H,W) uint8 train ids."""
-        logits = self(batch["image"])
-        return [labels_at(logits[i : i + 1], size)[0] for i, size in enumerate(batch["size"])]
+        images = batch["image"]
+        return [self.inference(self, images[i : i + 1], size)[0] for i, size in enumerate(batch["size"])]
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser and its schedule per step."""
@@ -186,20 +216,23 @@ class SegmentationModule(pl.LightningModule):
                 "True after loading weights yourself"
             )
 
-    def _loss(self, logits: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, objective: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
         # Whatever the precision of the network, an objective computes in float32: sums over 1e5 pixels and log-losses of
         # confident pixels are beyond float16 and bfloat16, and foreign objectives do not look after that themselves.
         with torch.autocast(logits.device.type, enabled=False):
-            return cast(Tensor, self.objective(logits.float(), target))
+            return cast(Tensor, objective(logits.float(), target))
 
     def _evaluate(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
         """Give ``preds`` (N,H,W) uint8 and ``target`` (N,H,W) int64 to the callbacks, at the size of the masks.
 
         The loss is taken at the network's resolution, as in training.
         """
-        target, logits = batch["mask"], self(batch["image"])
+        image, target = batch["image"], batch["mask"]
+        if not self.inference.is_plain(image.shape[-2:]):
+            return {"preds": self.inference(self, image, target.shape[-2:]), "target": target}
+        logits = self(image)
         if getattr(self.objective, "is_calibrated", True):
-            value = self._loss(logits, _nearest(target, logits.shape[-2:]))
+            value = self._loss(self.objective, logits, _nearest(target, logits.shape[-2:]))
             self.log(f"{split}/loss", value, batch_size=len(target), sync_dist=True)
         return {"preds": labels_at(logits, target.shape[-2:]), "target": target}
 
@@ -209,14 +242,18 @@ class SegmentationModule(pl.LightningModule):
         found = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
         own = self.network.state_dict()
         other = [name for name in own if name not in found or found[name].shape != own[name].shape]
-        beyond = [name for name in other if "segmentation_head" not in name] + [name for name in found if name not in own]
+        heads = ("segmentation_head", "aux_head")
+        beyond = [name for name in other if not any(head in name for head in heads)]
+        beyond += [name for name in found if name not in own and "aux_head" not in name]
         if beyond:
             raise ValueError(
                 f"model.init_from: {path} holds another network ({len(beyond)} tensors differ, for example {beyond[0]}); "
                 "expected one of the same arch, encoder and network_options"
             )
-        self.network.load_state_dict({name: value for name, value in found.items() if name not in other}, strict=False)
-        head = "; its last layer is left out, as the number of classes differs" if other else ""
+        fitting = {name: value for name, value in found.items() if name in own and name not in other}
+        self.network.load_state_dict(fitting, strict=False)
+        differs = any("segmentation_head" in name for name in other)
+        head = "; its last layer is left out, as the number of classes differs" if differs else ""
         rank_zero_info(f"network initialised from {path}{head}")
 
     def _polynomial(self, optimizer: torch.optim.Optimizer) -> LambdaLR:

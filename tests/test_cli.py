@@ -18,6 +18,9 @@ from conftest import break_three, write_png
 from PIL import Image
 
 from mcseg.cli import RECIPES, main
+from mcseg.data import CamVidData
+from mcseg.inference import Inference
+from mcseg.metrics import score
 from mcseg.module import SegmentationModule
 
 UNET = ["--model.network_options", '{"decoder_channels": [16, 16, 8, 8, 8]}']
@@ -247,6 +250,48 @@ def test_every_objective_on_a_data_recipe(name, arguments, capsys):
     assert kept["init_args"].items() >= settings["init_args"].items()
     module = SegmentationModule.load_from_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert getattr(module.objective, "is_calibrated", True)
+
+
+def test_inference_from_the_command_line(arguments):
+    """Settings of whole-image inference reach validate, and what they give is what they give in Python."""
+    common = ["--config", "camvid", *arguments("camvid"), *TINY, "--trainer.precision=32-true"]
+    main(["fit", *common])
+    path = run_folder("camvid") / "checkpoints" / "last.ckpt"
+    options = ["--config", "options/multi_scale", "--inference.window=[4,5]", "--inference.scales=[1.0,2.0]"]
+    main(["validate", common[0], common[1], *options, *common[2:], "--ckpt_path", str(path)])
+    folder = run_folder("camvid")
+    assert yaml.safe_load((folder / "config.yaml").read_text())["inference"] == {
+        "window": [4, 5],
+        "overlap": 0.5,
+        "scales": [1.0, 2.0],
+        "flip": True,
+        "batch": 1,
+    }
+    module = SegmentationModule.load_from_checkpoint(path).eval()
+    data = CamVidData(next(word.partition("=")[2] for word in common if "data.root" in word), image_scale=0.5, num_workers=0)
+    data.setup("validate")
+    inference = Inference(window=(4, 5), scales=(1.0, 2.0), flip=True)
+    with torch.no_grad():
+        batches = [(inference(module, b["image"], b["mask"].shape[-2:]), b["mask"]) for b in data.val_dataloader()]
+    expected = score(*(torch.cat(part) for part in zip(*batches, strict=True)), num_classes=11)
+    assert float(logged_rows(folder)[0]["val/miou"]) == pytest.approx(expected.miou, abs=1e-6)
+
+
+def test_wrong_inference_is_one_line(arguments, capsys):
+    words = ["validate", "--config", "camvid", *arguments("camvid"), *TINY, "--inference.overlap", "1.5"]
+    main(["fit", *words[1:-2]])
+    path = run_folder("camvid") / "checkpoints" / "last.ckpt"
+    assert "overlap: found 1.5; expected at least 0 and below 1" in fails(capsys, [*words, "--ckpt_path", str(path)])
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (RECIPES / "options").glob("*.yaml")))
+def test_every_option_on_a_data_recipe(name, arguments):
+    common = ["--config", "camvid", "--config", f"options/{name}", *arguments("camvid"), *TINY, "--inference.batch=1"]
+    main(["fit", *common])
+    path = run_folder("camvid") / "checkpoints" / "last.ckpt"
+    logged = logged_rows(run_folder("camvid"))[-1]["val/miou"]
+    main(["validate", *common, "--ckpt_path", str(path)])
+    assert logged_rows(run_folder("camvid"))[0]["val/miou"] == logged
 
 
 def test_a_format_needs_its_own_data(arguments, photo_folder, capsys):

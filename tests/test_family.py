@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 
-from mcseg.losses import MarginCalibrationLoss, margin_calibration_loss
+from mcseg.losses import (
+    DiceLoss,
+    GeneralizedDiceLoss,
+    JaccardLoss,
+    MarginCalibrationLoss,
+    TverskyLoss,
+    margin_calibration_loss,
+)
 from mcseg.losses.family import class_margins, confusion_shares, iou_weights, surrogate_errors, weighted_sum
 from mcseg.margins import margin_offsets
 
@@ -206,6 +213,16 @@ def test_running_shares_move_in_training_alone_and_travel_in_the_checkpoint():
     assert loss.half().running_shares.dtype == torch.float64
 
 
+def region_losses():
+    """Those of regions that are ratios of sums."""
+    return {
+        "dice": DiceLoss(classes="all"),
+        "jaccard": JaccardLoss(),
+        "tversky": TverskyLoss(gamma=1.5),
+        "generalized": GeneralizedDiceLoss(),
+    }
+
+
 def ratio_as_rank(rank, folder):
     """One of two processes with half of the batch each: loss, and gradient as DDP averages it."""
     store = torch.distributed.FileStore(f"{folder}/store", 2)
@@ -219,6 +236,11 @@ def ratio_as_rank(rank, folder):
         value.backward()
         weights = loss.running_shares.tolist() if "weighting" in options else []
         results[ids(options)] = [float(value.detach()), (z.grad / 2).flatten().tolist(), weights]
+    for name, loss in region_losses().items():
+        z = logits[rank : rank + 1].clone().requires_grad_()
+        value = loss(z, target[rank : rank + 1])
+        value.backward()
+        results[name] = [float(value.detach()), (z.grad / 2).flatten().tolist()]
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
@@ -227,13 +249,15 @@ def test_two_processes_give_the_ratio_of_one(tmp_path):
     torch.multiprocessing.spawn(ratio_as_rank, (str(tmp_path),), nprocs=2)
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     logits, target = case()
-    z = logits.clone().requires_grad_()
-    value = make(margin="soft", aggregation="dice", surrogate="sigmoid")(z, target)
-    value.backward()
-    for rank in range(2):
-        found, gradient, _ = results[rank]["dice-sigmoid"]
-        assert found == pytest.approx(float(value.detach()), rel=1e-12)
-        assert np.allclose(gradient, z.grad[rank].flatten(), atol=1e-15)
+    losses = {"dice-sigmoid": make(margin="soft", aggregation="dice", surrogate="sigmoid"), **region_losses()}
+    for name, loss in losses.items():
+        z = logits.clone().requires_grad_()
+        value = loss(z, target)
+        value.backward()
+        for rank in range(2):
+            found, gradient = results[rank][name][:2]
+            assert found == pytest.approx(float(value.detach()), rel=1e-12), name
+            assert np.allclose(gradient, z.grad[rank].flatten(), atol=1e-15), name
     loss = make(margin="soft", weighting="iou")
     loss(logits, target)
     assert np.allclose(results[0]["iou"][2], loss.running_shares.numpy(), atol=1e-15)

@@ -6,11 +6,12 @@ import pytest
 import pytorch_lightning as pl
 import segmentation_models_pytorch as smp
 import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import nn
 
 from mcseg.callbacks import JaccardCallback
 from mcseg.data import SyntheticData
-from mcseg.inference import labels_at
+from mcseg.inference import Inference, labels_at
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import margin_offsets
 from mcseg.module import SegmentationModule
@@ -85,7 +86,7 @@ def test_it_learns_one_batch():
     optimizer = torch.optim.AdamW(module.network.parameters(), lr=0.01)
     losses = []
     for _ in range(60):
-        loss = module._loss(module(batch["image"]), batch["mask"])
+        loss = module._loss(module.objective, module(batch["image"]), batch["mask"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -360,3 +361,107 @@ def test_init_from_another_network_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"first\.ckpt holds another network \(\d+ tensors differ, for example model\."):
         second.on_fit_start()
     assert all(torch.equal(value, before[name]) for name, value in second.network.state_dict().items())
+
+
+def test_whole_images_are_labelled_as_the_inference_says(tmp_path):
+    """Validation, test and prediction take the labels of Inference; without averaging they are the plain ones."""
+    module = SegmentationModule(**TINY, num_classes=8)
+    module.objective.calibrate(torch.arange(1, 9) * 1000)
+    module.has_weights = True
+    batch = next(iter(evaluation_loader(data())))
+    module.eval()
+    with torch.no_grad():
+        plain = module(batch["image"]).argmax(1)
+        settings = Inference(window=(24, 32), scales=(0.75, 1.0), flip=True)
+        averaged = settings(module, batch["image"], batch["mask"].shape[-2:])
+    assert not torch.equal(plain.to(torch.uint8), averaged)
+    for inference, expected in ((Inference(), plain), (Inference(window=(100, 100)), plain), (settings, averaged)):
+        module.inference = inference
+        seen = Seen()
+        run = trainer(tmp_path, callbacks=[JaccardCallback(), seen])
+        run.validate(module, data(), verbose=False)
+        assert torch.equal(seen.preds[0].long(), expected.long())
+        assert ("val/loss" in run.callback_metrics) == (inference is not settings)
+        source = data(predict_split="val")
+        found = trainer(tmp_path).predict(module, source)
+        assert torch.equal(found[0][0].long(), expected[0].long())
+
+
+def evaluation_loader(source):
+    source.setup("validate")
+    return source.val_dataloader()
+
+
+class Seen(pl.Callback):
+    """Keeps the predictions of validation."""
+
+    def __init__(self):
+        self.preds = []
+
+    def on_validation_batch_end(self, trainer, module, outputs, *args):
+        self.preds.append(outputs["preds"])
+
+
+def test_auxiliary_head_is_trained_along_and_left_out_of_predictions(tmp_path):
+    torch.manual_seed(0)
+    module = SegmentationModule(**TINY, num_classes=8, aux_weight=0.4, aux_channels=16)
+    source = data(train_scenes=2)
+    source.setup("fit")
+    batch = next(iter(source.train_dataloader()))
+    module.objective.calibrate(source.class_pixels())
+    logged = {}
+    module.log = lambda name, value, **options: logged.update({name: float(value.detach())})
+    torch.manual_seed(3)  # the head has dropout
+    loss = module.training_step(batch, 0)
+    module.train()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        logits, aux = module.network.forward_with_aux(batch["image"])
+    own = module.objective(logits, batch["mask"])
+    expected = nn.functional.cross_entropy(aux, batch["mask"], ignore_index=255)
+    assert float(loss.detach()) == pytest.approx(float(own + 0.4 * expected), rel=1e-5)
+    assert logged["train/loss"] == pytest.approx(float(loss.detach()))
+    assert logged["train/loss/aux"] == pytest.approx(float(expected), rel=1e-5)
+
+    trainer(tmp_path, callbacks=[JaccardCallback()]).fit(
+        module := SegmentationModule(**TINY, num_classes=8, aux_weight=0.4), source
+    )
+    path = tmp_path / "aux.ckpt"
+    module.trainer.save_checkpoint(path)
+    again = SegmentationModule.load_from_checkpoint(path, weights_only=True)
+    assert same_weights(again, module)
+    # A network without the head starts from one with it, and the other way round.
+    for weight in (0.0, 0.4):
+        other = SegmentationModule(**TINY, num_classes=8, aux_weight=weight, init_from=str(path))
+        other._init_from(str(path))
+        assert torch.equal(other.eval()(batch["image"]), again.eval()(batch["image"]))
+    with pytest.raises(ValueError, match="aux_weight: found -1"):
+        SegmentationModule(**TINY, num_classes=8, aux_weight=-1)
+
+
+def test_moving_average_of_the_weights_is_validated_and_kept(tmp_path):
+    """Lightning's callback: the checkpoint holds the average of the weights after each step, by a loop written here."""
+
+    class Steps(pl.Callback):
+        weights = []
+
+        def on_train_batch_end(self, trainer, module, *args):
+            self.weights.append({name: value.detach().clone() for name, value in module.network.named_parameters()})
+
+    module = SegmentationModule(**TINY, num_classes=8)
+    ema = EMAWeightAveraging(decay=0.7)
+    run = trainer(tmp_path, max_epochs=2, num_sanity_val_steps=1, callbacks=[JaccardCallback(), Steps(), ema])
+    run.fit(module, data())
+    assert len(Steps.weights) == 4
+    path = tmp_path / "ema.ckpt"
+    run.save_checkpoint(path)
+    kept = torch.load(path, weights_only=True)
+    assert not torch.isnan(kept["state_dict"]["objective.background_offsets"]).any()
+    for name in Steps.weights[0]:
+        average = Steps.weights[0][name]
+        for step in Steps.weights[1:]:
+            average = 0.7 * average + 0.3 * step[name]
+        assert torch.allclose(kept["state_dict"][f"network.{name}"], average, rtol=1e-4, atol=1e-6), name
+    again = SegmentationModule.load_from_checkpoint(path, weights_only=True)
+    scored = trainer(tmp_path).validate(again, data(), verbose=False)[0]["val/miou"]
+    assert scored == pytest.approx(float(run.callback_metrics["val/miou"]), abs=1e-6)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any, Self, cast, get_args
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 from mcseg.kernels import check_labels
 from mcseg.margins import ClassPixels, checked_counts
@@ -40,6 +42,17 @@ def check_range(name: str, value: float, low: float, *, open_: bool = False) -> 
     """Raise ValueError where a setting is not finite and at least ``low``, or with ``open_`` above it."""
     if not (math.isfinite(value) and (value > low if open_ else value >= low)):
         raise ValueError(f"{name}: found {value}, expected a finite number {'>' if open_ else '>='} {low}")
+
+
+def summed_over_processes(counts: Tensor) -> Tensor:
+    """Sum counts over all processes of a group, with gradient; outside a group they are returned as they are.
+
+    A process answers for its share of the sums of all, so the mean over processes that DDP takes of the gradients is the
+    gradient of a loss that is a function of the sums.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return cast(Tensor, all_reduce(counts))  # type: ignore[no-untyped-call]
+    return counts
 
 
 class Objective(nn.Module):

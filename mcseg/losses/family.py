@@ -15,13 +15,13 @@ with n_i labelled pixels of class i and N of all classes in the batch. The ratio
 surrogate ``log`` is divided by log 2, which makes it 1 at t = 0; in ``sum`` it is not, as in the paper.
 """
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
-import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
+
+from mcseg.losses.base import summed_over_processes
 
 Margin = Literal["hard", "soft"]
 Surrogate = Literal["log", "sigmoid"]
@@ -134,10 +134,7 @@ def ratio(
     over = [dim for dim in range(errors.ndim) if dim != 1]
     hits = is_label.to(errors.dtype)
     counts = torch.stack([hits.sum(over), (errors * hits).sum(over), (errors * (1 - hits)).sum(over)])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # With gradient: a process answers for its share of the sums of all, and DDP's mean over processes is the gradient.
-        counts = cast(Tensor, all_reduce(counts))  # type: ignore[no-untyped-call]
-    n, a, b = counts.unbind()
+    n, a, b = summed_over_processes(counts).unbind()
     if aggregation == "jaccard":
         ratios = (n - a + smooth) / (n + b + smooth).clamp(min=torch.finfo(n.dtype).tiny)
     else:
@@ -164,8 +161,7 @@ def confusion_shares(logits: Tensor, target: Tensor, ignore_index: int) -> Tenso
     counts[0].scatter_add_(0, label.flatten(), one)
     counts[1].scatter_add_(0, label.flatten(), hit)
     counts[2].scatter_add_(0, preds.flatten(), one)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(counts)
+    counts = summed_over_processes(counts)
     return counts / counts[0].sum().clamp(min=1)
 
 

@@ -6,13 +6,15 @@ pixels of an image or of the whole batch, each class has the soft counts::
     I_c = sum p_c r_c   (intersection),      P_c = sum p_c   (predicted),      T_c = sum r_c   (labelled)
 
 Per image or batch, losses are averaged over the classes that have labelled pixels (``"present"``) or over all; an image
-without labelled pixels takes no part in the mean over images. Where nothing is labelled the loss is 0.
+without labelled pixels takes no part in the mean over images. Where nothing is labelled the loss is 0. Over the batch means
+over the batches of all processes: their soft counts are summed, so that a step on several GPUs is that of one.
+Lovász-softmax cannot be had from sums and is taken over the batch of each process.
 """
 
 import torch
 from torch import Tensor
 
-from mcseg.losses.base import Objective, check_choice, check_range
+from mcseg.losses.base import Objective, check_choice, check_range, summed_over_processes
 from mcseg.losses.family import Classes
 
 _TINY = 1e-30  # least denominator; only absent classes without smoothing come near
@@ -49,9 +51,11 @@ class RegionLoss(Objective):
         of_class = torch.zeros_like(logits, dtype=torch.bool).scatter(1, labels, valid)
         p = logits.softmax(1) * valid
         intersection, predicted, labelled = (_image_sums(t) for t in (p * of_class, p, of_class))
+        counts = torch.stack([intersection, predicted, labelled.to(logits.dtype)])  # (3, N, C)
         if not self.per_image:
-            intersection, predicted, labelled = (t.sum(0, keepdim=True) for t in (intersection, predicted, labelled))
-        return intersection, predicted, labelled.to(logits.dtype)
+            counts = summed_over_processes(counts.sum(1, keepdim=True))
+        intersection, predicted, labelled = counts.unbind()
+        return intersection, predicted, labelled
 
     def _mean(self, losses: Tensor, labelled: Tensor) -> Tensor:
         """Average losses (G,C) over the classes that count, then over the images that have labelled pixels."""

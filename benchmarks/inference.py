@@ -1,0 +1,54 @@
+"""Measure time and memory of whole-image inference on large images.
+
+python benchmarks/inference.py                      # 6000x4000, 19 classes, windows of 768x768, three scales and mirroring
+python benchmarks/inference.py --size 4000 6000 --window 512 512 --scales 1 --no-flip
+
+Memory is the growth of the process's peak resident size from before the image is made, so the image, the labels and what the
+libraries load at the first call are in it; CPU only.
+"""
+
+import argparse
+import re
+import time
+from pathlib import Path
+
+import torch
+
+from mcseg.inference import Inference
+from mcseg.networks import SegmentationNetwork
+
+
+def peak_mib() -> float:
+    """Peak resident size of this process in MiB, as Linux knows it."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def main() -> None:
+    """Label one image of random pixels."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, nargs=2, default=[4000, 6000], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--classes", type=int, default=19)
+    parser.add_argument("--window", type=int, nargs=2, default=[768, 768], metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--overlap", type=float, default=0.0)
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.5, 1.0, 1.5])
+    parser.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--arch", default="deeplabv3plus")
+    parser.add_argument("--encoder", default="resnet18")
+    options = parser.parse_args()
+
+    network = SegmentationNetwork(options.arch, options.encoder, options.classes).eval()
+    inference = Inference((options.window[0], options.window[1]), options.overlap, tuple(options.scales), options.flip)
+    start, began = peak_mib(), time.perf_counter()
+    image = torch.randint(0, 256, (1, 3, *options.size), dtype=torch.uint8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        labels = inference(network, image, (options.size[0], options.size[1]))
+    print(
+        f"{options.size[1]}x{options.size[0]}, {options.classes} classes, {options.arch} {options.encoder}, {inference}: "
+        f"{peak_mib() - start:.0f} MiB, {time.perf_counter() - began:.0f} s, labels of {tuple(labels.shape)}"
+    )
+
+
+if __name__ == "__main__":
+    main()
