@@ -270,6 +270,17 @@ def test_differences_beyond_the_objective_are_remarked():
     assert line == "the objectives differ in trainer.max_epochs: cross_entropy 10, dice:trainer.max_epochs=3 3"
 
 
+def test_averaged_probabilities_leave_no_logits_to_shift():
+    study = study_of(folds=["train-000*"], words=["--inference.flip=true"])
+    assert not study.shifts
+    assert "no shifts" in study.remarks[0]
+    assert not any(run.keeps_log_probs for run, _ in planned(study).values())
+    outcomes = {f"{name}, trial 0, fold 0, seed 0": miou(0.5) for name in ("cross_entropy", "dice")}
+    final = planned(study, outcomes, (1.0,))["dice, seed 0"][0]
+    assert final.shifts is None
+    assert study_of(folds=["train-000*"]).shifts
+
+
 def planned(study, outcomes=None, shifts=()):
     """Runs by description, given outcomes by description."""
     outcomes = outcomes or {}

@@ -35,6 +35,7 @@ class Run:
         trial: index of the objective's trial; None in the first stage.
         start: run whose last weights this one begins with.
         shifts: per class, for a second prediction.
+        keeps_log_probs: whether shifts are chosen on its held-out images.
     """
 
     objective: str
@@ -45,16 +46,12 @@ class Run:
     trial: int | None = None
     start: "Run | None" = None
     shifts: Shifts | None = None
+    keeps_log_probs: bool = False
 
     @property
     def keeps_weights(self) -> bool:
         """Whether others start from its weights."""
         return self.role == "first"
-
-    @property
-    def keeps_log_probs(self) -> bool:
-        """Whether shifts are chosen on its held-out images."""
-        return self.role == "fold"
 
     @cached_property
     def key(self) -> str:
@@ -142,7 +139,7 @@ def runs(
                 continue
             trial, held_out = choice
             words = _second_words(study, objective, trial or 0) + _where(study, seed, None)
-            shifts = choose_shifts(held_out) if held_out else None
+            shifts = choose_shifts(held_out) if held_out and study.shifts else None
             run = Run(objective.label, "final", seed, words, None, trial or 0, start(seed, None), shifts)
             yield run, "all its runs on the folds have failed" if trial is None else _blocked(run, outcome)
 
@@ -177,7 +174,7 @@ def _fold_runs(study: Study, objective: Objective, start: Callable[[int, int | N
     for trial in range(len(objective.trials)):
         for fold in range(len(study.folds)):
             words = _second_words(study, objective, trial) + _where(study, seed, fold)
-            yield Run(objective.label, "fold", seed, words, fold, trial, start(seed, fold))
+            yield Run(objective.label, "fold", seed, words, fold, trial, start(seed, fold), None, study.shifts)
 
 
 def _second_words(study: Study, objective: Objective, trial: int) -> Words:

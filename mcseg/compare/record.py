@@ -102,7 +102,8 @@ class TrainingRecord(Callback):
 class EvaluationRecord(Callback):
     """Counts of each validation image, pictures of a few, and a sample of log-probabilities; for ``Trainer.validate``.
 
-    One forward pass serves the predictions without and with the shifts.
+    One forward pass serves the predictions without and with the shifts, so shifts and log-probabilities need inference
+    that takes the image at once.
 
     Args:
         shifts: per class, added to the logits before the largest is taken; None leaves the second prediction out.
@@ -153,13 +154,14 @@ class EvaluationRecord(Callback):
     ) -> None:
         """Count a batch."""
         assert self._logits is not None
-        logits, target, preds = self._logits.detach().float(), outputs["target"], outputs["preds"]
+        logits, target, preds = self._logits.detach(), outputs["target"], outputs["preds"]
         data: SegmentationData = trainer.datamodule  # type: ignore[attr-defined]
         images = len(trainer.val_dataloaders.dataset)  # type: ignore[union-attr]
-        classes = logits.shape[1]
+        classes = data.num_classes
         shifted = None
         if self._shifts is not None:
-            shifted = labels_at(logits + self._shifts.to(logits.device)[:, None, None], target.shape[-2:])
+            shifts = self._shifts.to(logits.device)[:, None, None]
+            shifted = labels_at(logits.float() + shifts, target.shape[-2:])
         for index, name in enumerate(batch["name"]):
             self.names.append(name)
             self.counts.append(image_counts(preds[index], target[index], classes))
@@ -167,7 +169,7 @@ class EvaluationRecord(Callback):
                 self.counts_shifted.append(image_counts(shifted[index], target[index], classes))
             if self._log_probs:
                 pixels = max(1, _LOG_PROBS // (classes * images))
-                self.sample.append(sample_log_probs(logits[index], target[index], pixels, self._generator))
+                self.sample.append(sample_log_probs(logits[index].float(), target[index], pixels, self._generator))
             place = _place(len(self.names) - 1, images, self._pictures)
             if place is not None:
                 found = {"target": target[index], "prediction": preds[index]}

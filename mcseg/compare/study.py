@@ -43,7 +43,8 @@ class Study:
         folds: glob patterns of the training images that each fold holds out.
         first: objective with which a first stage trains the weights that all others start from; None: one stage.
         then: words that all runs of the second stage get.
-        remarks: where the objectives differ in more than objective and optimiser, as their budgets or data may.
+        shifts: whether shifts of the logits are chosen on the folds.
+        remarks: what a reader should know, as where the objectives differ in more than objective and optimiser.
     """
 
     recipe: str
@@ -54,6 +55,7 @@ class Study:
     folds: tuple[Words, ...] = ()
     first: Objective | None = None
     then: Words = ()
+    shifts: bool = False
     remarks: tuple[str, ...] = ()
 
     @property
@@ -108,7 +110,7 @@ def make_study(
         then=setting_words(then or {}),
     )
     _check(study)
-    return replace(study, remarks=tuple(_check_settings(study)))
+    return _checked(study)
 
 
 def _objective(label: str | None, settings: ObjectiveSettings, tune: Mapping[str, Sequence[Any]] | None) -> Objective:
@@ -202,9 +204,10 @@ def _check(study: Study) -> None:
             raise ValueError(f"{setting}: mcseg compare sets it itself; use seeds, folds or first")
 
 
-def _check_settings(study: Study) -> list[str]:
-    """Parse the settings of all runs; return the study's remarks."""
+def _checked(study: Study) -> Study:
+    """Parse the settings of all runs; fill in what they say about the study."""
     cli = _ParseOnly(study.recipe, study.words, run=False)
+    plain = True
     if study.folds:
         _check_folds(study, cli.config)
 
@@ -220,16 +223,20 @@ def _check_settings(study: Study) -> list[str]:
     found: dict[str, dict[str, str]] = {}
     for objective in study.objectives:
         for trial in objective.trials:
-            settings = _flat(parsed(objective.label, (*study.then, *objective.words, *trial)))
-            for key, value in settings.items():
+            config = parsed(objective.label, (*study.then, *objective.words, *trial))
+            plain = plain and not (config.inference.window or config.inference.flip or config.inference.scales != (1.0,))
+            for key, value in _flat(config).items():
                 if not key.startswith(_OBJECTIVES_OWN):
                     found.setdefault(key, {})[objective.label] = value
     every = len(study.objectives)
-    return [
+    told = [
         f"the objectives differ in {key}: " + ", ".join(f"{label} {value}" for label, value in values.items())
         for key, values in found.items()
         if len(set(values.values())) > 1 or len(values) < every
     ]
+    if study.folds and not plain:
+        told.append("no shifts are chosen: they need the logits of whole images, and inference.* averages probabilities")
+    return replace(study, shifts=bool(study.folds) and plain, remarks=tuple(told))
 
 
 def _check_folds(study: Study, config: Namespace) -> None:
