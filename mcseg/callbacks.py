@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from mcseg import pictures
-from mcseg.metrics import Scores, SegmentationScores
+from mcseg.metrics import Scores, SegmentationScores, rarest_third
 from mcseg.tracking import class_names, class_palette, log_picture
 
 IGNORE_INDEX = 255
@@ -113,10 +113,7 @@ class JaccardCallback(EvaluationCallback):
         self._silent = set()
         self._tail = None
         if class_pixels is not None:
-            pixels = class_pixels()
-            absent = int((pixels == 0).sum())  # classes without a label are not rare
-            present = pixels.argsort(stable=True)[absent:]
-            self._tail = present[: math.ceil(len(present) / 3)]
+            self._tail = rarest_third(class_pixels())
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
         """Begin to count."""
@@ -245,7 +242,9 @@ class ConfusionPicture(Callback):
         assert self._scorer is not None
         if _pictures_due(trainer, self.every_n_epochs):
             names = class_names(trainer, self._scorer.class_names)
-            picture = pictures.confusion_picture(self._scorer.scores[split].confusion, names)
+            confusion = self._scorer.scores[split].confusion
+            assert confusion is not None  # the scorer counts pairs of classes
+            picture = pictures.confusion_picture(confusion, names)
             log_picture(trainer, f"{split}/confusion", picture, f"confusion/{_picture_file(trainer, split)}")
 
 

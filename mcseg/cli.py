@@ -42,6 +42,8 @@ _HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE .
   predict   masks and overlays for a folder of images        (--ckpt_path, --data.predict_root)
             or what a benchmark's server takes               (--ckpt_path, --format BENCHMARK)
   download  fetch a benchmark, or say how to get it          (mcseg download BENCHMARK --root DIR)
+  compare   train objectives with several seeds and compare them: tables, intervals, a report
+            (--objectives NAME ... --seeds 0 1 2; `mcseg compare --help` lists its options)
   show      contact sheet of images and labels               (--images 12 --split train)
   check     open every file of the data set and list what is wrong with it
   stats     pixel shares and margin offsets of the classes, as table and picture
@@ -205,7 +207,7 @@ def main(args: Sequence[str] | None = None) -> None:
             download(words[1:])
             return
         recipe, words = _find_recipes(_in_full(words))
-        own = {"stats": stats, "check": check, "show": show}
+        own = {"stats": stats, "check": check, "show": show, "compare": compare}
         with warnings.catch_warnings():
             _quieten()
             if words[0] in own:
@@ -300,6 +302,13 @@ def check(recipe: str, args: Sequence[str]) -> None:
         print(f"{len(report.problems)} problems found")
         raise SystemExit(1)
     print("no problems found")
+
+
+def compare(recipe: str, args: Sequence[str]) -> None:
+    """``mcseg compare``: objectives x seeds on one data recipe, with tables and a report."""
+    from mcseg.compare.command import command
+
+    command(recipe, args)
 
 
 def _data(recipe: str, args: Sequence[str], **options: Any) -> tuple[Namespace, SegmentationData]:
