@@ -24,10 +24,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from mcseg.callbacks import PredictionPanel, PredictionWriter, TrainingCurves
+from mcseg.callbacks import ConfusionPicture, PredictionPanel, PredictionWriter, TrainingCurves
 from mcseg.cli import SegmentationCLI, _last_line, _quieten
 from mcseg.compare.record import EvaluationRecord, TrainingRecord
 from mcseg.metrics import Scores, rarest_third
+from mcseg.tracking import ObjectiveMonitor
 
 FORMAT = 1  # of result.json and counts.npz
 
@@ -38,7 +39,8 @@ class _Run(SegmentationCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Leave out pictures and checkpoints."""
         trainer = super().instantiate_trainer(**kwargs)
-        left_out = (PredictionPanel, PredictionWriter, TrainingCurves, pl.callbacks.ModelCheckpoint)
+        pictures = (ConfusionPicture, ObjectiveMonitor, PredictionPanel, PredictionWriter, TrainingCurves)
+        left_out = (*pictures, pl.callbacks.ModelCheckpoint)
         found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [callback for callback in found if not isinstance(callback, left_out)]  # type: ignore[attr-defined]
         return trainer
