@@ -85,16 +85,16 @@ def test_it_learns_one_batch():
     batch = next(iter(source.train_dataloader()))
     optimizer = torch.optim.AdamW(module.network.parameters(), lr=0.01)
     losses = []
-    for _ in range(60):
+    for _ in range(120):
         loss = module._loss(module.objective, module(batch["image"]), batch["mask"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.3 * losses[0]
+    assert losses[-1] < 0.1 * losses[0]
     preds = module.eval()(batch["image"]).argmax(1)
     labelled = batch["mask"] != 255
-    assert (preds == batch["mask"])[labelled].float().mean() > 0.85
+    assert (preds == batch["mask"])[labelled].float().mean() > 0.9
 
 
 def test_calibration_happens_at_fit_start_from_the_training_labels(tmp_path):
