@@ -1,31 +1,176 @@
-"""The notebooks run from top to bottom on the embedded data, and what is committed of them is small."""
+"""The notebooks run from top to bottom on the embedded data and find what their text says; what is committed is small."""
 
+import math
+import re
 from pathlib import Path
+from statistics import NormalDist, fmean
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the Jupyter machinery, in this process
 
 
-@pytest.mark.filterwarnings("ignore")  # of the Jupyter machinery, in this process
+def outputs(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def printed(notebook, stream="stdout"):
+    return "".join(output.text for output in outputs(notebook) if output.output_type == "stream" and output.name == stream)
+
+
+def table(notebook, heading):
+    """Rows below the line that ends with `heading`, up to one that is no row: name and numbers."""
+    lines = iter(printed(notebook).splitlines())
+    assert any(line.endswith(heading) for line in lines)  # and takes the lines up to there
+    rows = {}
+    for line in lines:
+        match = re.fullmatch(r"(\S.*?)\s{2,}([-+.\de ]+)", line)
+        if not match:
+            break
+        rows[match[1]] = [float(number) for number in match[2].split()]
+    return rows
+
+
+def pictures(notebook):
+    return [output for output in outputs(notebook) if "image/png" in output.get("data", {})]
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    """Give a notebook by its name, executed once."""
+    done = {}
+
+    def run(name):
+        if name not in done:
+            path = next(path for path in NOTEBOOKS if path.stem == name)
+            notebook, folder = nbformat.read(path, as_version=4), tmp_path_factory.mktemp(name)
+            client = NotebookClient(
+                notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+            )
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("OMP_NUM_THREADS", "1")  # on a busy machine threads wait for each other, five times as long
+                client.execute()
+            done[name] = notebook
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
+def test_notebook_runs(name, executed):
+    notebook = executed(name)
+    assert "mIoU" in printed(notebook)
+    assert "Warning" not in printed(notebook, "stderr")
+    assert len(pictures(notebook)) >= 2
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs(path, tmp_path):
+def test_committed_notebook_is_small_and_has_its_outputs(path):
+    assert path.stat().st_size < 400_000
     notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
-    text = "".join(output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
-    assert "mIoU" in text
-    pictures = [
-        output
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-        if "image/png" in output.get("data", {})
+    assert len(pictures(notebook)) >= 2
+    assert "mIoU" in printed(notebook)
+    assert not printed(notebook, "stderr")
+    assert not re.search(r"(?m)(?:^|[\"' (=])(/[a-z]+){2}", printed(notebook))  # paths of a machine
+
+
+COUNTS = (980_000, 20_000)
+DISTANCE = 2.5
+
+
+def sigmoid(value):
+    return 1 / (1 + math.exp(-value))
+
+
+def miou(threshold):
+    """mIoU of two normal distributions cut at `threshold`, in %."""
+    recall, false_alarms = 1 - NormalDist(DISTANCE).cdf(threshold), 1 - NormalDist().cdf(threshold)
+    rare = 0.02 * recall / (0.02 + 0.98 * false_alarms)
+    common = 0.98 * (1 - false_alarms) / (0.98 + 0.02 * (1 - recall))
+    return 50 * (rare + common)
+
+
+def test_objectives_pulls_at_the_boundary(executed):
+    """Slopes of one pixel's loss from the formulas of the papers, written for two classes."""
+    common, rare = COUNTS
+    total = common + rare
+    background = [10 * math.sqrt(total - n) / n for n in COUNTS]
+    foreground = [
+        b * (n / total) * math.sqrt(n) / ((total - n) - (n / total) * math.sqrt(total - n))
+        for b, n in zip(background, COUNTS, strict=True)
     ]
-    assert len(pictures) >= 2
+    adjusted = math.log(common / rare)
+    expected = {
+        "cross entropy": (0.5, 0.5),
+        "weighted cross entropy": (0.5 * 0.5 / 0.02, 0.5 * 0.5 / 0.98),
+        "focal": ((math.log(2) + 0.5) * 0.25, (math.log(2) + 0.5) * 0.25),
+        "LDAM": (sigmoid(0.5), sigmoid(0.5 * (rare / common) ** 0.25)),
+        "logit adjustment": (sigmoid(adjusted), sigmoid(-adjusted)),
+        "margin calibration": (
+            (2 * sigmoid(foreground[1]) + sigmoid(background[0])) / 2,
+            (2 * sigmoid(foreground[0]) + sigmoid(background[1])) / 2,
+        ),
+        "sigmoid surrogate": (0.25, 0.25),
+    }
+    found = table(executed("objectives"), "balance at P(rare)")
+    assert found.keys() == expected.keys()
+    for name, (pull_up, pull_down) in expected.items():
+        assert found[name] == pytest.approx([pull_up, pull_down, pull_down / (pull_up + pull_down)], abs=6e-4), name
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_is_small(path):
-    assert path.stat().st_size < 500_000
+def test_objectives_end_where_the_text_says(executed):
+    found = table(executed("objectives"), "mIoU %")
+    assert len(found) == 13
+    for name, (threshold, probability, recall, precision, iou, mean) in found.items():
+        odds = 0.02 * NormalDist(DISTANCE).pdf(threshold) / (0.98 * NormalDist().pdf(threshold))
+        assert probability == pytest.approx(odds / (1 + odds), abs=2e-3), name
+        assert iou == pytest.approx(100 / (100 / recall + 100 / precision - 1), abs=0.02), name
+        assert mean == pytest.approx(miou(threshold), abs=0.4), name  # the pixels are few, the distributions are not
+    best = found.pop("best mIoU (search)")[-1]
+    assert best == pytest.approx(max(miou(step / 100) for step in range(500)), abs=0.2)
+    assert all(row[-1] <= best for row in found.values())
+    # the optima of pixel accuracy and of the mean recall
+    even, accurate = DISTANCE / 2, DISTANCE / 2 + math.log(49) / DISTANCE
+    for name, threshold in {
+        "cross entropy": accurate,
+        "focal": accurate,
+        "weighted cross entropy": even,
+        "logit adjustment": even,
+    }.items():
+        assert found[name][0] == pytest.approx(threshold, abs=0.02), name
+    near = {"IoU weights", "Dice", "Jaccard", "Lovász"}
+    assert all((row[-1] > best - 0.5) == (name in near) for name, row in found.items())
+    # margins for the background of the rare class make it rarer still, the more the larger they are
+    cautious = [found[name][0] for name in ("cross entropy", "margin calibration", "margin calibration, tau 100")]
+    assert cautious == sorted(cautious)
+
+
+def test_offsets_follow_from_the_counts(executed):
+    found = table(
+        executed("objectives"), "ijcv2022: background            foreground      miou: background            foreground"
+    )
+    pixels = [row[0] for row in found.values()]
+    assert pixels == sorted(pixels, reverse=True)
+    total = sum(pixels)
+    largest = max((total - n) ** 0.25 * n**-0.5 for n in pixels)
+    for name, (n, *offsets) in found.items():
+        others, share = total - n, n / total
+        background = 10 * math.sqrt(others) / n
+        foreground = background * share * math.sqrt(n) / (others - share * math.sqrt(others))
+        expected = [background, foreground, others**0.25 * n**-0.5 / largest, n**-0.25 / largest]
+        assert offsets == pytest.approx(expected, rel=6e-3), name
+
+
+def test_training_comparison(executed):
+    found = table(executed("objectives"), "light")  # its columns: classes in the order of their pixels, this one the last
+    assert len(found) == 5
+    for name, (mean, tail, *iou) in found.items():
+        assert len(iou) == 8, name
+        assert all(0 <= value <= 100 for value in iou), name
+        assert mean == pytest.approx(fmean(iou), abs=0.011), name
+        assert tail == pytest.approx(fmean(iou[-3:]), abs=0.011), name
+        assert iou[0] > 60, name  # has learned; a network that predicts road alone has 51
+    assert found["logit adjustment"][1] > 0  # predicts the rare classes
