@@ -6,7 +6,8 @@ Notation, for classes ``i = 0..C-1`` and ``N`` labelled (non-void) training pixe
 * ``s_i = z_i - max_{j != i} z_j``, the class margin of class ``i`` at a pixel with logits ``z``.
 
 A pixel *of* class ``i`` should reach ``s_i >= foreground_i``, every other pixel stay at ``s_i <= -background_i``.
-A rare class generalises worse, so it gets the larger offsets; how much larger is what a *scheme* decides.
+A rare class generalises worse, so it should get the larger offsets; what it does get is what a *scheme* decides (in
+``"ijcv2022"`` that holds for the background offsets alone, the foreground ones shrink with the class).
 """
 
 import math
