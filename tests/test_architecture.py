@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "losses": {"margins", "kernels"},
     "module": {"inference", "losses", "networks"},
     "callbacks": {"metrics", "pictures"},
+    "bounds": {"margins"},
+    "heldout": {"bounds", "callbacks", "inference", "pictures"},
     "download": {"data"},
 }
 AT_FIRST_USE = {"triton", "wandb", "matplotlib", "scipy", "segmentation_models_pytorch", "timm"}
