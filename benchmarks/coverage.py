@@ -70,18 +70,20 @@ class World:
         taking = rng.gamma(0.3, 1, shape) * self.share * (0.3 * self.presence + present) + 1e-30
         alarms = (target - hits).sum(1, keepdims=True) * taking / taking.sum(1, keepdims=True)
         counts = np.stack([hits, target, hits + np.minimum(alarms, 1 - target)], 1)
-        return np.rint(counts * PIXELS).astype(np.int64)
+        whole: Counts = np.rint(counts * PIXELS).astype(np.int64)
+        return whole
 
-    def iou(self, rng: np.random.Generator, number: int = 100_000) -> Floats:
+    def iou(self, rng: np.random.Generator, number: int) -> Floats:
         """IoU (C,) over many images."""
         return iou_of(sum(self.images(number // 10, rng).sum(0) for _ in range(10)))
 
 
-def iou_of(counts: npt.NDArray[np.integer] | int) -> Floats:
+def iou_of(counts: npt.ArrayLike) -> Floats:
     """IoU (..., C) of summed counts (..., 3, C); NaN for a class that occurs nowhere."""
     hits, target, predicted = np.moveaxis(np.asarray(counts, dtype=np.float64), -2, 0)
     union = target + predicted - hits
-    return np.divide(hits, union, out=np.full_like(hits, np.nan), where=union > 0)
+    iou: Floats = np.divide(hits, union, out=np.full_like(hits, np.nan), where=union > 0)
+    return iou
 
 
 def resampled(counts: Counts, resamples: int = 2000) -> Floats:
@@ -119,7 +121,12 @@ BOUNDS: dict[str, Bound] = {
 
 
 def simulate(
-    worlds: int, sizes: Sequence[int], level: float, bounds: dict[str, Bound], seed: int = 0
+    worlds: int,
+    sizes: Sequence[int],
+    level: float,
+    bounds: dict[str, Bound],
+    seed: int = 0,
+    truth_images: int = 100_000,
 ) -> dict[int, dict[str, Floats]]:
     """Bound one held-out set of each size from each world; the known mIoU is over the classes that occur in the set.
 
@@ -131,7 +138,7 @@ def simulate(
     for index in range(worlds):
         rng = np.random.default_rng([seed, index])
         world = World.draw(rng)
-        truth = world.iou(rng)
+        truth = world.iou(rng, truth_images)
         for size in sizes:
             counts = world.images(size, rng)
             iou = iou_of(counts.sum(0))

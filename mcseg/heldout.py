@@ -18,9 +18,9 @@ from mcseg.callbacks import IGNORE_INDEX, EvaluationCallback
 from mcseg.inference import bands_at
 
 _STEPS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
-MARGINS = (0.0, *(step * scale for scale in (0.1, 1.0, 10.0) for step in _STEPS))
+MARGINS = (0.0, *(round(step * scale, 2) for scale in (0.1, 1.0, 10.0) for step in _STEPS))  # logits
 _COLUMNS = (0.0, 0.5, 1.0, 2.0, 5.0)  # margins of the table
-_FEW_IMAGES = 50  # below this the bootstrap's level has not been checked
+_FEW_UNITS = 50  # below this the level of the bootstrap has not been checked
 
 
 class MarginCounts:
@@ -45,7 +45,7 @@ class MarginCounts:
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Count images: logits (N,C,h,w), resized to the size of the target (N,H,W) of 0..C-1 or 255, band by band."""
         for rows, band in bands_at(logits, target.shape[-2:]):
-            self._count(band.float().movedim(1, 0).flatten(1), target[:, rows].flatten())
+            self._count(band.float().movedim(1, 0).flatten(1).contiguous(), target[:, rows].flatten())
 
     def _count(self, logits: Tensor, target: Tensor) -> None:
         """Count pixels (P,) with logits (C,P)."""
@@ -215,14 +215,15 @@ def bound_table(result: dict[str, Any]) -> str:
     line = "-" * max(map(len, rows))
     bounds, level, units = result["miou_lower_bound"], 100 * result["level"], result["units"]
     total = [
-        f"{result['split']}: mIoU {_percent(result['miou'])} % on {units} units; unseen images, at {level:g} % confidence",
-        f"  mIoU >= {_percent(bounds['bootstrap'])} %  bootstrap over the units; the level is approximate",
-        f"  mIoU >= {_percent(bounds['concentration'])} %  concentration, and so are the IoUs under 'at least', all at once",
-        "  provided that the units are independent, of this source and not trained on, and that of the checkpoints "
-        f"compared on them this is one out of {result['selected_from']}",
+        f"{result['split']}: mIoU {_percent(result['miou'])} % on {units} units.",
+        f"On unseen images of the same source, with {level:g} % confidence, at least",
+        f"  {_percent(bounds['bootstrap']):>5} %  by bootstrap over the units (the level is approximate)",
+        f"  {_percent(bounds['concentration']):>5} %  by concentration, and each class its value under 'at least'",
+        "provided that the units are independent, were not trained on and chose this checkpoint among no more than "
+        f"{result['selected_from']} (--selected_from)",
     ]
-    if units < _FEW_IMAGES:
-        total.append(f"  with {units} units, fewer than {_FEW_IMAGES}, the bootstrap may promise too much")
+    if units < _FEW_UNITS:
+        total.append(f"fewer than {_FEW_UNITS} units: whether the bootstrap keeps its level there has not been checked")
     return "\n".join([*rows[:2], line, *rows[2:], line, *total])
 
 
@@ -241,7 +242,8 @@ def save_margins(counts: MarginCounts, names: Sequence[str], palette: pictures.P
         for index, name in enumerate(names):
             if not values[index].isnan().all():
                 color = tuple(channel / 255 for channel in palette[index])
-                axes.plot(MARGINS, values[index].tolist(), label=name, color=color, linewidth=1.5)
+                style = ("-", "-.", ":")[index % 3]  # palettes have colours that a line does not tell apart
+                axes.plot(MARGINS, values[index].tolist(), style, label=name, color=color, linewidth=1.5)
         axes.plot(MARGINS, values.nanmean(0).tolist(), label="mean", color="black", linewidth=2.5, linestyle="--")
         axes.set_xscale("symlog", linthresh=0.1)
         axes.set(xlabel="margin in logits", xlim=(0, MARGINS[-1]), ylim=(0, 1), xticks=[0, 0.1, 1, 10])
