@@ -80,6 +80,19 @@ def margin_bound(
         ValueError: counts that do not fit each other, or a setting out of its range.
     """
     n = checked_counts(class_pixels)
+    missed, alarmed = _checked(n, misses, false_alarms, complexity, delta, unit_pixels)
+    if (offsets.foreground < 0).any() or (offsets.background < 0).any():
+        raise ValueError("offsets: found a negative one; expected margins >= 0")
+    errors = _error_terms(n, offsets, complexity, delta, unit_pixels)
+    iou = ((n - missed) / n.sum() - errors[0]).clamp(min=0) / ((n + alarmed) / n.sum() + errors[1])
+    iou = iou.masked_fill(n == 0, torch.nan)
+    return MarginBound(*errors, iou, float(iou.nanmean()))
+
+
+def _checked(
+    n: Tensor, misses: ClassPixels, false_alarms: ClassPixels, complexity: float, delta: float, unit_pixels: int
+) -> tuple[Tensor, Tensor]:
+    """Validate what is given beside the pixel counts; return margin errors as float64."""
     missed, alarmed = (torch.as_tensor(np.asarray(counts), dtype=torch.float64) for counts in (misses, false_alarms))
     total = n.sum()
     if missed.shape != n.shape or alarmed.shape != n.shape:
@@ -91,12 +104,7 @@ def margin_bound(
             f"found complexity {complexity}, delta {delta}, unit_pixels {unit_pixels}; expected a complexity > 0, a delta "
             "between 0 and 1, and 1 to all labelled pixels in a unit"
         )
-    if (offsets.foreground < 0).any() or (offsets.background < 0).any():
-        raise ValueError("offsets: found a negative one; expected margins >= 0")
-    errors = _error_terms(n, offsets, complexity, delta, unit_pixels)
-    iou = ((n - missed) / total - errors[0]).clamp(min=0) / ((n + alarmed) / total + errors[1])
-    iou = iou.masked_fill(n == 0, torch.nan)
-    return MarginBound(*errors, iou, float(iou.nanmean()))
+    return missed, alarmed
 
 
 def _error_terms(
@@ -143,10 +151,16 @@ def optimal_offsets(
         raise ValueError("class_pixels: found a class without pixels; leave it out, no offset helps it")
     if not (math.isfinite(total_margin) and total_margin > 0):
         raise ValueError(f"total_margin: found {total_margin}, expected a finite number > 0")
-    total = n.sum()
-    a, b = (
-        torch.zeros_like(n) if e is None else torch.as_tensor(np.asarray(e)).double() / total for e in (misses, false_alarms)
+    nothing = torch.zeros_like(n)
+    missed, alarmed = _checked(
+        n,
+        nothing if misses is None else misses,
+        nothing if false_alarms is None else false_alarms,
+        complexity,
+        delta,
+        unit_pixels,
     )
+    p, a, b = n / n.sum(), missed / n.sum(), alarmed / n.sum()
 
     def shared(free: Tensor) -> MarginOffsets:
         return MarginOffsets(*(total_margin * free.softmax(0)).chunk(2))
@@ -154,7 +168,7 @@ def optimal_offsets(
     def loss(free: Tensor) -> Tensor:
         e, f = _error_terms(n, shared(free), complexity, delta, unit_pixels)
         # 1 - IoU, written without the difference: the errors may be 1e-9 of it
-        return ((a + e + b + f) / (n / total + b + f)).mean()
+        return ((a + e + b + f) / (p + b + f)).mean()
 
     start = torch.zeros(2 * len(n), dtype=torch.float64)
     scale = float(loss(start))
@@ -191,7 +205,7 @@ def miou_lower_bound(
     ``concentration``: the mean of :func:`iou_lower_bounds`.
 
     Args:
-        counts: ``(images, 3, C)`` integers: hits, target pixels and predicted pixels of each class, labelled pixels only.
+        counts: ``(images, 3, C)`` integers on the CPU: hits, target and predicted pixels of each class, labelled ones only.
         level: confidence in (0, 1).
         method: ``"bootstrap"`` or ``"concentration"``.
         image_pixels: for ``concentration``: as many labelled pixels as an image of the source can have.
@@ -235,15 +249,12 @@ def iou_lower_bounds(counts: Counts, level: float, image_pixels: int) -> Tensor:
         (C,) float64 in [0, IoU]; NaN for a class with neither target nor predicted pixels.
     """
     hits, union = _hits_and_union(counts, level)
-    if (largest := _largest(counts)) > image_pixels:
+    largest = int(max(np.asarray(counts)[:, 1:].sum(2).max(), union.max()))
+    if largest > image_pixels:
         raise ValueError(f"image_pixels: found {image_pixels}, but an image has {largest} labelled pixels")
     needed = math.log(hits.shape[1] / (1 - level))
     bounds = [_refuted(h / image_pixels, u / image_pixels, needed) for h, u in zip(hits.T, union.T, strict=True)]
     return torch.tensor(bounds, dtype=torch.float64)
-
-
-def _largest(counts: Counts) -> int:
-    return int(np.asarray(counts)[:, 1:].sum(2).max())
 
 
 def _refuted(hits: _Floats, union: _Floats, needed: float) -> float:

@@ -20,6 +20,7 @@ from mcseg.inference import bands_at
 _STEPS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
 MARGINS = (0.0, *(round(step * scale, 2) for scale in (0.1, 1.0, 10.0) for step in _STEPS))  # logits
 _COLUMNS = (0.0, 0.5, 1.0, 2.0, 5.0)  # margins of the table
+_CHUNK = 1 << 22  # margins that are counted at once; each takes some 30 bytes
 _FEW_UNITS = 50  # below this the level of the bootstrap has not been checked
 
 
@@ -44,8 +45,12 @@ class MarginCounts:
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Count images: logits (N,C,h,w), resized to the size of the target (N,H,W) of 0..C-1 or 255, band by band."""
+        height = max(1, _CHUNK // (logits.shape[0] * logits.shape[1] * target.shape[-1]))
         for rows, band in bands_at(logits, target.shape[-2:]):
-            self._count(band.float().movedim(1, 0).flatten(1).contiguous(), target[:, rows].flatten())
+            labels = target[:, rows]
+            for top in range(0, labels.shape[1], height):
+                part, own = band[:, :, top : top + height], labels[:, top : top + height]
+                self._count(part.float().movedim(1, 0).flatten(1).contiguous(), own.flatten())
 
     def _count(self, logits: Tensor, target: Tensor) -> None:
         """Count pixels (P,) with logits (C,P)."""

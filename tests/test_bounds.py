@@ -199,6 +199,11 @@ class TestOptimalOffsets:
         foreground, background = (each / cost.sqrt().sum(1) ** 2).tolist()
         assert foreground == pytest.approx(3.24, abs=0.005)
         assert background == pytest.approx(1.53, abs=0.005)
+        closed = margin_offsets(CAMVID, "miou")
+        whole = optimal_offsets(CAMVID, float(torch.cat(closed).sum()), 100.0)
+        bounds = [margin_bound(CAMVID, [0] * 11, [0] * 11, found, 100.0) for found in (closed, whole)]
+        assert [round(bound.miou, 2) for bound in bounds] == [0.06, 0.33]
+        assert (bounds[1].iou == 0).nonzero().flatten().tolist() == sorted(n.argsort()[:5].tolist())
         text = (Path(sys.modules["mcseg.bounds"].__file__).with_name("bounds.md")).read_text()
         for number in ("1.82", "1.92", "1.53", "3.24", "470,035"):
             assert f"| {number} |" in text
@@ -258,15 +263,15 @@ class TestConcentration:
     def test_falls_with_errors_and_level_and_knows_no_order(self, seed, level):
         rng = np.random.default_rng(seed)
         counts = world(seed, images=20)
-        found = iou_lower_bounds(counts, level, 100_050).nan_to_num(-1)
+        found = iou_lower_bounds(counts, level, 200_100).nan_to_num(-1)
         worse = counts.copy()
         image, k = rng.integers(20), rng.integers(counts.shape[2])
         worse[image, 0, k] //= 2  # hits become misses
-        assert (iou_lower_bounds(worse, level, 100_050).nan_to_num(-1) <= found + 1e-12).all()
-        assert (iou_lower_bounds(counts, level + 0.005, 100_050).nan_to_num(-1) <= found + 1e-12).all()
+        assert (iou_lower_bounds(worse, level, 200_100).nan_to_num(-1) <= found + 1e-12).all()
+        assert (iou_lower_bounds(counts, level + 0.005, 200_100).nan_to_num(-1) <= found + 1e-12).all()
         classes = rng.permutation(counts.shape[2])
         mixed = torch.from_numpy(counts[rng.permutation(20)][:, :, classes].copy())
-        close(iou_lower_bounds(mixed, level, 100_050).nan_to_num(-1), found[classes], atol=1e-9)
+        close(iou_lower_bounds(mixed, level, 200_100).nan_to_num(-1), found[classes], atol=1e-9)
 
     def test_an_image_larger_than_said_is_refused(self):
         with pytest.raises(ValueError, match="found 99, but an image has 100"):

@@ -53,7 +53,8 @@ def test_margins_are_taken_at_the_size_of_the_mask(monkeypatch):
     preds = torch.nn.functional.interpolate(logits, (12, 13), mode="bilinear", align_corners=False).argmax(1)
     whole, banded = MarginCounts(4), MarginCounts(4)
     whole.update(logits, target)
-    monkeypatch.setattr("mcseg.inference._BAND", 2 * 4 * 13 * 3)  # bands of three rows
+    monkeypatch.setattr("mcseg.inference._BAND", 2 * 4 * 13 * 5)  # bands of five rows, counted by two
+    monkeypatch.setattr("mcseg.heldout._CHUNK", 2 * 4 * 13 * 2)
     banded.update(logits, target)
     torch.testing.assert_close(whole.iou()[:, 0], score(preds, target, 4).iou)
     torch.testing.assert_close(banded.cleared(), whole.cleared(), rtol=0, atol=0.01)
