@@ -200,7 +200,8 @@ def miou_lower_bound(
     linearised mIoU, the mean over images j of ``sum_i (h_ji - IoU_i u_ji) / (C mean u_i)``, u = target + predicted - h.
     A class in k images has ``IoU (1 - IoU) / k^2`` added to the variance of its IoU, about what one more image that is all
     hit or all missed would do: a class in one or two images shows no spread of its own, and would be taken for certain.
-    Percentile and BCa intervals cover less often than they say (``benchmarks/results/coverage.md``).
+    BCa intervals, and percentile ones where no class is very rare, hold less often than they say
+    (``benchmarks/results/coverage.md``).
 
     ``concentration``: the mean of :func:`iou_lower_bounds`.
 
