@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mcseg.callbacks import JaccardCallback, PredictionPanel, PredictionWriter
+    from mcseg.callbacks import ConfusionPicture, JaccardCallback, PredictionPanel, PredictionWriter
     from mcseg.data import (
         BDD100KData,
         CamVidData,
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from mcseg.margins import MarginOffsets, margin_offsets
     from mcseg.metrics import Scores, SegmentationScores, score
     from mcseg.module import SegmentationModule
+    from mcseg.tracking import ObjectiveMonitor
 
 _HOMES = {
-    "mcseg.callbacks": ("JaccardCallback", "PredictionPanel", "PredictionWriter"),
+    "mcseg.callbacks": ("ConfusionPicture", "JaccardCallback", "PredictionPanel", "PredictionWriter"),
     "mcseg.data": (
         "BDD100KData",
         "CamVidData",
@@ -44,18 +45,21 @@ _HOMES = {
     "mcseg.margins": ("MarginOffsets", "margin_offsets"),
     "mcseg.metrics": ("Scores", "SegmentationScores", "score"),
     "mcseg.module": ("SegmentationModule",),
+    "mcseg.tracking": ("ObjectiveMonitor",),
 }
 __all__ = [
     "BDD100KData",
     "CamVidData",
     "CityscapesData",
     "CocoStuff10kData",
+    "ConfusionPicture",
     "EndoVis2017Data",
     "FolderData",
     "JaccardCallback",
     "MapillaryVistasData",
     "MarginCalibrationLoss",
     "MarginOffsets",
+    "ObjectiveMonitor",
     "PascalVOCData",
     "PredictionPanel",
     "PredictionWriter",

@@ -1,4 +1,4 @@
-"""Callbacks: mIoU and its table, pictures of predictions, curves, and prediction files."""
+"""Callbacks: mIoU and its table, pictures of predictions and confusions, curves, and prediction files."""
 
 import math
 import os
@@ -9,28 +9,27 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BasePredictionWriter, Callback
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from mcseg import pictures
-from mcseg.metrics import Scores, SegmentationScores
+from mcseg.metrics import Scores, SegmentationScores, rarest_third
+from mcseg.tracking import class_names, class_palette, log_picture
 
 IGNORE_INDEX = 255
 
 Format = Literal["cityscapes", "bdd100k", "sceneparse150", "pascal_voc", "mapillary_vistas"]
 
 
-def _classes(trainer: pl.Trainer, names: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Class names: given, or the data module's, or the train ids."""
-    found = names or getattr(getattr(trainer, "datamodule", None), "class_names", None)
-    return tuple(found or map(str, range(trainer.lightning_module.hparams["num_classes"])))
+def _pictures_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:
+    """Whether this process draws: in a training run every so many epochs and at the last, otherwise always."""
+    last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    due = trainer.state.fn != "fit" or last or (trainer.current_epoch + 1) % every_n_epochs == 0
+    return due and trainer.is_global_zero and not trainer.sanity_checking
 
 
-def _palette(trainer: pl.Trainer, classes: int) -> pictures.Palette:
-    """Class colours: the data module's, or distinguishable ones."""
-    found = getattr(getattr(trainer, "datamodule", None), "palette", None)
-    return tuple(found) if found else pictures.default_palette(classes)
+def _picture_file(trainer: pl.Trainer, split: str) -> str:
+    return f"{split}-epoch{trainer.current_epoch:03d}.png" if trainer.state.fn == "fit" else f"{split}.png"
 
 
 class EvaluationCallback(Callback):
@@ -114,14 +113,11 @@ class JaccardCallback(EvaluationCallback):
         self._silent = set()
         self._tail = None
         if class_pixels is not None:
-            pixels = class_pixels()
-            absent = int((pixels == 0).sum())  # classes without a label are not rare
-            present = pixels.argsort(stable=True)[absent:]
-            self._tail = present[: math.ceil(len(present) / 3)]
+            self._tail = rarest_third(class_pixels())
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
         """Begin to count."""
-        classes = len(_classes(trainer, self.class_names))
+        classes = len(class_names(trainer, self.class_names))
         self._metric = SegmentationScores(classes, IGNORE_INDEX).to(module.device)
         self._seen = 0
 
@@ -151,7 +147,7 @@ class JaccardCallback(EvaluationCallback):
         values = {"pixel_accuracy": scores.pixel_accuracy, "classes_averaged": float(scores.classes_averaged)}
         values |= {
             f"iou/{name}": float(value)
-            for name, value in zip(_classes(trainer, self.class_names), scores.iou, strict=True)
+            for name, value in zip(class_names(trainer, self.class_names), scores.iou, strict=True)
             if not value.isnan()
         }
         if self._tail is not None:
@@ -163,7 +159,7 @@ class JaccardCallback(EvaluationCallback):
 
     def _alarm(self, trainer: pl.Trainer, scores: Scores, split: str) -> None:
         """Name classes that have collapsed, each once."""
-        names = _classes(trainer, self.class_names)
+        names = class_names(trainer, self.class_names)
         # Without a single predicted pixel a class has no precision.
         silent = {names[index] for index in ((scores.share > 0) & scores.precision.isnan()).nonzero().flatten().tolist()}
         if silent - self._silent:
@@ -188,7 +184,7 @@ class JaccardCallback(EvaluationCallback):
 
     def _print(self, trainer: pl.Trainer, split: str) -> None:
         if split in self.scores:
-            rank_zero_info("\n" + score_table(self.scores[split], _classes(trainer, self.class_names), split))
+            rank_zero_info("\n" + score_table(self.scores[split], class_names(trainer, self.class_names), split))
 
 
 def score_table(scores: Scores, names: Sequence[str], split: str) -> str:
@@ -211,6 +207,47 @@ def score_table(scores: Scores, names: Sequence[str], split: str) -> str:
     return "\n".join([rows[0], line, *rows[1:], line, total])
 
 
+class ConfusionPicture(Callback):
+    """Draws the confusion matrix of the validation or test split, from the counts of the :class:`JaccardCallback` beside it.
+
+    Each is written as PNG into ``<run folder>/confusion`` and given to loggers that take pictures (W&B, TensorBoard).
+
+    Args:
+        every_n_epochs: how often a training run makes one; the last epoch always does.
+
+    Raises:
+        ValueError: in a run without a :class:`JaccardCallback`.
+    """
+
+    def __init__(self, every_n_epochs: int = 5) -> None:
+        self.every_n_epochs = every_n_epochs
+        self._scorer: JaccardCallback | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Find the callback that counts."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._scorer = next((callback for callback in callbacks if isinstance(callback, JaccardCallback)), None)
+        if self._scorer is None:
+            raise ValueError("callbacks: found ConfusionPicture alone, expected a JaccardCallback beside it, which counts")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw: all callbacks have scored by now."""
+        self._draw(trainer, "val")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Likewise."""
+        self._draw(trainer, "test")
+
+    def _draw(self, trainer: pl.Trainer, split: str) -> None:
+        assert self._scorer is not None
+        if _pictures_due(trainer, self.every_n_epochs):
+            names = class_names(trainer, self._scorer.class_names)
+            confusion = self._scorer.scores[split].confusion
+            assert confusion is not None  # the scorer counts pairs of classes
+            picture = pictures.confusion_picture(confusion, names)
+            log_picture(trainer, f"{split}/confusion", picture, f"confusion/{_picture_file(trainer, split)}")
+
+
 class PredictionPanel(EvaluationCallback):
     """Pictures of images spread over the validation or test split: image | target | prediction, with a legend.
 
@@ -226,15 +263,10 @@ class PredictionPanel(EvaluationCallback):
         self.every_n_epochs = every_n_epochs
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def _wanted(self, trainer: pl.Trainer) -> bool:
-        last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
-        due = trainer.state.fn != "fit" or last or (trainer.current_epoch + 1) % self.every_n_epochs == 0
-        return due and trainer.is_global_zero and not trainer.sanity_checking
-
     def take(self, trainer: pl.Trainer, outputs: Any, batch: Any, batch_idx: int, split: str) -> None:
         """Keep images, evenly spread."""
         batches = (trainer.num_val_batches if split == "val" else trainer.num_test_batches)[0]
-        if not self._wanted(trainer) or batch_idx % max(1, int(batches // self.images)):
+        if not _pictures_due(trainer, self.every_n_epochs) or batch_idx % max(1, int(batches // self.images)):
             return
         each = min(math.ceil(self.images / batches), self.images - len(self._rows), len(batch["image"]))
         for index in range(each):
@@ -246,16 +278,9 @@ class PredictionPanel(EvaluationCallback):
         rows, self._rows = self._rows, []
         if not rows:
             return
-        names = _classes(trainer)
-        panel = pictures.panel(rows, names, _palette(trainer, len(names)))
-        title = f"{split}-epoch{trainer.current_epoch:03d}" if trainer.state.fn == "fit" else split
-        pictures.save(panel, Path(trainer.default_root_dir) / "panels" / f"{title}.png")
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_image"):  # W&B and others
-                logger.log_image(key=f"{split}/panel", images=[panel], step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                pixels = pictures.as_array(panel)
-                logger.experiment.add_image(f"{split}/panel", pixels, trainer.global_step, dataformats="HWC")
+        names = class_names(trainer)
+        panel = pictures.panel(rows, names, class_palette(trainer, len(names)))
+        log_picture(trainer, f"{split}/panel", panel, f"panels/{_picture_file(trainer, split)}")
 
 
 class TrainingCurves(Callback):
@@ -339,7 +364,7 @@ class PredictionWriter(BasePredictionWriter):
     ) -> None:
         """Write the files of a batch."""
         folder = self._folder(trainer)
-        palette = _palette(trainer, len(_classes(trainer)))
+        palette = class_palette(trainer, len(class_names(trainer)))
         submission = None if self.format is None else self._submission(trainer)
         for name, image, preds in zip(batch["name"], batch["image"], prediction, strict=True):
             if submission is None:

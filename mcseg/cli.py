@@ -1,6 +1,7 @@
 """The command ``mcseg``: Lightning's fit, validate, test and predict, and mcseg's own verbs for data sets."""
 
 import argparse
+import json
 import logging
 import os
 import shutil
@@ -14,12 +15,12 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
 
-from mcseg.callbacks import JaccardCallback, PredictionPanel, PredictionWriter, TrainingCurves
+from mcseg.callbacks import ConfusionPicture, JaccardCallback, PredictionPanel, PredictionWriter, TrainingCurves
 from mcseg.data import IGNORE_INDEX, DataError, SegmentationData
 from mcseg.data.benchmark import benchmark_facts, benchmark_names
 from mcseg.data.files import Sample
@@ -28,6 +29,7 @@ from mcseg.inference import Inference
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import MarginOffsets, margin_offsets
 from mcseg.module import SegmentationModule
+from mcseg.tracking import ObjectiveMonitor, log_configuration
 
 RECIPES = Path(__file__).parent / "configs"
 
@@ -43,6 +45,8 @@ _HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE .
   predict   masks and overlays for a folder of images        (--ckpt_path, --data.predict_root)
             or what a benchmark's server takes               (--ckpt_path, --format BENCHMARK)
   download  fetch a benchmark, or say how to get it          (mcseg download BENCHMARK --root DIR)
+  compare   train objectives with several seeds and compare them: tables, intervals, a report
+            (--objectives NAME ... --seeds 0 1 2; `mcseg compare --help` lists its options)
   show      contact sheet of images and labels               (--images 12 --split train)
   check     open every file of the data set and list what is wrong with it
   stats     pixel shares and margin offsets of the classes, as table and picture
@@ -68,6 +72,10 @@ class SaveConfig(SaveConfigCallback):
         for logger in _loggers(self.config):
             if logger.get("init_args.save_dir") == chosen_folder:
                 logger.init_args.save_dir = "."
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the same to the trackers, on rank 0."""
+        log_configuration(trainer, json.loads(self.parser.dump(self.config, format="json", skip_none=False)))
 
 
 def _loggers(config: Namespace) -> list[Namespace]:
@@ -100,6 +108,8 @@ class SegmentationCLI(LightningCLI):
         for callback, key in (
             (JaccardCallback, "jaccard"),
             (PredictionPanel, "panel"),
+            (ConfusionPicture, "confusion"),
+            (ObjectiveMonitor, "monitor"),
             (TrainingCurves, "curves"),
             (PredictionWriter, "writer"),
             (ModelCheckpoint, "checkpoint"),
@@ -203,7 +213,7 @@ def main(args: Sequence[str] | None = None) -> None:
             download(words[1:])
             return
         recipe, words = _find_recipes(_in_full(words))
-        own = {"stats": stats, "check": check, "show": show, "bound": bound}
+        own = {"stats": stats, "check": check, "show": show, "bound": bound, "compare": compare}
         with warnings.catch_warnings():
             _quieten()
             if words[0] in own:
@@ -323,6 +333,13 @@ def check(recipe: str, args: Sequence[str]) -> None:
         print(f"{len(report.problems)} problems found")
         raise SystemExit(1)
     print("no problems found")
+
+
+def compare(recipe: str, args: Sequence[str]) -> None:
+    """``mcseg compare``: objectives x seeds on one data recipe, with tables and a report."""
+    from mcseg.compare.command import command
+
+    command(recipe, args)
 
 
 def _data(recipe: str, args: Sequence[str], **options: Any) -> tuple[Namespace, SegmentationData]:
@@ -472,4 +489,4 @@ def _last_line(error: BaseException) -> str:
 
 def _fail(message: str, code: int) -> None:
     print(f"mcseg: error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    sys.exit(code)  # not raised by hand: W&B notes the code of a failed run in this function

@@ -1,6 +1,7 @@
 """Confusion counts over a whole split, and what is read from them; every IoU in the package comes from here."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ class Scores:
     Per class (C,) float64, NaN where the quantity is undefined (division by zero pixels): ``iou`` TP / (TP + FP + FN),
     ``precision`` TP / (TP + FP), ``recall`` TP / (TP + FN), ``share`` of the labelled pixels. ``miou`` is the mean of
     the defined IoUs, so a class with neither target nor predicted pixels is left out; ``classes_averaged`` counts the
-    others. ``pixel_accuracy`` is the share of labelled pixels predicted right. Void pixels count nowhere.
+    others. ``pixel_accuracy`` is the share of labelled pixels predicted right. ``confusion`` (C,C) holds the counts
+    where they are known for each pair of classes. Void pixels count nowhere.
     """
 
     miou: float
@@ -24,12 +26,18 @@ class Scores:
     precision: Tensor
     recall: Tensor
     share: Tensor
+    confusion: Tensor | None = None
 
     @classmethod
     def from_confusion(cls, confusion: Tensor) -> "Scores":
-        """Compute from (C,C) counts: rows are targets, columns predictions."""
-        counts = confusion.double().cpu()  # exact up to 2^53 pixels
-        hit, target, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+        """Compute from (C,C) int64 counts: rows are targets, columns predictions."""
+        counts = confusion.cpu()
+        return replace(cls.from_counts(counts.diagonal(), counts.sum(1), counts.sum(0)), confusion=counts)
+
+    @classmethod
+    def from_counts(cls, hit: Tensor, target: Tensor, predicted: Tensor) -> "Scores":
+        """Compute from (C,) counts of pixels per class: predicted right, in the target, in the prediction."""
+        hit, target, predicted = hit.double(), target.double(), predicted.double()  # exact up to 2^53 pixels
         iou = hit / (target + predicted - hit)
         return cls(
             miou=float(iou.nanmean()),
@@ -40,6 +48,17 @@ class Scores:
             recall=hit / target,
             share=target / target.sum(),
         )
+
+
+def rarest_third(class_pixels: Tensor) -> Tensor:
+    """Train ids of the rarest third of the classes, rarest first; a class without a pixel is not rare but absent.
+
+    Args:
+        class_pixels: (C,) labelled training pixels.
+    """
+    absent = int((class_pixels == 0).sum())
+    present = class_pixels.argsort(stable=True)[absent:]
+    return present[: math.ceil(len(present) / 3)]
 
 
 class SegmentationScores(MulticlassJaccardIndex):

@@ -1,4 +1,4 @@
-"""Pictures: palette PNGs, overlays, panels with a legend, curves, class shares."""
+"""Pictures: palette PNGs, overlays, panels with a legend, confusion matrices, curves, values of classes."""
 
 import os
 import tarfile
@@ -14,9 +14,10 @@ from torch import Tensor
 
 Palette = Sequence[tuple[int, int, int]]
 
-_PAPER, _INK = (255, 255, 255), (40, 40, 40)
+_PAPER, _INK, _RULE = (255, 255, 255), (40, 40, 40), (205, 205, 205)
 _SHEET_WIDTH = 300  # of a picture in a contact sheet
 _COLUMN_WIDTH = 360  # pixels; smaller images are enlarged, larger ones reduced to it
+_BAR_WIDTH = 240  # of the largest value
 _FONT_SIZE = 15
 _LEGEND_CLASSES = 30  # a legend of more takes more room than the pictures
 
@@ -182,6 +183,110 @@ def _legend_lines(
         lines[-1].append((left, name, color))
         left += needed
     return lines
+
+
+def confusion_picture(confusion: Tensor, names: Sequence[str]) -> Image.Image:
+    """Draw a confusion matrix in percent of each target class, so that the diagonal is the recall.
+
+    Up to 30 classes have the rounded percentages in their cells, where they are not 0. A class without target pixels has a
+    grey row. The shade goes with the square root, so that small shares are seen.
+
+    Args:
+        confusion: (C,C) counts: rows are targets, columns predictions.
+        names: of the classes.
+    """
+    counts = confusion.double().cpu().numpy()
+    pixels = counts.sum(1, keepdims=True)
+    shares = np.divide(counts, pixels, out=np.zeros_like(counts), where=pixels > 0)
+    classes = len(names)
+    cell = 38 if classes <= _LEGEND_CLASSES else 16 if classes <= 80 else 12
+    font = ImageFont.load_default(min(_FONT_SIZE, cell - 2))
+    number, text = ImageFont.load_default(_FONT_SIZE - 2), ImageFont.load_default(_FONT_SIZE)
+    margin, side = 8, classes * cell
+    label = round(max(map(font.getlength, names))) + 2 * margin
+    both = label if classes > _LEGEND_CLASSES else margin  # names on both sides of a matrix that is too large for one look
+    left, top = label, _FONT_SIZE + 2 * margin + label
+    title = "target (rows) predicted as (columns), % of the target's pixels"
+    width = max(left + side + both, round(text.getlength(title)) + 2 * margin)
+    canvas = Image.new("RGB", (width, top + side + both + _FONT_SIZE + 2 * margin), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((margin, margin), title, fill=_INK, font=text)
+    colors = _shade(shares)
+    colors[pixels[:, 0] == 0] = 225
+    matrix = Image.fromarray(colors).resize((side, side), Image.Resampling.NEAREST)
+    canvas.paste(matrix, (left, top))
+    for index, name in enumerate(names):
+        middle = index * cell + cell // 2
+        upright = Image.new("RGB", (label, cell), _PAPER)
+        ImageDraw.Draw(upright).text((margin, cell // 2), name, fill=_INK, font=font, anchor="lm")
+        canvas.paste(upright.transpose(Image.Transpose.ROTATE_90), (left + index * cell, top - label))
+        draw.text((left - margin, top + middle), name, fill=_INK, font=font, anchor="rm")
+        if both == label:
+            draw.text((left + side + margin, top + middle), name, fill=_INK, font=font, anchor="lm")
+            below = Image.new("RGB", (label, cell), _PAPER)
+            ImageDraw.Draw(below).text((label - margin, cell // 2), name, fill=_INK, font=font, anchor="rm")
+            canvas.paste(below.transpose(Image.Transpose.ROTATE_90), (left + index * cell, top + side))
+    every = 1 if classes <= _LEGEND_CLASSES else 5
+    for index in [*range(0, classes, every), classes]:
+        draw.line((left + index * cell, top, left + index * cell, top + side), fill=_RULE)
+        draw.line((left, top + index * cell, left + side, top + index * cell), fill=_RULE)
+    if classes <= _LEGEND_CLASSES:
+        for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
+            center = (left + column * cell + cell // 2, top + row * cell + cell // 2)
+            ink = _PAPER if shares[row, column] > 0.3 else _INK
+            draw.text(center, f"{100 * shares[row, column]:.0f}", fill=ink, font=number, anchor="mm")
+    _draw_scale(draw, margin, top + side + both + margin, number)
+    return canvas
+
+
+def class_values_picture(values: Mapping[str, Tensor], names: Sequence[str], palette: Palette) -> Image.Image:
+    """Draw values of the classes as bars with their numbers, a column for each name.
+
+    Args:
+        values: name -> (C,) values of any sign. Bars of a column are to scale, from 0; NaN has none.
+        names: of the classes.
+        palette: of the classes.
+    """
+    font = ImageFont.load_default(_FONT_SIZE)
+    gap, line = 8, _FONT_SIZE + 6
+    label = round(max(map(font.getlength, names))) + 2 * gap
+    number = round(font.getlength("-0.00e-00")) + 2 * gap
+    column = max(_BAR_WIDTH + number, *(round(font.getlength(name)) for name in values)) + 2 * gap
+    canvas = Image.new("RGB", (label + column * len(values), line * (len(names) + 1) + 2 * gap), _PAPER)
+    draw = ImageDraw.Draw(canvas)
+    for row, name in enumerate(names, 1):
+        draw.text((label - gap, gap + row * line + line // 2), name, fill=_INK, font=font, anchor="rm")
+    for place, (title, found) in enumerate(values.items()):
+        numbers = found.double().cpu()
+        known = numbers[~numbers.isnan()].tolist()
+        low, high = min([0.0, *known]), max([0.0, *known])
+        scale = _BAR_WIDTH / ((high - low) or 1.0)
+        left = label + place * column
+        zero = left - round(low * scale)
+        draw.text((left, gap + line // 2), title, fill=_INK, font=font, anchor="lm")
+        draw.line((zero, gap + line, zero, gap + line * (len(names) + 1)), fill=_INK)
+        for row, (value, color) in enumerate(zip(numbers.tolist(), palette, strict=True), 1):
+            top = gap + row * line
+            if value == value and value:
+                start, end = sorted((zero, zero + round(value * scale)))
+                draw.rectangle((start, top + 2, end, top + line - 3), fill=color, outline=_INK)
+            text = f"{value:.3g}" if value == value else "-"
+            draw.text((left + _BAR_WIDTH + number, top + line // 2), text, fill=_INK, font=font, anchor="rm")
+    return canvas
+
+
+def _shade(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Colours (..., 3) from white at 0 to dark blue at 1."""
+    dark = np.array([8, 48, 107])
+    return (255 + (dark - 255) * np.sqrt(shares)[..., None]).round().astype(np.uint8)
+
+
+def _draw_scale(draw: ImageDraw.ImageDraw, left: int, top: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> None:
+    for percent in (0, 1, 5, 20, 50, 100):
+        color = tuple(_shade(np.array(percent / 100)).tolist())
+        draw.rectangle((left, top, left + 14, top + 14), fill=color, outline=_INK)
+        draw.text((left + 19, top + 7), f"{percent} %", fill=_INK, font=font, anchor="lm")
+        left += 19 + round(font.getlength(f"{percent} %")) + 10
 
 
 def save(picture: Image.Image, path: Path) -> None:

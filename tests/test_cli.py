@@ -118,6 +118,7 @@ def test_every_recipe_through_every_verb(recipe, arguments, photo_folder, caplog
         "checkpoints/best.ckpt",
         "checkpoints/last.ckpt",
         "panels/val-epoch000.png",
+        "confusion/val-epoch000.png",
     ):
         assert (folder / name).is_file(), name
     rows = logged_rows(folder)

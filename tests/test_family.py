@@ -223,6 +223,18 @@ def region_losses():
     }
 
 
+def test_soft_counts_of_regions_are_told_as_rates_per_class():
+    logits, target = case()
+    pixels = list(labelled(logits, target))
+    misses = [[1 - p[k] for p, y in pixels if y == k] for k in range(4)]
+    alarms = [[p[k] for p, y in pixels if y != k] for k in range(4)]
+    for loss in (DiceLoss(), JaccardLoss(per_image=True), TverskyLoss(classes="all"), GeneralizedDiceLoss()):
+        loss(logits, target)
+        for name, errors in (("miss_rate", misses), ("false_alarm_rate", alarms)):
+            expected = [sum(values) / len(values) for values in errors]
+            assert loss.class_statistics[name].tolist() == pytest.approx(expected, rel=1e-12)
+
+
 def ratio_as_rank(rank, folder):
     """One of two processes with half of the batch each: loss, and gradient as DDP averages it."""
     store = torch.distributed.FileStore(f"{folder}/store", 2)

@@ -60,11 +60,21 @@ class Objective(nn.Module):
 
     Args:
         ignore_index: Label of void pixels.
+
+    Attributes:
+        class_statistics: What the last call found of each class, ``(C,)`` each by name, without gradient; NaN where the
+            batch does not say. Over all processes, where the objective is. `mcseg.tracking.ObjectiveMonitor` logs them.
     """
 
     def __init__(self, ignore_index: int = 255) -> None:
         super().__init__()
         self.ignore_index = ignore_index
+        self.class_statistics: dict[str, Tensor] = {}
+
+    @property
+    def class_constants(self) -> dict[str, Tensor]:
+        """What calibration set for each class, ``(C,)`` each by name; none before it, and where none is needed."""
+        return {}
 
     def extra_repr(self) -> str:
         """Name the settings."""
@@ -139,6 +149,7 @@ class CountedLoss(Objective):
 
     class_pixels: Tensor
     class_terms: Tensor
+    _term = "constant"  # what `class_terms` are
     _absent = "its constant is 0"  # what becomes of a class without pixels, in the words of the warning
 
     def __init__(self, num_classes: int | None, ignore_index: int = 255, *, counted: bool = True) -> None:
@@ -155,6 +166,11 @@ class CountedLoss(Objective):
     def is_calibrated(self) -> bool:
         """Whether the counts are known, or not needed."""
         return self._calibrated or not self._counted
+
+    @property
+    def class_constants(self) -> dict[str, Tensor]:
+        """``class_terms``, once they are known, by what they are."""
+        return {self._term: self.class_terms} if self._calibrated else {}
 
     def calibrate(self, class_pixels: ClassPixels) -> Self:
         """Set the constants from ``(C,)`` counts of labelled training pixels per class, void excluded.

@@ -71,6 +71,23 @@ class SumLoss(nn.Module):
         """Whether all objectives that want pixel counts have them."""
         return all(getattr(part, "is_calibrated", True) for part in self.parts)
 
+    @property
+    def class_constants(self) -> dict[str, Tensor]:
+        """Constants per class of the objectives, ``(C,)`` each, as ``<objective>/<constant>``."""
+        return self._of_parts("class_constants")
+
+    @property
+    def class_statistics(self) -> dict[str, Tensor]:
+        """What the last call found of each class, ``(C,)`` each, as ``<objective>/<statistic>``."""
+        return self._of_parts("class_statistics")
+
+    def _of_parts(self, attribute: str) -> dict[str, Tensor]:
+        return {
+            f"{name}/{key}": values
+            for name, part in zip(self.names, self.parts, strict=True)
+            for key, values in cast(dict[str, Tensor], getattr(part, attribute, {})).items()
+        }
+
     def calibrate(self, class_pixels: ClassPixels) -> Self:
         """Give the ``(C,)`` pixel counts of the training labels to the objectives that want them."""
         for part in self.parts:

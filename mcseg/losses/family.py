@@ -115,7 +115,7 @@ def ratio(
     surrogate: Surrogate,
     classes: Classes,
     smooth: float,
-) -> Tensor:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Aggregate by ``jaccard`` or ``dice`` over the batch, and over all processes of a group.
 
     Args:
@@ -127,7 +127,9 @@ def ratio(
         smooth: added to numerator and denominator, in pixels.
 
     Returns:
-        Scalar; 0 where nothing is labelled.
+        Scalar, 0 where nothing is labelled; and per class, ``(C,)`` without gradient, ``ratio`` (NaN of classes outside the
+        mean), ``miss_rate`` and ``false_alarm_rate``: A_i over the pixels of class i, B_i over those of the others (NaN
+        where there are none).
     """
     if surrogate == "log":
         errors = errors / _LOG_2
@@ -139,8 +141,10 @@ def ratio(
         ratios = (n - a + smooth) / (n + b + smooth).clamp(min=torch.finfo(n.dtype).tiny)
     else:
         ratios = (2 * (n - a) + smooth) / (2 * n - a + b + smooth).clamp(min=torch.finfo(n.dtype).tiny)
-    counted = (n > 0).to(n.dtype) if classes == "present" else (n.sum() > 0).to(n.dtype).expand_as(n)
-    return ((1 - ratios) * counted).sum() / counted.sum().clamp(min=1)
+    counted = n > 0 if classes == "present" else (n.sum() > 0).expand_as(n)
+    value = ((1 - ratios) * counted).sum() / counted.sum().clamp(min=1)
+    found = {"ratio": ratios.masked_fill(~counted, torch.nan), "miss_rate": a / n, "false_alarm_rate": b / (n.sum() - n)}
+    return value, {name: values.detach() for name, values in found.items()}
 
 
 def confusion_shares(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
@@ -163,6 +167,12 @@ def confusion_shares(logits: Tensor, target: Tensor, ignore_index: int) -> Tenso
     counts[2].scatter_add_(0, preds.flatten(), one)
     counts = summed_over_processes(counts)
     return counts / counts[0].sum().clamp(min=1)
+
+
+def class_iou(shares: Tensor) -> Tensor:
+    """IoU ``(C,)`` of ``(3, C)`` shares as from :func:`confusion_shares`, NaN without a label or a prediction."""
+    labels, hits, predictions = shares.unbind()
+    return hits / (labels + predictions - hits)
 
 
 def iou_weights(shares: Tensor, floor: float = 0.1) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from mcseg.losses.family import (
     Classes,
     Margin,
     Surrogate,
+    class_iou,
     confusion_shares,
     iou_weights,
     ratio,
@@ -118,6 +119,9 @@ class MarginCalibrationLoss(Objective):
     Attributes:
         foreground_offsets: Buffer, float64 ``(C,)``, NaN until calibrated.
         background_offsets: Buffer, likewise.
+        class_statistics: As of every objective. Of the ratios: ``ratio``, with its calibrated errors, ``miss_rate`` and
+            ``false_alarm_rate``, see `mcseg.losses.family.ratio`; of ``"iou"``: ``running_iou``, ``miss_weight`` and
+            ``false_alarm_weight``; of the others none.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -213,6 +217,13 @@ class MarginCalibrationLoss(Objective):
             )
         return MarginOffsets(self.foreground_offsets, self.background_offsets)
 
+    @property
+    def class_constants(self) -> dict[str, Tensor]:
+        """The offsets, once they are known: ``foreground_offset`` and ``background_offset``."""
+        if not self._calibrated:
+            return {}
+        return {"foreground_offset": self.foreground_offsets, "background_offset": self.background_offsets}
+
     def calibrate(self, class_pixels: ClassPixels) -> Self:
         """Set the offsets from ``(C,)`` counts of labelled training pixels per class, void excluded.
 
@@ -252,7 +263,10 @@ class MarginCalibrationLoss(Objective):
         target = target.long()
         errors, is_label = surrogate_errors(logits, target, *self.offsets, self.margin, self.surrogate, self.ignore_index)
         if self.aggregation != "sum":
-            return ratio(errors, is_label, self.aggregation, self.surrogate, self.classes, self.smooth)
+            value, self.class_statistics = ratio(
+                errors, is_label, self.aggregation, self.surrogate, self.classes, self.smooth
+            )
+            return value
         pixels = weighted_sum(errors, is_label, *self._error_weights(logits, target))
         if self.reduction == "none":
             return pixels
@@ -266,7 +280,13 @@ class MarginCalibrationLoss(Objective):
                 found = confusion_shares(logits, target, self.ignore_index)
                 self.running_shares.copy_(self.decay * self.running_shares + (1 - self.decay) * found)
             misses, false_alarms = iou_weights(self.running_shares)
-            return misses, self.false_alarm_weight * false_alarms
+            false_alarms = self.false_alarm_weight * false_alarms
+            self.class_statistics = {
+                "running_iou": class_iou(self.running_shares),
+                "miss_weight": misses,
+                "false_alarm_weight": false_alarms,
+            }
+            return misses, false_alarms
         foreground = self.num_classes if self.foreground_weight is None else self.foreground_weight
         ones = torch.full((self.num_classes,), 1 / self.num_classes, dtype=torch.float64, device=logits.device)
         return ones * (1.0 if self.weighting == "uniform" else foreground), ones * self.false_alarm_weight

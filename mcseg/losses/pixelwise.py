@@ -55,6 +55,7 @@ class CrossEntropyLoss(CountedLoss):
         tensor(0.0486)
     """
 
+    _term = "weight"
     _absent = "its weight is 0"
 
     def __init__(
@@ -189,6 +190,7 @@ class LogitAdjustmentLoss(CountedLoss):
         ValueError: A setting is out of its range.
     """
 
+    _term = "adjustment"
     _absent = "it is adjusted as a class of one pixel"
 
     def __init__(self, num_classes: int, tau: float = 1.0, ignore_index: int = 255) -> None:
@@ -246,6 +248,7 @@ class LDAMLoss(CountedLoss):
         ValueError: A setting is out of its range.
     """
 
+    _term = "margin"
     _absent = "its margin is 0"
 
     def __init__(self, num_classes: int, max_margin: float = 0.5, scale: float = 1.0, ignore_index: int = 255) -> None:

@@ -27,6 +27,10 @@ class RegionLoss(Objective):
         per_image: Ratios per image, then their mean; False is ratios over the whole batch.
         classes: ``"present"`` or ``"all"``: which classes enter the mean.
         ignore_index: Label of void pixels.
+
+    Attributes:
+        class_statistics: ``miss_rate``, 1 - I_c / T_c, and ``false_alarm_rate``, P_c - I_c over the pixels of the other
+            classes, of the last batch; Lovász-softmax has none.
     """
 
     def __init__(self, per_image: bool = False, classes: Classes = "present", ignore_index: int = 255) -> None:
@@ -37,6 +41,11 @@ class RegionLoss(Objective):
 
     def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
         counts = self._soft_counts(logits, target, labelled)
+        hits, predicted, labels = (t.detach().sum(0) for t in counts)
+        self.class_statistics = {
+            "miss_rate": (labels - hits) / labels,
+            "false_alarm_rate": (predicted - hits) / (labels.sum() - labels),
+        }
         return self._mean(self._class_losses(*counts), counts[2])
 
     def _class_losses(self, intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:

@@ -1,0 +1,264 @@
+"""The report: one HTML file that needs nothing else, drawn from the results by ``report.html``, a Jinja template."""
+
+import base64
+import io
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mcseg.compare.charts import curves, forest, minus, offsets, share, signed
+from mcseg.compare.schedule import save_text
+from mcseg.compare.statistics import LEVEL, MEASURES, class_iou
+from mcseg.compare.tables import Entry, Results
+
+_FULL_TINT = 0.15  # difference of an IoU, or a third of a logit ten times as large, that is tinted in full
+
+
+def write(results: Results) -> Path:
+    """Write ``report.html`` into the folder of the comparison and return its path."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # names of classes, objectives and files are whatever a user has
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    path = results.folder.root / "report.html"
+    save_text(path, environment.get_template("report.html").render(_content(results)))
+    return path
+
+
+def _content(results: Results) -> dict[str, Any]:
+    study = results.study
+    content: dict[str, Any] = {
+        "recipe": study.recipe,
+        "baseline": study.baseline,
+        "level": round(100 * LEVEL),
+        "problems": [*(f"{run}: {error}" for run, error in results.failures), *results.uneven()],
+        "missing": results.missing,
+        "remarks": study.remarks,
+        "finished": bool(results.finals),
+    }
+    if not results.finals:
+        return content
+    order = sorted(zip(results.entries, results.rows, strict=True), key=lambda pair: -pair[1]["miou_mean"])
+    return content | {
+        "lead": _lead(results, order),
+        "rows": [_table_row(entry, row) for entry, row in order],
+        "tuned": study.tuned,
+        "forest": forest(results, order),
+        "classes": [table for shifted in (False, True) if (table := _class_table(results, [e for e, _ in order], shifted))],
+        "curves": curves(results),
+        "scenes": _scenes(results),
+        "legend": [
+            (name, _css(color)) for name, color in zip(results.class_names, results.any["classes"]["palette"], strict=True)
+        ],
+        "offsets": offsets(results),
+        "shifts": _shifts(results),
+        "trials": _trials(results),
+        "facts": _facts(results),
+    }
+
+
+def _lead(results: Results, order: Sequence[tuple[Entry, dict[str, Any]]]) -> dict[str, Any]:
+    entry, row = order[0]
+    baseline = next((r for e, r in order if (e.label, e.shifted) == (results.study.baseline, False)), None)
+    found = results.any
+    return {
+        "objectives": len({e.label for e, _ in order}),
+        "seeds": len(results.study.seeds),
+        "epochs": len(found["curves"]),
+        "steps": found["steps"],
+        "images": found["images"],
+        "classes": len(results.class_names),
+        "best": entry.name,
+        "best_miou": _percent(row["miou_mean"], row["miou_sd"]),
+        "baseline_miou": baseline and _percent(baseline["miou_mean"], baseline["miou_sd"]),
+        "stages": results.study.first and results.study.first.label,
+    }
+
+
+def _table_row(entry: Entry, row: dict[str, Any]) -> dict[str, Any]:
+    interval = [100 * row[f"miou_difference{end}"] for end in ("", "_low", "_high")]
+    return {
+        "label": entry.label,
+        "shifted": entry.shifted,
+        "seeds": row["seeds"],
+        "measures": [(row[f"{m}_mean"], _percent(row[f"{m}_mean"], row[f"{m}_sd"])) for m in MEASURES],
+        "difference": None if math.isnan(interval[0]) else (interval[0], signed(*interval)),
+        "step": (row["step_ms"], f"{row['step_ms']:.0f}"),
+        "step_with_data": (row["step_with_data_ms"], f"{row['step_with_data_ms']:.0f}"),
+        "memory": (row["memory_mib"], f"{row['memory_mib']:,.0f}"),
+        "settings": _last_parts(row["settings"]),
+    }
+
+
+def _class_table(results: Results, entries: Sequence[Entry], shifted: bool) -> dict[str, Any] | None:
+    """IoU per class and objective, tinted by the difference to the baseline."""
+    columns = [entry for entry in entries if entry.shifted == shifted]
+    if not columns:
+        return None
+    iou = {e.name: np.stack([class_iou(counts.sum(0)) for counts in e.counts.values()]) for e in columns}
+    baseline = results.baseline(shifted)
+    reference = _means(iou[baseline.name]) if baseline is not None else np.full(len(results.class_names), np.nan)
+    means = {name: _means(values) for name, values in iou.items()}
+    rows = []
+    for index in np.argsort(-results.shares, kind="stable"):
+        best = np.nanmax([*(mean[index] for mean in means.values()), -1])
+        cells = []
+        for entry in columns:
+            mean, values = means[entry.name][index], iou[entry.name][:, index]
+            cells.append(
+                {
+                    "value": None if np.isnan(mean) else float(mean),
+                    "text": "-" if np.isnan(mean) else f"{100 * mean:.1f}",
+                    "spread": f"{100 * values.std(ddof=1):.1f}" if len(values) > 1 and not np.isnan(values).any() else "",
+                    "best": bool(mean == best > 0),
+                    "tint": _tint(float(mean - reference[index]) / _FULL_TINT),
+                }
+            )
+        rows.append(
+            {
+                "name": results.class_names[index],
+                "color": _css(results.any["classes"]["palette"][index]),
+                "share": float(results.shares[index]),
+                "share_text": share(float(results.shares[index])),
+                "tail": int(index) in results.tail,
+                "cells": cells,
+            }
+        )
+    return {"shifted": shifted, "columns": [entry.label for entry in columns], "rows": rows}
+
+
+def _scenes(results: Results) -> list[dict[str, Any]]:
+    """The same images under every objective, by its first finished seed."""
+    folders = {}
+    for objective in results.study.objectives:
+        runs = [results.finals.get((objective.label, seed)) for seed in results.study.seeds]
+        if found := next((run for run in runs if run), None):
+            folders[objective.label] = results.folder.path(found[0]) / "pictures"
+    scenes = []
+    first = next(iter(folders.values()))
+    for place in range(len(list(first.glob("*-image.jpg")))):
+        target = np.asarray(Image.open(first / f"{place}-target.png"))
+        pictures = [("image", _data_uri(first / f"{place}-image.jpg")), ("target", _data_uri(first / f"{place}-target.png"))]
+        for label, folder in folders.items():
+            with Image.open(folder / f"{place}-prediction.png") as picture:
+                pixels = np.where(target == 255, 255, np.asarray(picture)).astype(np.uint8)  # void is not scored
+                drawn = Image.fromarray(pixels).convert("P")
+                drawn.putpalette(picture.getpalette() or [])
+            buffer = io.BytesIO()
+            drawn.save(buffer, "PNG", optimize=True)
+            pictures.append((label, _uri("png", buffer.getvalue())))
+        scenes.append({"pictures": pictures, "height": target.shape[0], "width": target.shape[1]})
+    return scenes
+
+
+def _shifts(results: Results) -> dict[str, Any] | None:
+    """Shifts of the logits per class and objective."""
+    found = {label: result["shifts"] for (label, _), (_, result) in results.finals.items() if result["shifts"]}
+    if not found:
+        return None
+    rows = []
+    for index in np.argsort(-results.shares, kind="stable"):
+        cells = [(minus(f"{shifts[index]:+.2f}"), _tint(shifts[index] / 2), shifts[index]) for shifts in found.values()]
+        rows.append({"name": results.class_names[index], "share": float(results.shares[index]), "cells": cells})
+        rows[-1]["share_text"] = share(float(results.shares[index]))
+        rows[-1]["color"] = _css(results.any["classes"]["palette"][index])
+    return {"columns": list(found), "rows": rows}
+
+
+def _trials(results: Results) -> list[dict[str, Any]]:
+    """Trials on the folds."""
+    rows = []
+    for objective in results.study.objectives:
+        chosen = {run.trial for (label, _), (run, _) in results.finals.items() if label == objective.label}
+        for trial, scores in results.fold_scores(objective.label).items():
+            complete = [score for score in scores if score is not None]
+            mean = float(np.mean(complete)) if len(complete) == len(scores) else None
+            rows.append(
+                {
+                    "label": objective.label,
+                    "settings": _last_parts(results.settings(objective.label, trial)) or "as in its recipe",
+                    "scores": ["-" if score is None else f"{100 * score:.1f}" for score in scores],
+                    "mean": mean,
+                    "mean_text": "not finished" if mean is None else f"{100 * mean:.2f}",
+                    "chosen": trial in chosen,
+                }
+            )
+    return rows
+
+
+def _facts(results: Results) -> list[tuple[str, str]]:
+    """How it was done."""
+    study = results.study
+    found = [result for _, result in results.finals.values()]
+
+    def kinds(part: str) -> str:
+        told = {", ".join(f"{key} {value}" for key, value in result[part].items() if value is not None) for result in found}
+        return " | ".join(sorted(told))
+
+    words = [*study.words]
+    facts = [
+        ("Settings of all runs", " ".join(Path(w).name if w.endswith((".yaml", ".yml")) else w for w in words)),
+        ("Objectives", "; ".join(f"{o.label}: {' '.join(_short(word) for word in o.words)}" for o in study.objectives)),
+        ("Seeds", ", ".join(map(str, study.seeds))),
+        ("Budget", f"{found[0]['steps']} optimiser steps, {len(found[0]['curves'])} epochs"),
+        ("Machine", kinds("machine")),
+        ("Versions", kinds("versions")),
+    ]
+    if study.first is not None:
+        then = " ".join(study.then) or "the settings of the first stage"
+        facts.insert(2, ("Two stages", f"first {study.first.label}; then every objective from its weights with {then}"))
+    if study.folds:
+        facts.insert(2, ("Folds of the training images", "; ".join(", ".join(fold) for fold in study.folds)))
+    return facts
+
+
+def _short(word: str) -> str:
+    return Path(word).stem if word.endswith((".yaml", ".yml")) else "" if word == "--config" else word
+
+
+def _means(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Mean over the seeds for which a value is defined."""
+    number = (~np.isnan(values)).sum(0)
+    mean: np.ndarray[Any, np.dtype[np.float64]] = np.where(number > 0, np.nansum(values, 0) / np.maximum(1, number), np.nan)
+    return mean
+
+
+def _percent(mean: float, deviation: float) -> str:
+    if math.isnan(mean):
+        return "-"
+    return f"{100 * mean:.2f}" + ("" if math.isnan(deviation) else f" ± {100 * deviation:.2f}")
+
+
+def _last_parts(settings: str) -> str:
+    """Settings without the path in front of each key."""
+    return re.sub(r"(?<!\S)[\w.]+\.(?=\w+=)", "", settings)
+
+
+def _tint(strength: float) -> str:
+    """Background of a cell by a number from -1 (worse, orange) to 1 (better, blue), the same in light and dark."""
+    if math.isnan(strength) or strength == 0:
+        return "transparent"
+    color = "37, 99, 235" if strength > 0 else "234, 88, 12"
+    return f"rgba({color}, {0.5 * min(1.0, abs(strength)):.2f})"
+
+
+def _css(color: Sequence[int]) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+def _data_uri(path: Path) -> str:
+    return _uri("jpeg" if path.suffix == ".jpg" else "png", path.read_bytes())
+
+
+def _uri(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

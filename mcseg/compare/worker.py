@@ -1,0 +1,206 @@
+"""One run of a comparison in a process of its own: ``python -m mcseg.compare.worker RUN_FOLDER``.
+
+The folder holds ``spec.json``. The run leaves ``counts.npz``, pictures and the like beside it, and ``result.json`` last, so
+that a folder with ``result.json`` is complete; a run that fails leaves ``error.txt`` instead.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from mcseg.callbacks import ConfusionPicture, PredictionPanel, PredictionWriter, TrainingCurves
+from mcseg.cli import SegmentationCLI, _last_line, _quieten
+from mcseg.compare.record import EvaluationRecord, TrainingRecord
+from mcseg.metrics import Scores, rarest_third
+from mcseg.tracking import ObjectiveMonitor
+
+FORMAT = 1  # of result.json and counts.npz
+
+
+class _Run(SegmentationCLI):
+    """The command's classes without what a single run shows its user, and without checkpoints: there are many runs."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Leave out pictures and checkpoints."""
+        trainer = super().instantiate_trainer(**kwargs)
+        pictures = (ConfusionPicture, ObjectiveMonitor, PredictionPanel, PredictionWriter, TrainingCurves)
+        left_out = (*pictures, pl.callbacks.ModelCheckpoint)
+        found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [callback for callback in found if not isinstance(callback, left_out)]  # type: ignore[attr-defined]
+        return trainer
+
+
+class _Orphans(Callback):
+    """Stops a run whose parent is gone, so that a killed comparison leaves nothing behind that computes."""
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Look for the parent."""
+        if os.getppid() != self._parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(folder: Path) -> None:
+    """Train, evaluate the last weights on the validation split once, and write the results into ``folder``."""
+    spec = json.loads((folder / "spec.json").read_text())
+    if spec["threads"]:
+        torch.set_num_threads(spec["threads"])
+    words = [*spec["words"], f"--trainer.default_root_dir={folder}", "--trainer.devices=1"]
+    if spec["start"]:
+        words.append(f"--model.init_from={spec['start']}")
+    cli = _Run(spec["recipe"], words, run=False)
+    training = TrainingRecord()
+    evaluation = EvaluationRecord(spec["shifts"], spec["pictures"], folder / "pictures", spec["log_probs"])
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    trainer.callbacks += [training, _Orphans()]  # type: ignore[attr-defined]
+
+    began = time.perf_counter()
+    trainer.fit(module, data)
+    fitted = time.perf_counter()
+    memory = {"process": _peak_memory()}
+    if module.device.type == "cuda" or torch.cuda.is_available():
+        memory["gpu"] = torch.cuda.max_memory_allocated()
+    trainer.callbacks.append(evaluation)  # type: ignore[attr-defined]
+    trainer.validate(module, data, verbose=False)
+    evaluated = time.perf_counter()
+
+    if spec["keep_weights"]:
+        trainer.save_checkpoint(folder / ".last.ckpt", weights_only=True)
+        (folder / ".last.ckpt").replace(folder / "last.ckpt")
+    class_pixels = data.class_pixels()
+    counts = {"names": np.array(evaluation.names), "counts": np.stack(evaluation.counts)}
+    if spec["shifts"] is not None:
+        counts["counts_shifted"] = np.stack(evaluation.counts_shifted)
+    _save_arrays(folder / "counts.npz", **counts)
+    if spec["log_probs"]:
+        log_probs, target = (np.concatenate(part) for part in zip(*evaluation.sample, strict=True))
+        _save_arrays(folder / "log_probs.npz", log_probs=log_probs, target=target)
+    tail = rarest_third(class_pixels).tolist()
+    result = spec["about"] | {
+        "format": FORMAT,
+        "key": spec["key"],
+        "scores": _scores(counts["counts"], tail),
+        "scores_shifted": _scores(counts["counts_shifted"], tail) if "counts_shifted" in counts else None,
+        "shifts": spec["shifts"],
+        "images": len(evaluation.names),
+        "classes": {
+            "names": list(data.class_names),
+            "palette": [list(color) for color in data.palette],
+            "training_pixels": class_pixels.tolist(),
+            "tail": tail,
+        },
+        "offsets": _offsets(module.objective),
+        "curves": training.curves,
+        "steps": trainer.global_step,
+        "seconds": training.seconds_per_step() | {"fit": fitted - began, "evaluation": evaluated - fitted},
+        "memory_bytes": memory,
+        "fingerprint": {"weights": training.weights, "batches": training.batches},
+        "machine": {"device": _device(trainer), "threads": torch.get_num_threads(), "precision": str(trainer.precision)},
+        "versions": _versions(),
+        "settings": json.loads(json.dumps(cli.config.as_dict(), default=str)),
+    }
+    _save_text(folder / "result.json", json.dumps(result, indent=1))
+
+
+def _scores(counts: np.ndarray[Any, Any], tail: list[int]) -> dict[str, Any]:
+    """Read (images,3,C) counts."""
+    scores = Scores.from_counts(*torch.from_numpy(counts.sum(0)))
+    return {
+        "miou": scores.miou,
+        "miou_tail": _number(float(scores.iou[tail].nanmean())),
+        "pixel_accuracy": scores.pixel_accuracy,
+        "classes_averaged": scores.classes_averaged,
+        "iou": [_number(value) for value in scores.iou.tolist()],
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else value
+
+
+def _offsets(objective: Any) -> dict[str, list[float]] | None:
+    """Margin offsets of an objective that has some, also inside a sum."""
+    for module in objective.modules():
+        found = getattr(module, "offsets", None)
+        if found is not None and getattr(module, "is_calibrated", False):
+            return {"foreground": found.foreground.tolist(), "background": found.background.tolist()}
+    return None
+
+
+def _peak_memory() -> int:
+    """Largest resident memory of this process in bytes."""
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _device(trainer: pl.Trainer) -> str:
+    root = trainer.strategy.root_device
+    return torch.cuda.get_device_name(root) if root.type == "cuda" else f"{root.type} {platform.processor()}".strip()
+
+
+def _versions() -> dict[str, str | None]:
+    from mcseg import __version__
+
+    return {
+        "mcseg": __version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "lightning": importlib.metadata.version("pytorch-lightning"),
+        "python": platform.python_version(),
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the package's sources, where they are a git checkout."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    if shutil.which("git") is None:
+        return None
+    found = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+def _save_arrays(path: Path, **arrays: np.ndarray[Any, Any]) -> None:
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    temporary.replace(path)
+
+
+def _save_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def main(folder: Path) -> None:
+    """Run; on an error leave ``error.txt`` with one line, and exit with 1."""
+    try:
+        with warnings.catch_warnings():
+            _quieten()
+            run(folder)
+    except Exception as error:
+        traceback.print_exc()
+        _save_text(folder / "error.txt", f"{type(error).__name__}: {_last_line(error)}\n")
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,124 @@
+"""What experiment trackers get beside Lightning's scalars: pictures, values of classes, the whole configuration."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
+
+from mcseg import pictures
+
+
+def class_names(trainer: pl.Trainer, names: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Class names: given, or the data module's, or the train ids."""
+    found = names or getattr(getattr(trainer, "datamodule", None), "class_names", None)
+    return tuple(found or map(str, range(trainer.lightning_module.hparams["num_classes"])))
+
+
+def class_palette(trainer: pl.Trainer, classes: int) -> pictures.Palette:
+    """Class colours: the data module's, or distinguishable ones."""
+    found = getattr(getattr(trainer, "datamodule", None), "palette", None)
+    return tuple(found) if found else pictures.default_palette(classes)
+
+
+def log_picture(trainer: pl.Trainer, key: str, picture: Image.Image, file: str) -> None:
+    """Write a picture into the run folder as ``file``, and give it to the loggers that take pictures (W&B, TensorBoard).
+
+    To be called on the process of rank 0 alone.
+    """
+    pictures.save(picture, Path(trainer.default_root_dir) / file)
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):  # W&B and others
+            logger.log_image(key=key, images=[picture], step=_step(trainer))
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(key, pictures.as_array(picture), _step(trainer), dataformats="HWC")
+
+
+def log_configuration(trainer: pl.Trainer, settings: dict[str, Any]) -> None:
+    """Give all settings of a run, in plain types, to W&B's configuration and as text to TensorBoard.
+
+    Beside them Lightning gives the module's hyperparameters to every logger. To be called on rank 0 alone.
+    """
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.config.update(settings, allow_val_change=True)
+        elif isinstance(logger, TensorBoardLogger):
+            text = json.dumps(settings, indent=2)  # which is YAML as well
+            logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))
+
+
+class ObjectiveMonitor(Callback):
+    """Logs what the objective says of each class: constants when training starts, statistics after every epoch.
+
+    An objective may have ``class_constants`` (what calibration set: offsets, weights) and ``class_statistics`` (what its
+    last call found), both mappings from names to (C,) tensors; those of mcseg do, where they have any. Logged are
+    ``objective/<constant>/<class>`` with a picture, ``objective.png`` in the run folder, and ``train/<statistic>/<class>``,
+    the mean over the epoch's steps in which the statistic is not NaN. Rank 0 logs what it has: summing over processes is
+    the objective's own business.
+
+    Args:
+        class_names: names for the keys; None takes the data module's ``class_names``, or the train ids.
+    """
+
+    def __init__(self, class_names: list[str] | None = None) -> None:
+        self.class_names = class_names
+        self._sums: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the constants: the objective is calibrated by now, or was loaded."""
+        constants = getattr(getattr(pl_module, "objective", None), "class_constants", {})
+        if not constants or not trainer.is_global_zero:
+            return
+        self._log(trainer, "objective", constants)
+        names = class_names(trainer, self.class_names)
+        picture = pictures.class_values_picture(constants, names, class_palette(trainer, len(names)))
+        log_picture(trainer, "objective/constants", picture, "objective.png")
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin an epoch."""
+        self._sums = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add a step's statistics, on their device: the host does not wait for them."""
+        if not trainer.is_global_zero:
+            return
+        for name, values in getattr(getattr(pl_module, "objective", None), "class_statistics", {}).items():
+            known = ~values.isnan()
+            step = torch.stack([values.masked_fill(~known, 0), known.to(values.dtype)])
+            self._sums[name] = self._sums[name] + step if name in self._sums else step
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the means."""
+        self._log(trainer, "train", {name: sums / steps for name, (sums, steps) in self._sums.items()})
+
+    def _log(self, trainer: pl.Trainer, prefix: str, found: Mapping[str, Tensor]) -> None:
+        """Give the values that are not NaN to all loggers."""
+        names = class_names(trainer, self.class_names)
+        scalars: dict[str, float] = {}
+        for key, values in found.items():
+            if len(values) != len(names):
+                raise ValueError(
+                    f"class_names: found {len(names)} names, expected {len(values)}: one for each class of the objective "
+                    f"({key})"
+                )
+            scalars |= {
+                f"{prefix}/{key}/{name}": value
+                for name, value in zip(names, values.tolist(), strict=True)
+                if value == value  # not NaN
+            }
+        if scalars:
+            for logger in trainer.loggers:
+                logger.log_metrics({**scalars, "epoch": trainer.current_epoch}, step=_step(trainer))
+
+
+def _step(trainer: pl.Trainer) -> int:
+    """The last optimiser step, counted from 0, at which Lightning logs the scores of an epoch as well."""
+    return max(trainer.global_step - 1, 0)

@@ -1,0 +1,474 @@
+"""What the trackers hold after a run, read back from their own files; values per class; the sweep."""
+
+import csv
+import io
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+import wandb
+import yaml
+from PIL import Image
+from pytorch_lightning.loggers import CSVLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_callbacks import Answers, batches, trainer
+from test_cli import TINY, UNET
+from torch.utils.data import DataLoader
+from wandb.proto import wandb_internal_pb2
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+from wandb.sdk.lib.exit_hooks import ExitHooks
+
+from mcseg import cli, pictures
+from mcseg.callbacks import ConfusionPicture, JaccardCallback
+from mcseg.cli import main
+from mcseg.data import SyntheticData
+from mcseg.losses import MarginCalibrationLoss, SumLoss
+from mcseg.margins import margin_offsets
+from mcseg.tracking import ObjectiveMonitor
+
+SCENES = {"train_scenes": 4, "val_scenes": 2, "test_scenes": 2, "size": [32, 48], "crop_size": [32, 32]}
+SYNTHETIC = ["--config", "synthetic", *(f"--data.{key}={value}" for key, value in SCENES.items()), *UNET, *TINY]
+
+
+def finish_wandb():
+    """End the run; wait for the service, which otherwise may still be writing the file."""
+    wandb.finish()
+    wandb.teardown()
+
+
+def wandb_records(folder):
+    """Records of the only run below the folder: LevelDB's log format behind a header of 7 bytes."""
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, position, parts = path.read_bytes(), 7, b""
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:  # the rest of a block that no record header fits into
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, position)
+        position += 7 + length
+        parts += data[position - length : position]
+        if kind in (1, 4):  # a record, or the last part of one
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            parts = b""
+            yield record
+
+
+def wandb_run(folder):
+    """Configuration, and rows of the history with nested keys joined by ``/``."""
+    config, history = {}, []
+    for record in wandb_records(folder):
+        updates = record.run.config if record.HasField("run") else record.config
+        config |= {item.key: json.loads(item.value_json) for item in updates.update}
+        if record.HasField("history"):
+            history.append(
+                {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            )
+    return config, history
+
+
+def csv_series(folder):
+    """{key: [(step, value), ...]} of metrics.csv."""
+    series = {}
+    with (folder / "metrics.csv").open() as file:
+        for row in csv.DictReader(file):
+            for key, value in row.items():
+                if value and key not in ("step", "epoch"):
+                    series.setdefault(key, []).append((int(row["step"]), float(value)))
+    return series
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory):
+    """Run folder of two epochs with all three loggers, and what W&B and TensorBoard wrote."""
+    folder = tmp_path_factory.mktemp("tracked")
+    loggers = ["--trainer.logger+=WandbLogger", "--trainer.logger+=TensorBoardLogger", "--trainer.logger.save_dir=."]
+    objective = {"tau": 3, "aggregation": "dice", "surrogate": "sigmoid", "margin": "soft"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        patch.setenv("WANDB_MODE", "offline")
+        patch.chdir(folder)
+        words = ["fit", *SYNTHETIC, *loggers, "--trainer.max_epochs=2", f"--trainer.default_root_dir={folder / 'run'}"]
+        main([*words, *(f"--model.objective.{key}={value}" for key, value in objective.items())])
+        finish_wandb()
+    (events,) = (folder / "run").rglob("events.out.*")
+    return folder / "run", *wandb_run(folder / "run"), EventAccumulator(str(events), {"images": 0, "tensors": 0}).Reload()
+
+
+def test_trackers_hold_the_numbers_of_metrics_csv(tracked):
+    folder, _, history, events = tracked
+    series = csv_series(folder)
+    names = SyntheticData(**SCENES).class_names
+    every = {"train/loss", "lr-AdamW", "val/loss", "val/miou", "val/pixel_accuracy", "val/classes_averaged"}
+    every |= {f"train/{key}/{name}" for key in ("ratio", "miss_rate", "false_alarm_rate") for name in names}
+    every |= {f"objective/{side}_offset/{name}" for side in ("foreground", "background") for name in names}
+    assert every <= series.keys()
+    assert {key for key in series if key.startswith("val/iou/")} <= {f"val/iou/{name}" for name in names}
+    assert [step for step, _ in series["train/loss"]] == [0, 1, 2, 3]
+    assert [step for step, _ in series["val/miou"]] == [step for step, _ in series["train/ratio/road"]] == [1, 3]
+    for key, expected in series.items():
+        assert [(row["trainer/global_step"], row[key]) for row in history if key in row] == expected, key
+        found = [(event.step, event.value) for event in events.Scalars(key)]
+        assert found == [(step, float(np.float32(value))) for step, value in expected], key
+
+
+def test_offsets_are_those_of_the_counted_labels(tracked):
+    data = SyntheticData(**SCENES)
+    data.prepare_data()
+    offsets = margin_offsets(data.class_pixels(), tau=3.0)
+    series = csv_series(tracked[0])
+    for side, expected in zip(("foreground", "background"), offsets, strict=True):
+        found = [series[f"objective/{side}_offset/{name}"] for name in data.class_names]
+        assert found == [[(0, value)] for value in expected.tolist()]
+
+
+@pytest.mark.parametrize(
+    ("key", "file", "step"),
+    [
+        ("val/confusion", "confusion/val-epoch001.png", 3),
+        ("val/panel", "panels/val-epoch001.png", 3),
+        ("objective/constants", "objective.png", 0),
+    ],
+)
+def test_pictures_are_in_the_run_folder_and_in_the_trackers(tracked, key, file, step):
+    folder, _, history, events = tracked
+    with Image.open(folder / file) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    ((logged,), media) = next((row[f"{key}/filenames"], row) for row in history if f"{key}/filenames" in row)
+    assert media["trainer/global_step"] == step
+    with Image.open(next(folder.glob("wandb/offline-run-*/files")) / logged) as picture:
+        assert np.array_equal(np.asarray(picture.convert("RGB")), pixels)
+    (event,) = events.Images(key)
+    assert event.step == step
+    with Image.open(io.BytesIO(event.encoded_image_string)) as picture:
+        assert np.array_equal(np.asarray(picture.convert("RGB")), pixels)
+
+
+def test_trackers_hold_the_configuration(tracked):
+    folder, config, _, events = tracked
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["data"]["class_path"] == "mcseg.data.SyntheticData"
+    assert config["model"]["objective"]["init_args"]["tau"] == 3.0
+    assert {key: config[key] for key in saved} == saved
+    assert config["arch"] == "unet"  # Lightning's hyperparameters
+    (text,) = events.Tensors("config/text_summary")
+    assert json.loads(text.tensor_proto.string_val[0]) == saved
+
+
+class Tells(Answers):
+    """Its objective says what the batches prescribe."""
+
+    def __init__(self, prescribed=(), constants=None):
+        super().__init__()
+        self.prescribed = iter(prescribed)
+        self.objective = torch.nn.Identity()
+        if constants:
+            self.objective.class_constants = constants
+
+    def training_step(self, batch, index):
+        self.objective.class_statistics = {"rate": torch.tensor(next(self.prescribed))}
+        return super().training_step(batch, index)
+
+    def on_validation_start(self):
+        self.objective.class_statistics = {"rate": torch.full((3,), 99.0)}  # those of validation are not the training's
+
+
+def test_statistics_are_averaged_over_the_steps_that_define_them(tmp_path):
+    nan = math.nan
+    steps = [[0.25, nan, nan], [0.75, 1.0, nan], [nan, 4.0, nan], [nan, 8.0, nan]]
+    logger = CSVLogger(tmp_path, name="", version="")
+    monitor = ObjectiveMonitor(["a", "b", "c"])
+    run = trainer(tmp_path, [monitor], logger=logger, max_epochs=2, log_every_n_steps=1, limit_train_batches=2)
+    run.fit(Tells(steps), batches()[2], batches()[2])
+    series = {key: values for key, values in csv_series(tmp_path).items() if key != "train/loss"}
+    assert series == {"train/rate/a": [(1, 0.5)], "train/rate/b": [(1, 1.0), (3, 6.0)]}
+    assert not (tmp_path / "objective.png").exists()
+
+
+def test_names_that_do_not_fit_the_objective(tmp_path):
+    run = trainer(tmp_path, [ObjectiveMonitor(["a", "b"])])
+    with pytest.raises(ValueError, match=r"class_names: found 2 names, expected 3: .* \(weight\)"):
+        run.fit(Tells([[0.0] * 3] * 9, {"weight": torch.ones(3)}), batches()[2])
+
+
+class Trains(pl.LightningModule):
+    """Logits are the batch's own, times a weight that stays 1."""
+
+    def __init__(self, objective):
+        super().__init__()
+        self.save_hyperparameters({"num_classes": 3})
+        self.objective = objective
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def training_step(self, batch, index):
+        return self.objective(self.weight * batch["logits"], batch["mask"])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+RATIO = {"scheme": "none", "margin": "soft", "surrogate": "sigmoid", "aggregation": "jaccard", "smooth": 0.0}
+
+
+def summed():
+    """Two objectives with statistics, one with a constant, one that knows nothing of classes."""
+    entries = [
+        {"class_path": "mcseg.losses.MarginCalibrationLoss", "init_args": RATIO},
+        {"class_path": "mcseg.losses.MarginCalibrationLoss", "init_args": {"weighting": "iou", "tau": 2.0}},
+        {"class_path": "mcseg.losses.CrossEntropyLoss", "init_args": {"weighting": "median_frequency"}},
+        {"class_path": "torch.nn.CrossEntropyLoss", "init_args": {"ignore_index": 255}},
+    ]
+    return SumLoss(3, entries).calibrate([60, 30, 10])
+
+
+def samples(count=4):
+    generator = torch.Generator().manual_seed(3)
+    return [
+        {
+            "logits": 2 * torch.randn(3, 4, 5, generator=generator),
+            "mask": torch.randint(0, 3, (4, 5), generator=generator).masked_fill(torch.arange(5) == 0, 255),
+        }
+        for _ in range(count)
+    ]
+
+
+def expected_ratios(items):
+    """Soft Jaccard and mean surrogate errors per class of the items as one batch, by NumPy."""
+    z = np.concatenate([np.moveaxis(item["logits"].double().numpy(), 0, -1).reshape(-1, 3) for item in items])
+    y = np.concatenate([item["mask"].numpy().ravel() for item in items])
+    z, y = z[y != 255], y[y != 255]
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    mine = y[:, None] == np.arange(3)
+    hits, alarms = (p * mine).sum(0), (p * ~mine).sum(0)
+    return {
+        "ratio": hits / (mine.sum(0) + alarms),
+        "miss_rate": 1 - hits / mine.sum(0),
+        "false_alarm_rate": alarms / (~mine).sum(0),
+    }, (z, y)
+
+
+def test_a_sum_tells_of_its_parts(tmp_path):
+    items = samples()
+    logger = CSVLogger(tmp_path, name="", version="")
+    trainer(tmp_path, [ObjectiveMonitor(["a", "b", "c"])], logger=logger, log_every_n_steps=9).fit(
+        Trains(summed()), DataLoader(items, 4)
+    )
+    found = {key: values[0][1] for key, values in csv_series(tmp_path).items()}
+    ratios, (z, y) = expected_ratios(items)
+    for key, values in ratios.items():
+        logged = [found.pop(f"train/MarginCalibrationLoss1/{key}/{name}") for name in "abc"]
+        assert logged == pytest.approx(values.tolist(), rel=1e-5)
+    preds = z.argmax(1)
+    iou = [((preds == k) & (y == k)).sum() / ((preds == k) | (y == k)).sum() for k in range(3)]
+    assert [found.pop(f"train/MarginCalibrationLoss2/running_iou/{name}") for name in "abc"] == pytest.approx(iou)
+    weights = {
+        key: [found.pop(f"train/MarginCalibrationLoss2/{key}/{name}") for name in "abc"]
+        for key in ("miss_weight", "false_alarm_weight")
+    }
+    union = np.array([((preds == k) | (y == k)).sum() for k in range(3)])
+    share = np.bincount(y) / len(y)
+    assert weights["miss_weight"] == pytest.approx((1 / union / (share / union).sum()).tolist())
+    assert weights["false_alarm_weight"] == pytest.approx([w * i for w, i in zip(weights["miss_weight"], iou, strict=True)])
+    constants = {
+        "MarginCalibrationLoss1/foreground_offset": [0, 0, 0],
+        "MarginCalibrationLoss1/background_offset": [0, 0, 0],
+        "MarginCalibrationLoss2/background_offset": [2 * math.sqrt(m) / n for n, m in ((60, 40), (30, 70), (10, 90))],
+        "CrossEntropyLoss1/weight": [0.5, 1.0, 3.0],
+    }
+    for key, values in constants.items():
+        assert [found.pop(f"objective/{key}/{name}") for name in "abc"] == pytest.approx(values)
+    assert found.keys() == {f"objective/MarginCalibrationLoss2/foreground_offset/{name}" for name in "abc"}
+    assert (tmp_path / "objective.png").is_file()
+
+
+def test_statistics_of_classes_that_are_not_in_the_batch():
+    logits, target = torch.zeros(1, 3, 2, 2), torch.tensor([[[0, 0], [1, 255]]])
+    for classes, ratio in (("present", math.nan), ("all", 0.0)):
+        loss = MarginCalibrationLoss(3, **RATIO, classes=classes).calibrate([2, 1, 1])
+        assert loss.class_statistics == {}
+        loss(logits, target)
+        found = {key: values.tolist() for key, values in loss.class_statistics.items()}
+        assert found["ratio"] == pytest.approx([2 / 3 / (2 + 1 / 3), 1 / 3 / (1 + 2 / 3), ratio], nan_ok=True)
+        assert found["miss_rate"] == pytest.approx([2 / 3, 2 / 3, math.nan], nan_ok=True)
+        assert found["false_alarm_rate"] == pytest.approx([1 / 3] * 3)
+        loss(logits, torch.zeros(1, 2, 2).long())
+        assert loss.class_statistics["false_alarm_rate"].isnan().tolist() == [True, False, False]
+    loss = MarginCalibrationLoss(3, weighting="iou").calibrate([2, 1, 1])
+    loss(logits, target)  # of equal logits class 0 is predicted
+    assert loss.class_statistics["running_iou"].tolist() == pytest.approx([2 / 3, 0, math.nan], nan_ok=True)
+
+
+def test_constants_are_known_after_calibration_alone():
+    for made in (MarginCalibrationLoss(3), SumLoss(3, summed().objectives)):
+        assert made.class_constants == {}
+    names = {
+        "LDAMLoss": "margin",
+        "LogitAdjustmentLoss": "adjustment",
+        "BalancedSoftmaxLoss": "adjustment",
+        "CrossEntropyLoss": None,
+    }
+    for kind, name in names.items():
+        loss = SumLoss(3, [{"class_path": f"mcseg.losses.{kind}"}]).calibrate([60, 30, 10])
+        assert list(loss.class_constants) == ([f"{kind}/{name}"] if name else [])
+        if name:
+            assert torch.equal(loss.class_constants[f"{kind}/{name}"], loss.parts[0].class_terms)
+
+
+DDP = """
+import sys
+sys.path.insert(0, {tests!r})
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from torch.utils.data import DataLoader
+from test_tracking import RATIO, ObjectiveMonitor, Trains, finish_wandb, samples, trainer
+from mcseg.losses import MarginCalibrationLoss
+loggers = [kind(save_dir={folder!r}, name="", version="") for kind in (CSVLogger, TensorBoardLogger, WandbLogger)]
+objective = MarginCalibrationLoss(3, **RATIO).calibrate([60, 30, 10])
+run = trainer({folder!r}, [ObjectiveMonitor(["a", "b", "c"])], logger=loggers, strategy="ddp", devices=2, log_every_n_steps=9)
+run.fit(Trains(objective), DataLoader(samples(), 2))
+finish_wandb()
+"""
+
+
+def test_two_processes_log_once_what_one_would(tmp_path):
+    script = tmp_path / "run.py"
+    folder = tmp_path / "out"
+    script.write_text(DDP.format(tests=str(Path(__file__).parent), folder=str(folder)))
+    here = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    here.pop("WANDB_SERVICE", None)  # of an earlier test's run
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False, env=here)
+    assert done.returncode == 0, done.stderr[-3000:]
+    series = csv_series(folder)
+    for key, values in expected_ratios(samples())[0].items():
+        found = [series[f"train/{key}/{name}"] for name in "abc"]
+        assert [len(rows) for rows in found] == [1, 1, 1]
+        assert [rows[0][1] for rows in found] == pytest.approx(values.tolist(), rel=1e-5)
+    _, history = wandb_run(folder)
+    (events,) = folder.rglob("events.out.*")  # one file, as one run of W&B
+    scalars = EventAccumulator(str(events)).Reload()
+    for key, ((step, value),) in series.items():
+        assert [row[key] for row in history if key in row] == [value]
+        assert [(event.step, event.value) for event in scalars.Scalars(key)] == [(step, float(np.float32(value)))]
+
+
+@pytest.mark.parametrize("order", [1, -1], ids=["scorer first", "scorer last"])
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_confusions_are_drawn_from_the_counts_of_the_scorer(tmp_path, monkeypatch, verb, order):
+    drawn = []
+    draw = pictures.confusion_picture
+    monkeypatch.setattr(pictures, "confusion_picture", lambda *args: drawn.append(args) or draw(*args))
+    target, preds, loader = batches()
+    callbacks = [JaccardCallback(["sky", "road", "pole"]), ConfusionPicture()][::order]
+    getattr(trainer(tmp_path, callbacks), verb)(Answers(), loader, verbose=False)
+    ((counts, names),) = drawn
+    kept = target != 255
+    assert counts.tolist() == [[int((preds[kept & (target == i)] == j).sum()) for j in range(3)] for i in range(3)]
+    assert names == ("sky", "road", "pole")
+    assert [path.name for path in (tmp_path / "confusion").iterdir()] == [{"validate": "val", "test": "test"}[verb] + ".png"]
+
+
+def test_confusions_in_training_and_without_a_scorer(tmp_path):
+    loader = batches()[2]
+    run = trainer(tmp_path, [JaccardCallback(["a", "b", "c"]), ConfusionPicture(every_n_epochs=2)], max_epochs=5)
+    run.fit(Answers(), loader, loader)
+    assert sorted(path.name for path in (tmp_path / "confusion").iterdir()) == [
+        f"val-epoch{epoch:03d}.png" for epoch in (1, 3, 4)
+    ]
+    with pytest.raises(ValueError, match="found ConfusionPicture alone, expected a JaccardCallback beside it"):
+        trainer(tmp_path, [ConfusionPicture()]).validate(Answers(), loader)
+
+
+@pytest.mark.parametrize(("classes", "cell"), [(2, 38), (65, 16), (150, 12)])
+def test_confusion_cells_are_shades_of_the_recall(classes, cell):
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
+    counts[0, 0], counts[0, 1] = 3_000_000_000, 1_000_000_000  # 75 and 25 %; the row of class 1 has no pixels
+    counts[2:, 0] = 7
+    names = [f"c{index}" for index in range(classes)]
+    picture = pictures.as_array(pictures.confusion_picture(counts, names)).astype(int)
+    grey = (picture == 225).all(-1)  # of class 1, and perhaps a pixel of a letter
+    row_of_class_1 = (grey.sum(1) >= classes * (cell - 1)).argmax()
+    left, top = grey[row_of_class_1].argmax(), row_of_class_1 - cell
+    corner = 3  # off the rules and the numbers
+
+    def at(row, column):
+        return picture[top + row * cell + corner, left + column * cell + corner].tolist()
+
+    def shade(share):
+        return [round(255 + (dark - 255) * math.sqrt(share)) for dark in (8, 48, 107)]
+
+    assert at(0, 0) == shade(0.75)
+    assert at(0, 1) == shade(0.25)
+    assert [at(1, column) for column in range(classes)] == [[225] * 3] * classes
+    if classes > 2:
+        assert at(2, 0) == at(classes - 1, 0) == shade(1)
+        assert at(0, 2) == at(classes - 1, classes - 1) == [255] * 3
+    first_cell = picture[top + corner : top + cell - corner, left + corner : left + cell - corner]
+    assert (first_cell != shade(0.75)).any() == (classes == 2)  # numbers where there is room for them
+
+
+def test_bars_are_to_scale():
+    palette = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (9, 9, 9)]
+    values = {"x": torch.tensor([2.0, -1.0, 1.0, math.nan]), "y": torch.tensor([0.0, 1e-6, 0.0, 0.0])}
+    picture = pictures.as_array(pictures.class_values_picture(values, ["a", "b", "c", "d"], palette))
+    widths = [int((picture == color).all(-1).sum(1).max()) for color in palette]
+    # 240 pixels from -1 to 2, and 240 for 1e-6 in the second column; a bar's outline takes a pixel of it
+    assert widths == [2 * 80 - 1, 80 - 1 + 240 - 1, 80 - 1, 0]
+    lefts = [int((picture == color).all(-1).any(0).argmax()) for color in palette[:3]]
+    assert lefts[0] == lefts[2]
+
+
+def test_sweep_file_is_one_that_wandb_takes_and_the_command_runs(tmp_path):
+    sweep = yaml.safe_load((cli.RECIPES.parent / "sweeps" / "margin_calibration.yaml").read_text())
+    # Top-level keys, and those of parameters, as documented by W&B; its server warns of others
+    assert set(sweep) <= {
+        *("name", "description", "program", "command", "method", "metric", "parameters", "early_terminate", "run_cap"),
+        *("entity", "project"),
+    }
+    assert sweep["method"] == "bayes"
+    assert sweep["metric"] == {"name": "val/miou", "goal": "maximize"}
+    assert sweep["early_terminate"].keys() == {"type", "min_iter"}
+    assert {key.rpartition(".")[2] for key in sweep["parameters"]} == {"scheme", "tau", "upsilon", "max_margin"}
+    for parameter in sweep["parameters"].values():
+        assert parameter.keys() == {"values"} or (
+            parameter.keys() == {"distribution", "min", "max"}
+            and parameter["distribution"] == "log_uniform_values"
+            and 0 < parameter["min"] < parameter["max"]
+        )
+
+    # As wandb's agent puts the command together
+    first = {key: {"value": value.get("values", [value.get("min")])[0]} for key, value in sweep["parameters"].items()}
+    macros = create_sweep_command_args({"args": first}) | {"env": ["/usr/bin/env"], "program": [sweep["program"]]}
+    words = []
+    for word in create_sweep_command(list(sweep["command"])):
+        words += macros[word[2:-1]] if word.startswith("${") else [word]
+    assert words[:3] == ["/usr/bin/env", "mcseg", "fit"]
+    # Absolute, as W&B's service takes a relative folder from where the first run of the process started it
+    main([*words[2:], *SYNTHETIC[2:], f"--trainer.default_root_dir={tmp_path}"])
+    finish_wandb()
+    kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]["objective"][
+        "init_args"
+    ]
+    for key, value in first.items():
+        assert kept[key.rpartition(".")[2]] == value["value"]
+    _, history = wandb_run(tmp_path)
+    assert sum("val/miou" in row for row in history) == 1
+    assert "sweeps" not in " ".join(cli._recipes())
+
+
+def test_wandb_hears_of_a_failure(monkeypatch, capsys):
+    """Without that, a sweep takes a failed run for a finished one."""
+    monkeypatch.setattr(sys, "exit", sys.exit)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    hooks = ExitHooks()
+    hooks.hook()
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.arch", "unett"])
+    assert hooks.exit_code == 1
