@@ -1,5 +1,6 @@
 """The command ``mcseg``: Lightning's fit, validate, test and predict, and mcseg's own verbs for data sets."""
 
+import argparse
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from mcseg.callbacks import ConfusionPicture, JaccardCallback, PredictionPanel, 
 from mcseg.data import IGNORE_INDEX, DataError, SegmentationData
 from mcseg.data.benchmark import benchmark_facts, benchmark_names
 from mcseg.data.files import Sample
+from mcseg.heldout import HeldOutBounds
 from mcseg.inference import Inference
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import MarginOffsets, margin_offsets
@@ -39,6 +41,7 @@ _HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE .
   fit       train; writes checkpoints, metrics.csv, curves and panels into runs/<recipe>/<time>
   validate  score a checkpoint on the validation split       (--ckpt_path)
   test      score a checkpoint on the test split             (--ckpt_path)
+  bound     what a held-out split promises for unseen images (--ckpt_path, --split val --level 0.95)
   predict   masks and overlays for a folder of images        (--ckpt_path, --data.predict_root)
             or what a benchmark's server takes               (--ckpt_path, --format BENCHMARK)
   download  fetch a benchmark, or say how to get it          (mcseg download BENCHMARK --root DIR)
@@ -129,6 +132,11 @@ class SegmentationCLI(LightningCLI):
         )
 
     @property
+    def verb(self) -> str:
+        """The word behind ``mcseg``."""
+        return self.subcommand or ""
+
+    @property
     def verb_config(self) -> Namespace:
         """Settings of the verb that runs."""
         config: Namespace = self.config[self.subcommand] if self.subcommand else self.config
@@ -138,9 +146,7 @@ class SegmentationCLI(LightningCLI):
         """Refuse to score without weights; choose the run folder and the precision."""
         config = self.verb_config
         if self.subcommand in ("validate", "test", "predict") and not config.ckpt_path:
-            raise ValueError(
-                f"mcseg {self.subcommand} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt"
-            )
+            raise ValueError(f"mcseg {self.verb} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt")
         if self.subcommand and config.ckpt_path and not Path(config.ckpt_path).exists():
             raise FileNotFoundError(f"--ckpt_path: no checkpoint {config.ckpt_path}; expected the path of a .ckpt file")
         if config.model.objective is None:
@@ -151,7 +157,7 @@ class SegmentationCLI(LightningCLI):
             config.return_predictions = False  # they are written; keeping them would fill the memory
         trainer = config.trainer
         if trainer.default_root_dir is None:
-            trainer.default_root_dir = str(_run_folder(self.recipe, self.subcommand or ""))
+            trainer.default_root_dir = str(_run_folder(self.recipe, self.verb))
             self.save_config_kwargs["chosen_folder"] = trainer.default_root_dir
         for logger in _loggers(config):
             if logger.get("init_args.save_dir", "") in (None, "."):
@@ -207,7 +213,7 @@ def main(args: Sequence[str] | None = None) -> None:
             download(words[1:])
             return
         recipe, words = _find_recipes(_in_full(words))
-        own = {"stats": stats, "check": check, "show": show, "compare": compare}
+        own = {"stats": stats, "check": check, "show": show, "bound": bound, "compare": compare}
         with warnings.catch_warnings():
             _quieten()
             if words[0] in own:
@@ -266,6 +272,31 @@ def _shown(data: SegmentationData, sample: Sample, split: str) -> tuple[torch.Te
         image = data.reader.image(sample)
         return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
     return data.reader.pair(sample)
+
+
+class BoundCLI(SegmentationCLI):
+    """Validation or test with the bounds that it gives for unseen images; in one process, as they need every image."""
+
+    verb = "bound"
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the bounds' own settings."""
+        super().add_arguments_to_parser(parser)
+        parser.add_lightning_class_args(HeldOutBounds, "bound")
+
+    def before_instantiate_classes(self) -> None:
+        """Take one device, unless the user chose."""
+        super().before_instantiate_classes()
+        if self.verb_config.trainer.devices in ("auto", -1):
+            self.verb_config.trainer.devices = 1
+
+
+def bound(recipe: str, args: Sequence[str]) -> None:
+    """``mcseg bound``: mIoU of a held-out split, what it promises for unseen images, and how far the margins reach."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("--split", choices=("val", "test"), default="val")
+    chosen, rest = options.parse_known_args(args)
+    BoundCLI(recipe, ["validate" if chosen.split == "val" else "test", *rest])
 
 
 def stats(recipe: str, args: Sequence[str]) -> None:
@@ -346,11 +377,13 @@ def _recipes() -> list[str]:
 
 
 def _in_full(words: Sequence[str]) -> list[str]:
-    """Spell out what may be said short: a recipe behind the verb, ``--root`` and ``--format``."""
+    """Spell out what may be said short: a recipe behind the verb, ``--root``, ``--format``, the settings of ``bound``."""
     verb, *rest = words
     if rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
     short = {"--root": "--data.root", "--format": "--writer.format"}
+    if verb == "bound":
+        short |= {f"--{name}": f"--bound.{name}" for name in ("level", "group", "selected_from")}
     pairs = (word.partition("=") for word in rest)
     return [verb, *(short.get(flag, flag) + equals + value for flag, equals, value in pairs)]
 

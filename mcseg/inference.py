@@ -231,27 +231,38 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
 def labels_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Predict at another size: argmax of the logits (N,C,h,w) resized bilinearly to ``size`` (H,W), in bands of rows.
 
-    The resized logits of a photo of 20 megapixels take gigabytes; a band at a time takes 64 MB whatever the size.
-
     Returns:
         (N,H,W) uint8 train ids.
     """
+    labels = torch.empty((len(logits), *size), dtype=torch.uint8, device=logits.device)
+    for band, resized in bands_at(logits, size):
+        labels[:, band] = resized.argmax(1)
+    return labels
+
+
+def bands_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Iterator[tuple[slice, Tensor]]:
+    """Resize logits (N,C,h,w) bilinearly to ``size`` (H,W), a band of rows at a time.
+
+    The resized logits of a photo of 20 megapixels take gigabytes; a band at a time takes 64 MB whatever the size. Logits of
+    that size already come as they are, in one band.
+
+    Yields:
+        Rows of the result, and their logits (N,C,rows,W): float32 where they were resized.
+    """
     height, width = size
     if logits.shape[-2:] == (height, width):
-        return logits.argmax(1).to(torch.uint8)
+        yield slice(0, height), logits
+        return
     logits = logits.float()
     rows = max(1, _BAND // (logits.shape[0] * logits.shape[1] * width))
     if rows >= height:
-        resized = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
-        return resized.argmax(1).to(torch.uint8)
-    labels = logits.new_empty((logits.shape[0], height, width), dtype=torch.uint8)
+        yield slice(0, height), F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
+        return
     for top in range(0, height, rows):
         band = slice(top, min(top + rows, height))
         above, below, share = _neighbours(height, logits.shape[2], band)
         mixed = torch.lerp(logits[:, :, above], logits[:, :, below], share[:, None].to(logits.device))
-        mixed = F.interpolate(mixed, (mixed.shape[2], width), mode="bilinear", align_corners=False)
-        labels[:, band] = mixed.argmax(1)
-    return labels
+        yield band, F.interpolate(mixed, (mixed.shape[2], width), mode="bilinear", align_corners=False)
 
 
 def _neighbours(length: int, source: int, part: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:

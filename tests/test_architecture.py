@@ -26,6 +26,8 @@ MAY_IMPORT = {
     "module": {"inference", "losses", "networks"},
     "callbacks": {"metrics", "pictures", "tracking"},
     "tracking": {"pictures"},
+    "bounds": {"margins"},
+    "heldout": {"bounds", "callbacks", "inference", "pictures"},
     "download": {"data"},
 }
 AT_FIRST_USE = {"triton", "wandb", "matplotlib", "scipy", "pandas", "segmentation_models_pytorch", "timm"}
