@@ -33,11 +33,11 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.trainer.states import TrainerStatus
 from torch.utils.data import DataLoader, Dataset
 
-from mcseg.cli import RECIPES
 from mcseg.data import BenchmarkData, CamVidData, CityscapesData, MapillaryVistasData
 from mcseg.data.files import Sample
 from mcseg.data.scenes import draw_scene
 from mcseg.data.statistics import count_class_pixels
+from mcseg.recipes import RECIPES
 
 
 class Decoded(Dataset[object]):

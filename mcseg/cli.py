@@ -29,9 +29,8 @@ from mcseg.inference import Inference
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import MarginOffsets, margin_offsets
 from mcseg.module import SegmentationModule
+from mcseg.recipes import find_recipes, in_full, recipe_names
 from mcseg.tracking import ObjectiveMonitor, log_configuration
-
-RECIPES = Path(__file__).parent / "configs"
 
 # Lightning starts further DDP processes with this environment variable, and LOCAL_RANK, in place.
 _RUN_FOLDER = "MCSEG_RUN_FOLDER"
@@ -201,7 +200,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(_RUN_FOLDER, None)
     if not words or words[0] in ("-h", "--help"):
-        print(_HELP.format(recipes=", ".join(_recipes()), benchmarks=", ".join(benchmark_names())))
+        print(_HELP.format(recipes=", ".join(recipe_names()), benchmarks=", ".join(benchmark_names())))
         return
     if words[0] == "--version":
         from mcseg import __version__
@@ -212,10 +211,10 @@ def main(args: Sequence[str] | None = None) -> None:
         if words[0] == "download":
             download(words[1:])
             return
-        recipe, words = _find_recipes(_in_full(words))
+        recipe, words = find_recipes(in_full(words))
         own = {"stats": stats, "check": check, "show": show, "bound": bound, "compare": compare}
         with warnings.catch_warnings():
-            _quieten()
+            quieten()
             if words[0] in own:
                 own[words[0]](recipe, words[1:])
             else:
@@ -226,7 +225,7 @@ def main(args: Sequence[str] | None = None) -> None:
         _remove_if_empty(os.environ.get(_RUN_FOLDER))
         if os.environ.get("MCSEG_TRACEBACK"):
             raise
-        _fail(_last_line(error), 1)
+        _fail(last_line(error), 1)
 
 
 def download(args: Sequence[str]) -> None:
@@ -372,60 +371,6 @@ def _offsets(config: Namespace, pixels: torch.Tensor) -> MarginOffsets:
     return margin_offsets(pixels, **{key: settings[key] for key in keys if key in settings})
 
 
-def _recipes() -> list[str]:
-    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
-
-
-def _in_full(words: Sequence[str]) -> list[str]:
-    """Spell out what may be said short: a recipe behind the verb, ``--root``, ``--format``, the settings of ``bound``."""
-    verb, *rest = words
-    if rest and not rest[0].startswith("-"):
-        rest.insert(0, "--config")
-    short = {"--root": "--data.root", "--format": "--writer.format"}
-    if verb == "bound":
-        short |= {f"--{name}": f"--bound.{name}" for name in ("level", "group", "selected_from")}
-    pairs = (word.partition("=") for word in rest)
-    return [verb, *(short.get(flag, flag) + equals + value for flag, equals, value in pairs)]
-
-
-def _find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Replace names of packaged recipes by their paths; return the first recipe's name and the arguments."""
-    found: list[str] = []
-    names: list[str] = []
-    after_config = False
-    for word in words:
-        flag, _, value = word.partition("=")
-        if flag in ("--config", "-c") and value:
-            names.append(value)
-            found += [flag, str(_recipe_path(value))]
-        elif after_config:
-            names.append(word)
-            found.append(str(_recipe_path(word)))
-        else:
-            found.append(word)
-        after_config = word in ("--config", "-c")
-    asks_help = any(word in ("-h", "--help") for word in words)
-    if (
-        not names
-        and not asks_help
-        and not any(word.startswith("--data") and not word.startswith("--data.") for word in words)
-    ):
-        names = ["synthetic"]  # the embedded data set, so that every verb works as it is
-        found[1:1] = ["--config", str(_recipe_path("synthetic"))]
-    return Path(names[0]).stem if names else "custom", found
-
-
-def _recipe_path(name: str) -> Path:
-    if Path(name).is_file():
-        return Path(name)
-    packaged = RECIPES / f"{name}.yaml"
-    if not packaged.is_file():
-        raise FileNotFoundError(
-            f"--config {name}: neither a file nor a recipe of mcseg; the recipes are {', '.join(_recipes())}"
-        )
-    return packaged
-
-
 def _run_folder(recipe: str, verb: str) -> Path:
     """runs/<recipe>/<time>, the same on all processes of a run and new for each run."""
     if "LOCAL_RANK" in os.environ and _RUN_FOLDER in os.environ:
@@ -460,7 +405,7 @@ def _default_precision(accelerator: str) -> str:
     return "32-true"
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Leave out advertisements, and what Lightning says about choices that mcseg made on purpose."""
     chatter = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to", "Loading `train_dataloader`")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda r: not r.getMessage().startswith(chatter))
@@ -479,7 +424,7 @@ def _quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def _last_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
     """What a person needs of an error: a worker process puts its traceback in front of the message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "worker process" not in lines[0]:

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "bounds": {"margins"},
     "heldout": {"bounds", "callbacks", "inference", "pictures"},
     "download": {"data"},
+    "recipes": set(),
 }
 AT_FIRST_USE = {"triton", "wandb", "matplotlib", "scipy", "pandas", "segmentation_models_pytorch", "timm"}
 

@@ -17,11 +17,12 @@ import yaml
 from conftest import break_three, write_png
 from PIL import Image
 
-from mcseg.cli import RECIPES, main
+from mcseg.cli import main
 from mcseg.data import CamVidData
 from mcseg.inference import Inference
 from mcseg.metrics import score
 from mcseg.module import SegmentationModule
+from mcseg.recipes import RECIPES
 
 UNET = ["--model.network_options", '{"decoder_channels": [16, 16, 8, 8, 8]}']
 DEEPLAB = [

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from mcseg import pictures
-from mcseg.cli import RECIPES, main
+from mcseg.cli import main
 from mcseg.compare import compare, report, schedule, tables, worker
 from mcseg.compare.plan import Run, runs
 from mcseg.compare.record import _place, image_counts, sample_log_probs
@@ -32,6 +32,7 @@ from mcseg.compare.shifts import _GRID, _miou_on_grid, fit_shifts, shifted_miou
 from mcseg.compare.statistics import class_iou, measures, paired_intervals
 from mcseg.compare.study import _ParseOnly, make_study, parse_grid, setting_words
 from mcseg.metrics import Scores, rarest_third
+from mcseg.recipes import RECIPES
 
 SYNTHETIC = ["--config", str(RECIPES / "synthetic.yaml")]
 TINY = {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mcseg.compare import report, tables
 from mcseg.compare.schedule import Folder, default_jobs, execute, save_text, workers_per_job
 from mcseg.compare.study import ObjectiveSettings, Study, make_study, setting_words
+from mcseg.recipes import find_recipes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -64,10 +65,8 @@ def compare(
     Raises:
         ValueError: a setting cannot be used; nothing has run then.
     """
-    from mcseg.cli import _find_recipes
-
     configs = [config] if isinstance(config, str) else list(config)
-    recipe, words = _find_recipes(["compare", *(f"--config={name}" for name in configs), *setting_words(settings or {})])
+    recipe, words = find_recipes(["compare", *(f"--config={name}" for name in configs), *setting_words(settings or {})])
     return run_study(
         recipe,
         words[1:],

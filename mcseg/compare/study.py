@@ -11,8 +11,9 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from mcseg.cli import RECIPES, SegmentationCLI
+from mcseg.cli import SegmentationCLI
 from mcseg.data import SegmentationData
+from mcseg.recipes import RECIPES
 
 Words = tuple[str, ...]
 ObjectiveSettings = str | Mapping[str, Any]

@@ -25,7 +25,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from mcseg.callbacks import ConfusionPicture, PredictionPanel, PredictionWriter, TrainingCurves
-from mcseg.cli import SegmentationCLI, _last_line, _quieten
+from mcseg.cli import SegmentationCLI, last_line, quieten
 from mcseg.compare.record import EvaluationRecord, TrainingRecord
 from mcseg.metrics import Scores, rarest_third
 from mcseg.tracking import ObjectiveMonitor
@@ -194,11 +194,11 @@ def main(folder: Path) -> None:
     """Run; on an error leave ``error.txt`` with one line, and exit with 1."""
     try:
         with warnings.catch_warnings():
-            _quieten()
+            quieten()
             run(folder)
     except Exception as error:
         traceback.print_exc()
-        _save_text(folder / "error.txt", f"{type(error).__name__}: {_last_line(error)}\n")
+        _save_text(folder / "error.txt", f"{type(error).__name__}: {last_line(error)}\n")
         raise SystemExit(1) from None
 
 

@@ -1,0 +1,62 @@
+"""Recipes: the YAML files that come with mcseg, by name, and what a person may say short on the command line."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+RECIPES = Path(__file__).parent / "configs"
+
+
+def recipe_names() -> list[str]:
+    """List the packaged recipes, those in folders as ``folder/name``."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
+
+
+def in_full(words: Sequence[str]) -> list[str]:
+    """Spell out what may be said short: a recipe behind the verb, ``--root``, ``--format``, the settings of ``bound``."""
+    verb, *rest = words
+    if rest and not rest[0].startswith("-"):
+        rest.insert(0, "--config")
+    short = {"--root": "--data.root", "--format": "--writer.format"}
+    if verb == "bound":
+        short |= {f"--{name}": f"--bound.{name}" for name in ("level", "group", "selected_from")}
+    pairs = (word.partition("=") for word in rest)
+    return [verb, *(short.get(flag, flag) + equals + value for flag, equals, value in pairs)]
+
+
+def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Replace names of packaged recipes by their paths; return the first recipe's name and the arguments."""
+    found: list[str] = []
+    names: list[str] = []
+    after_config = False
+    for word in words:
+        flag, _, value = word.partition("=")
+        if flag in ("--config", "-c") and value:
+            names.append(value)
+            found += [flag, str(recipe_path(value))]
+        elif after_config:
+            names.append(word)
+            found.append(str(recipe_path(word)))
+        else:
+            found.append(word)
+        after_config = word in ("--config", "-c")
+    asks_help = any(word in ("-h", "--help") for word in words)
+    if (
+        not names
+        and not asks_help
+        and not any(word.startswith("--data") and not word.startswith("--data.") for word in words)
+    ):
+        names = ["synthetic"]  # the embedded data set, so that every verb works as it is
+        found[1:1] = ["--config", str(recipe_path("synthetic"))]
+    return Path(names[0]).stem if names else "custom", found
+
+
+def recipe_path(name: str) -> Path:
+    """Find a recipe: a file of that path, or a packaged one of that name; FileNotFoundError where neither exists."""
+    if Path(name).is_file():
+        return Path(name)
+    packaged = RECIPES / f"{name}.yaml"
+    if not packaged.is_file():
+        raise FileNotFoundError(
+            f"--config {name}: neither a file nor a recipe of mcseg; the recipes are {', '.join(recipe_names())}"
+        )
+    return packaged
