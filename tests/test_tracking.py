@@ -32,6 +32,7 @@ from mcseg.cli import main
 from mcseg.data import SyntheticData
 from mcseg.losses import MarginCalibrationLoss, SumLoss
 from mcseg.margins import margin_offsets
+from mcseg.recipes import RECIPES, recipe_names
 from mcseg.tracking import ObjectiveMonitor
 
 SCENES = {"train_scenes": 4, "val_scenes": 2, "test_scenes": 2, "size": [32, 48], "crop_size": [32, 32]}
@@ -426,7 +427,7 @@ def test_bars_are_to_scale():
 
 
 def test_sweep_file_is_one_that_wandb_takes_and_the_command_runs(tmp_path):
-    sweep = yaml.safe_load((cli.RECIPES.parent / "sweeps" / "margin_calibration.yaml").read_text())
+    sweep = yaml.safe_load((RECIPES.parent / "sweeps" / "margin_calibration.yaml").read_text())
     # Top-level keys, and those of parameters, as documented by W&B; its server warns of others
     assert set(sweep) <= {
         *("name", "description", "program", "command", "method", "metric", "parameters", "early_terminate", "run_cap"),
@@ -460,7 +461,7 @@ def test_sweep_file_is_one_that_wandb_takes_and_the_command_runs(tmp_path):
         assert kept[key.rpartition(".")[2]] == value["value"]
     _, history = wandb_run(tmp_path)
     assert sum("val/miou" in row for row in history) == 1
-    assert "sweeps" not in " ".join(cli._recipes())
+    assert "sweeps" not in " ".join(recipe_names())
 
 
 def test_wandb_hears_of_a_failure(monkeypatch, capsys):
