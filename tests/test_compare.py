@@ -354,7 +354,8 @@ def test_key_follows_what_changes_the_numbers(tmp_path):
     base = key()
     assert base == key(label="y") == key("# the same\nmodel:\n  lr_power: 1\n") == key(name=tmp_path / "b.yaml")
     assert base == key(words=("--trainer.enable_progress_bar=false",))
-    assert key(words=("--data.root", "x")) == key(words=("--data.root=x",))
+    assert key(words=("--data.root", "x")) == key(words=("--data.root=x",)) == key(words=("--data.root=elsewhere/x",))
+    assert key(words=("--data.root=x",)) != key(words=("--data.root=y",))
     others = [key("model: {lr_power: 2}"), key(words=("--seed_everything=1",)), key(shifts=(1.0, -1.0))]
     others.append(key(start=Run("z", "first", 0, ())))
     assert len({base, *others}) == 5
@@ -739,6 +740,13 @@ def test_compare_end_to_end(tmp_path, capsys):
     reader = Reader((folder / "report.html").read_text())
     assert all(source.startswith("data:image/") for source in reader.sources)
     assert not list(folder.rglob("*.ckpt"))
+    for path in (
+        *folder.glob("runs/*/result.json"),
+        *(folder / name for name in ("study.json", "results.json", "runs.csv")),
+    ):
+        assert not any(str(place) in path.read_text() for place in (tmp_path, RECIPES)), path  # results can be shared
+    assert json.loads((folder / "study.json").read_text())["words"][:2] == ["--config", "synthetic"]
+    assert found["cross_entropy-final-seed0"]["settings"]["model"]["arch"] == "unet"
 
     times = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/result.json")}
     lost = next(folder.glob("runs/margin_calibration_tau=2-final-seed1-*/result.json"))

@@ -1,6 +1,7 @@
 """Compare objectives: one data recipe x objectives x seeds, a table with intervals, and one report."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mcseg.compare import report, tables
 from mcseg.compare.schedule import Folder, default_jobs, execute, save_text, workers_per_job
 from mcseg.compare.study import ObjectiveSettings, Study, make_study, setting_words
-from mcseg.recipes import find_recipes
+from mcseg.recipes import RECIPES, find_recipes
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -142,12 +143,17 @@ def _about(study: Study) -> dict[str, Any]:
     workers = [word.partition("=")[2] for word in study.words if word.startswith("--data.num_workers=")]
     return {
         "recipe": study.recipe,
-        "words": study.words,
-        "objectives": {o.label: {"words": o.words, "trials": o.trials} for o in study.objectives},
+        "words": _shown(study.words),
+        "objectives": {o.label: {"words": _shown(o.words), "trials": o.trials} for o in study.objectives},
         "seeds": study.seeds,
         "baseline": study.baseline,
         "folds": study.folds,
-        "first": study.first and {"label": study.first.label, "words": study.first.words},
+        "first": study.first and {"label": study.first.label, "words": _shown(study.first.words)},
         "then": study.then,
         "num_workers": int(workers[-1]) if workers else None,
     }
+
+
+def _shown(words: Sequence[str]) -> list[str]:
+    """Words with packaged recipes by name again."""
+    return [word.replace(f"{RECIPES}{os.sep}", "").removesuffix(".yaml") if str(RECIPES) in word else word for word in words]

@@ -55,7 +55,10 @@ class Run:
 
     @cached_property
     def key(self) -> str:
-        """Hash of what the run's numbers depend on: settings, not the label; the contents of YAML files, not their paths."""
+        """Hash of what the run's numbers depend on: settings, not the label; the contents of YAML files, not their paths.
+
+        Of the data's root the last folder counts: results stay valid where data set and study are moved to another place.
+        """
         found = {
             "words": list(_contents(self.words)),
             "start": self.start.key if self.start else None,
@@ -89,6 +92,8 @@ def _contents(words: Words) -> Iterator[list[Any]]:
             continue
         if flag == "--config":
             yield [flag, _settings_in(value, Path(value).stat().st_mtime_ns)]
+        elif flag == "--data.root":
+            yield [flag, Path(value).name]
         elif flag not in _IRRELEVANT:
             yield [flag, value]
     if pending is not None:

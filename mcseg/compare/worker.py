@@ -17,7 +17,7 @@ import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytorch_lightning as pl
@@ -115,9 +115,20 @@ def run(folder: Path) -> None:
         "fingerprint": {"weights": training.weights, "batches": training.batches},
         "machine": {"device": _device(trainer), "threads": torch.get_num_threads(), "precision": str(trainer.precision)},
         "versions": _versions(),
-        "settings": json.loads(json.dumps(cli.config.as_dict(), default=str)),
+        "settings": _settings(cli.config.as_dict()),
     }
     _save_text(folder / "result.json", json.dumps(result, indent=1))
+
+
+def _settings(found: dict[str, Any]) -> dict[str, Any]:
+    """Settings that numbers depend on, without where this machine has its files: results are there to be shared."""
+    kept = {key: found[key] for key in ("seed_everything", "model", "data", "inference", "trainer")}
+    kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in ("default_root_dir", "logger")}
+    data = dict(kept["data"]["init_args"])
+    if data.get("root"):
+        data["root"] = Path(data["root"]).name
+    kept["data"] = {**kept["data"], "init_args": data}
+    return cast(dict[str, Any], json.loads(json.dumps(kept, default=str)))
 
 
 def _scores(counts: np.ndarray[Any, Any], tail: list[int]) -> dict[str, Any]:
