@@ -291,3 +291,25 @@ def test_two_processes_give_the_ratio_of_one(tmp_path):
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         MarginCalibrationLoss(4, **options)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_errors_of_confident_pixels_keep_their_digits(label):
+    """A miss rate of 1e-17 is what it is, not 0: 1 - p would have lost it."""
+    z = [40.0, 0.0, -3.0]
+    foreground, background = [2.0, 1.0, 0.5], [0.25, 3.0, 6.0]
+    errors, is_label = surrogate_errors(
+        torch.tensor([z], dtype=torch.float64),
+        torch.tensor([label]),
+        torch.tensor(foreground, dtype=torch.float64),
+        torch.tensor(background, dtype=torch.float64),
+        "soft",
+        "sigmoid",
+        255,
+    )
+    expected = []
+    for k in range(3):
+        s = z[k] - math.log(sum(math.exp(z[j]) for j in range(3) if j != k))
+        expected.append(1 / (1 + math.exp(s - foreground[k] if k == label else -s - background[k])))
+    assert is_label.tolist() == [[k == label for k in range(3)]]
+    assert errors[0].tolist() == pytest.approx(expected, rel=1e-12)
