@@ -30,7 +30,7 @@ class Folder:
     """Where a comparison lives: ``runs/<name>`` per run, with ``result.json`` once it is complete."""
 
     root: Path
-    failed: dict[str, str] = field(default_factory=dict)  # by key; of this session
+    failed: dict[str, str] = field(default_factory=dict)  # by key; of this call
     _results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def path(self, run: Run) -> Path:
