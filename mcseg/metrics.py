@@ -61,6 +61,25 @@ def rarest_third(class_pixels: Tensor) -> Tensor:
     return present[: math.ceil(len(present) / 3)]
 
 
+def image_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
+    """Count an image's pixels per class, void left out.
+
+    Args:
+        preds: (H,W) integer classes 0..C-1.
+        target: (H,W) integer classes 0..C-1 or ``ignore_index``.
+        num_classes: number of classes C.
+        ignore_index: target value that counts nowhere.
+
+    Returns:
+        (3,C) int64: pixels predicted right, in the target, in the prediction; see :meth:`Scores.from_counts`.
+    """
+    labelled = target != ignore_index
+    preds, target = preds.long(), target.long()
+    chosen = (labelled & (preds == target), target), (labelled, target), (labelled, preds)
+    ids = [torch.where(mask, ids, num_classes).flatten() for mask, ids in chosen]  # what is left out gets a bin of its own
+    return torch.stack([torch.bincount(found, minlength=num_classes + 1) for found in ids])[:, :num_classes]
+
+
 class SegmentationScores(MulticlassJaccardIndex):
     """torchmetrics' Jaccard index over one confusion matrix of a whole split, giving :class:`Scores`.
 

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "callbacks": {"metrics", "pictures", "tracking"},
     "tracking": {"pictures"},
     "bounds": {"margins"},
-    "heldout": {"bounds", "callbacks", "inference", "pictures"},
+    "heldout": {"bounds", "callbacks", "inference", "metrics", "pictures"},
     "download": {"data"},
     "recipes": set(),
 }

@@ -16,8 +16,10 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from mcseg import pictures
+from mcseg.callbacks import EvaluationCallback
 from mcseg.data import IGNORE_INDEX, SegmentationData
 from mcseg.inference import labels_at
+from mcseg.metrics import image_counts
 
 _LOG_PROBS = 4_000_000  # values (pixels x classes) that a run keeps for the choice of shifts: 8 MB
 _SIDE = 480  # pixels of the longer side of a picture in the report
@@ -99,7 +101,7 @@ class TrainingRecord(Callback):
         self.curves.append(point)
 
 
-class EvaluationRecord(Callback):
+class EvaluationRecord(EvaluationCallback):
     """Counts of each validation image, pictures of a few, and a sample of log-probabilities; for ``Trainer.validate``.
 
     One forward pass serves the predictions without and with the shifts, so shifts and log-probabilities need inference
@@ -143,15 +145,7 @@ class EvaluationRecord(Callback):
         self._hook.remove()
         self._logits = None
 
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def take(self, trainer: pl.Trainer, outputs: Any, batch: Any, batch_idx: int, split: str) -> None:
         """Count a batch."""
         assert self._logits is not None
         logits, target, preds = self._logits.detach(), outputs["target"], outputs["preds"]
@@ -164,9 +158,9 @@ class EvaluationRecord(Callback):
             shifted = labels_at(logits.float() + shifts, target.shape[-2:])
         for index, name in enumerate(batch["name"]):
             self.names.append(name)
-            self.counts.append(image_counts(preds[index], target[index], classes))
+            self.counts.append(image_counts(preds[index], target[index], classes).cpu().numpy())
             if shifted is not None:
-                self.counts_shifted.append(image_counts(shifted[index], target[index], classes))
+                self.counts_shifted.append(image_counts(shifted[index], target[index], classes).cpu().numpy())
             if self._log_probs:
                 pixels = max(1, _LOG_PROBS // (classes * images))
                 self.sample.append(sample_log_probs(logits[index].float(), target[index], pixels, self._generator))
@@ -185,24 +179,6 @@ class EvaluationRecord(Callback):
         for name, mask in masks.items():
             small = pictures.palette_image(mask.cpu(), palette).resize(size, Image.Resampling.NEAREST)
             pictures.save(small, self._folder / f"{place}-{name}.png")
-
-
-def image_counts(preds: Tensor, target: Tensor, classes: int) -> NDArray[np.int64]:
-    """Count an image's pixels per class, void left out.
-
-    Args:
-        preds: (H,W) train ids.
-        target: (H,W) train ids or 255.
-        classes: number of classes C.
-
-    Returns:
-        (3,C): pixels predicted right, in the target, in the prediction.
-    """
-    labelled = target != IGNORE_INDEX
-    preds, target = preds.long(), target.long()
-    chosen = (labelled & (preds == target), target), (labelled, target), (labelled, preds)
-    counts = [torch.bincount(torch.where(mask, ids, classes).flatten(), minlength=classes + 1) for mask, ids in chosen]
-    return torch.stack(counts)[:, :classes].cpu().numpy()
 
 
 def sample_log_probs(
