@@ -16,6 +16,7 @@ from mcseg import pictures
 from mcseg.bounds import iou_lower_bounds, miou_lower_bound
 from mcseg.callbacks import IGNORE_INDEX, EvaluationCallback
 from mcseg.inference import bands_at
+from mcseg.metrics import image_counts
 
 _STEPS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
 MARGINS = (0.0, *(round(step * scale, 2) for scale in (0.1, 1.0, 10.0) for step in _STEPS))  # logits
@@ -122,7 +123,7 @@ class HeldOutBounds(EvaluationCallback):
         classes = _data(trainer).num_classes
         for name, preds, target in zip(batch["name"], outputs["preds"], outputs["target"], strict=True):
             unit = self._unit(name)
-            counts = _image_counts(preds, target, classes).cpu()
+            counts = image_counts(preds, target, classes).cpu()
             self._counts[unit] = self._counts.get(unit, 0) + counts
             self._pixels[unit] = self._pixels.get(unit, 0) + target.numel()
         with trainer.precision_plugin.forward_context():
@@ -147,7 +148,7 @@ class HeldOutBounds(EvaluationCallback):
         result = self.result(data.class_names, split)
         folder = Path(trainer.default_root_dir)
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        pictures._atomically(folder / "bound.json", lambda temporary: temporary.write_text(text))
+        pictures.atomically(folder / "bound.json", lambda temporary: temporary.write_text(text))
         save_margins(self._margins, data.class_names, data.palette, folder / "margins.png")
         rank_zero_info("\n" + bound_table(result) + f"\nwritten: {folder / 'bound.json'}, {folder / 'margins.png'}")
 
@@ -192,13 +193,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _image_counts(preds: Tensor, target: Tensor, classes: int) -> Tensor:
-    """(3,C) int64: hits, target and predicted pixels of an image; void pixels count nowhere."""
-    labelled = target != IGNORE_INDEX
-    target, preds = target[labelled].long(), preds[labelled].long()
-    return torch.stack([torch.bincount(found, minlength=classes) for found in (target[target == preds], target, preds)])
 
 
 def bound_table(result: dict[str, Any]) -> str:
@@ -256,6 +250,6 @@ def save_margins(counts: MarginCounts, names: Sequence[str], palette: pictures.P
         axes.grid(alpha=0.3)
     left.set(ylabel="IoU", title="IoU if every pixel had to clear the margin")
     right.set(ylabel="share", title="pixels of the class that clear the margin")
-    if len(names) <= pictures._LEGEND_CLASSES:
+    if len(names) <= pictures.LEGEND_CLASSES:
         right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    pictures._atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    pictures.atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))

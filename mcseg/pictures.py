@@ -19,7 +19,7 @@ _SHEET_WIDTH = 300  # of a picture in a contact sheet
 _COLUMN_WIDTH = 360  # pixels; smaller images are enlarged, larger ones reduced to it
 _BAR_WIDTH = 240  # of the largest value
 _FONT_SIZE = 15
-_LEGEND_CLASSES = 30  # a legend of more takes more room than the pictures
+LEGEND_CLASSES = 30  # a legend of more takes more room than the pictures
 
 
 def void_color(palette: Palette) -> tuple[int, int, int]:
@@ -93,7 +93,7 @@ def panel(rows: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str], p
         )
     width = 3 * _COLUMN_WIDTH + 4 * gap
     shown = list(range(len(names)))
-    if len(names) > _LEGEND_CLASSES:
+    if len(names) > LEGEND_CLASSES:
         found = torch.cat([mask.flatten() for _, target, preds in rows for mask in (target, preds)])
         present = torch.bincount(found, minlength=len(names)) > 0
         shown = [index for index in shown if present[index]]
@@ -199,12 +199,12 @@ def confusion_picture(confusion: Tensor, names: Sequence[str]) -> Image.Image:
     pixels = counts.sum(1, keepdims=True)
     shares = np.divide(counts, pixels, out=np.zeros_like(counts), where=pixels > 0)
     classes = len(names)
-    cell = 38 if classes <= _LEGEND_CLASSES else 16 if classes <= 80 else 12
+    cell = 38 if classes <= LEGEND_CLASSES else 16 if classes <= 80 else 12
     font = ImageFont.load_default(min(_FONT_SIZE, cell - 2))
     number, text = ImageFont.load_default(_FONT_SIZE - 2), ImageFont.load_default(_FONT_SIZE)
     margin, side = 8, classes * cell
     label = round(max(map(font.getlength, names))) + 2 * margin
-    both = label if classes > _LEGEND_CLASSES else margin  # names on both sides of a matrix that is too large for one look
+    both = label if classes > LEGEND_CLASSES else margin  # names on both sides of a matrix that is too large for one look
     left, top = label, _FONT_SIZE + 2 * margin + label
     title = "target (rows) predicted as (columns), % of the target's pixels"
     width = max(left + side + both, round(text.getlength(title)) + 2 * margin)
@@ -226,11 +226,11 @@ def confusion_picture(confusion: Tensor, names: Sequence[str]) -> Image.Image:
             below = Image.new("RGB", (label, cell), _PAPER)
             ImageDraw.Draw(below).text((label - margin, cell // 2), name, fill=_INK, font=font, anchor="rm")
             canvas.paste(below.transpose(Image.Transpose.ROTATE_90), (left + index * cell, top + side))
-    every = 1 if classes <= _LEGEND_CLASSES else 5
+    every = 1 if classes <= LEGEND_CLASSES else 5
     for index in [*range(0, classes, every), classes]:
         draw.line((left + index * cell, top, left + index * cell, top + side), fill=_RULE)
         draw.line((left, top + index * cell, left + side, top + index * cell), fill=_RULE)
-    if classes <= _LEGEND_CLASSES:
+    if classes <= LEGEND_CLASSES:
         for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
             center = (left + column * cell + cell // 2, top + row * cell + cell // 2)
             ink = _PAPER if shares[row, column] > 0.3 else _INK
@@ -291,7 +291,7 @@ def _draw_scale(draw: ImageDraw.ImageDraw, left: int, top: int, font: ImageFont.
 
 def save(picture: Image.Image, path: Path) -> None:
     """Write a picture under a temporary name and rename it, so that no half-written file is left behind."""
-    _atomically(path, lambda temporary: picture.save(temporary))
+    atomically(path, lambda temporary: picture.save(temporary))
 
 
 def pack(folder: Path, archive: Path) -> Path:
@@ -308,7 +308,7 @@ def pack(folder: Path, archive: Path) -> Path:
                 for path in files:
                     packed_tar.add(path, path.relative_to(folder).as_posix())
 
-    _atomically(archive, write)
+    atomically(archive, write)
     return archive
 
 
@@ -333,11 +333,11 @@ def save_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     right.set(xlabel="epoch", ylabel="IoU", ylim=(0, 1), title="validation")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if len(keys) > _LEGEND_CLASSES:
+    if len(keys) > LEGEND_CLASSES:
         right.set(title=f"validation: mIoU and {len(keys)} classes")
     elif right.lines:
         right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    _atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
 
 
 def _curve(axes: "object", history: Sequence[Mapping[str, float]], key: str, **style: object) -> None:
@@ -366,10 +366,11 @@ def save_class_shares(
     right.barh(positions + 0.2, foreground[order].numpy(), 0.4, label="foreground", color="tab:orange")
     right.set(xlabel="margin offset in logits", xscale="log")
     right.legend()
-    _atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
 
 
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
+def atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file by ``write(temporary)`` and rename it to ``path``, so that no half-written file is left behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:

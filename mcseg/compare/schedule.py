@@ -21,6 +21,7 @@ import mcseg
 from mcseg.compare.plan import Outcome, Run, Shifts, runs
 from mcseg.compare.shifts import fit_shifts
 from mcseg.compare.study import Study
+from mcseg.pictures import atomically
 
 _PATIENCE = 10.0  # seconds that a process has to end when it is told to
 
@@ -65,10 +66,7 @@ class Folder:
 
 def save_text(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def default_jobs() -> int:

@@ -27,7 +27,9 @@ from pytorch_lightning.callbacks import Callback
 from mcseg.callbacks import ConfusionPicture, PredictionPanel, PredictionWriter, TrainingCurves
 from mcseg.cli import SegmentationCLI, last_line, quieten
 from mcseg.compare.record import EvaluationRecord, TrainingRecord
+from mcseg.compare.schedule import save_text
 from mcseg.metrics import Scores, rarest_third
+from mcseg.pictures import atomically
 from mcseg.tracking import ObjectiveMonitor
 
 FORMAT = 1  # of result.json and counts.npz
@@ -117,7 +119,7 @@ def run(folder: Path) -> None:
         "versions": _versions(),
         "settings": _settings(cli.config.as_dict()),
     }
-    _save_text(folder / "result.json", json.dumps(result, indent=1))
+    save_text(folder / "result.json", json.dumps(result, indent=1))
 
 
 def _settings(found: dict[str, Any]) -> dict[str, Any]:
@@ -189,16 +191,7 @@ def _commit() -> str | None:
 
 
 def _save_arrays(path: Path, **arrays: np.ndarray[Any, Any]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    temporary.replace(path)
-
-
-def _save_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text)
-    temporary.replace(path)
+    atomically(path, lambda temporary: np.savez_compressed(temporary, **arrays))  # type: ignore[arg-type]
 
 
 def main(folder: Path) -> None:
@@ -209,7 +202,7 @@ def main(folder: Path) -> None:
             run(folder)
     except Exception as error:
         traceback.print_exc()
-        _save_text(folder / "error.txt", f"{type(error).__name__}: {last_line(error)}\n")
+        save_text(folder / "error.txt", f"{type(error).__name__}: {last_line(error)}\n")
         raise SystemExit(1) from None
 
 
