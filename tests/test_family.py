@@ -32,10 +32,15 @@ COMBINATIONS = [
     ]
     if (surrogate, aggregation) != ("log", "dice")
 ]
+COMBINATIONS += [
+    options | {"power": 0.5}
+    for options in COMBINATIONS
+    if options["surrogate"] == "sigmoid" and options["classes"] == "present"
+]
 
 
 def ids(settings):
-    return "-".join(settings.values())
+    return "-".join(map(str, settings.values()))
 
 
 def case(seed=0, dtype=torch.float64):
@@ -89,7 +94,7 @@ def test_corner_soft_jaccard_and_dice():
 def test_corner_of_the_paper():
     logits, target = case()
     offsets = margin_offsets(PIXELS)
-    errors, is_label = surrogate_errors(logits, target, *offsets, "hard", "log", 255)
+    errors, is_label = surrogate_errors(logits, target, *offsets, "hard", "log", 1.0, 255)
     quarter = torch.full((4,), 0.25)
     general = weighted_sum(errors, is_label, 4 * quarter, quarter)
     expected = margin_calibration_loss(logits, target, offsets, reduction="none", backend="reference")
@@ -305,6 +310,7 @@ def test_errors_of_confident_pixels_keep_their_digits(label):
         torch.tensor(background, dtype=torch.float64),
         "soft",
         "sigmoid",
+        1.0,
         255,
     )
     expected = []

@@ -184,7 +184,7 @@ def test_tiles_change_nothing(monkeypatch, elements, shape):
     whole = run("fused", *case)
     monkeypatch.setattr(fused, "_TILE", elements)
     seen = torch.zeros(case[1].shape, dtype=torch.int64)
-    tiles = list(fused._tiles(case[0]))
+    tiles = list(fused.tiles(case[0], elements))
     for samples, rows in tiles:
         seen[samples, rows] += 1
     assert seen.eq(1).all()

@@ -116,20 +116,20 @@ def _loss_and_gradient(
 
     loss = torch.empty_like(target, dtype=dtype)
     gradient = torch.empty_like(logits if with_gradient else logits[:0], dtype=saved)
-    for samples, rows in _tiles(logits):
+    for samples, rows in tiles(logits, _TILE):
         out = gradient[samples, :, rows] if with_gradient else None
         loss[samples, rows], _ = tile(logits[samples, :, rows], target[samples, rows], out)
     return loss, gradient
 
 
-def _tiles(logits: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Cut into rows of one sample, or into runs of whole samples where these are small."""
+def tiles(logits: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+    """Cut into rows of one sample, or runs of whole samples where these are small, of about ``size`` elements."""
     num, num_classes, height, *rest = logits.shape
     if logits.numel() == 0:
         return
     row = num_classes * torch.Size(rest).numel()
-    rows = max(1, min(height, _TILE // row))
-    samples = max(1, _TILE // (row * height))
+    rows = max(1, min(height, size // row))
+    samples = max(1, size // (row * height))
     for n in range(0, num, samples):
         for r in range(0, height, rows):
             yield slice(n, n + samples), slice(r, r + rows)

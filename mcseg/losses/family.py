@@ -4,7 +4,7 @@ Per pixel and class there is a margin ``s_k``, an error at it is counted by a su
 the counts become one number::
 
     margin       hard  s_k = z_k - max_{j != k} z_j         soft  s_k = z_k - log sum_{j != k} exp z_j = log(p_k / (1 - p_k))
-    surrogate    log   phi(t) = softplus(t)                 sigmoid  phi(t) = 1 / (1 + exp(-t))
+    surrogate    log   phi(t) = softplus(t)                 sigmoid  phi(t) = 1 - (1 - r)^q,  r = 1 / (1 + exp(-t))
     misses       A_i = sum over pixels with y = i of phi(foreground_i - s_i)
     false alarms B_i = sum over pixels with y != i of phi(background_i + s_i)
     aggregation  sum      sum_i (u_i A_i + v_i B_i) / N for weights u, v of misses and false alarms
@@ -13,6 +13,12 @@ the counts become one number::
 
 with n_i labelled pixels of class i and N of all classes in the batch. The ratios count errors from 0 to 1, so there the
 surrogate ``log`` is divided by log 2, which makes it 1 at t = 0; in ``sum`` it is not, as in the paper.
+
+The power q lies above 0 and is at most 1. At 1 the error of a pixel at a soft margin without offsets is a probability, and
+its slope in the logits, p (1 - p), vanishes for the pixels that are most wrong. In general it is q p^q (1 - p) for a miss:
+the smaller q is, the more do hopeless pixels still pull, until the sigmoid over q becomes the log surrogate. Errors stay
+within 0 and 1, so that ratios of them stay ratios. For one-hot labels 1 - p^q is the loss of Zhang and Sabuncu, "Generalized
+Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels", NeurIPS 2018, times q.
 """
 
 from typing import Literal
@@ -21,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mcseg.kernels.counts import error_counts as soft_error_counts
 from mcseg.losses.base import summed_over_processes
 
 Margin = Literal["hard", "soft"]
@@ -60,6 +67,7 @@ def surrogate_errors(
     background: Tensor,
     margin: Margin,
     surrogate: Surrogate,
+    power: float,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """Compute ``phi`` for every pixel and class, and which of them are misses.
@@ -71,6 +79,7 @@ def surrogate_errors(
         background: see there.
         margin: kind of margin.
         surrogate: kind of surrogate, in natural units.
+        power: q of the sigmoid.
         ignore_index: label of void pixels.
 
     Returns:
@@ -92,6 +101,8 @@ def surrogate_errors(
         t = torch.where(is_label, foreground - s, background + s)
         # F.softplus turns into the identity too early for float64
         errors = -F.logsigmoid(-t) if surrogate == "log" else torch.sigmoid(t)
+    if power < 1:  # the slope at 1 is infinite
+        errors = 1 - (1 - errors).clamp(min=torch.finfo(errors.dtype).eps).pow(power)
     return errors.masked_fill(void, 0.0), is_label
 
 
@@ -129,21 +140,47 @@ def weighted_sum(errors: Tensor, is_label: Tensor, misses: Tensor, false_alarms:
     return (weights * errors).sum(dim=1)
 
 
-def ratio(
-    errors: Tensor,
-    is_label: Tensor,
-    aggregation: Aggregation,
+def error_counts(
+    logits: Tensor,
+    target: Tensor,
+    offsets: tuple[Tensor, Tensor] | None,
+    margin: Margin,
     surrogate: Surrogate,
-    classes: Classes,
-    smooth: float,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    power: float,
+    ignore_index: int,
+) -> Tensor:
+    """Sum the errors of each class over the pixels of this process.
+
+    Args:
+        logits: as in :func:`surrogate_errors`, likewise ``target``.
+        target: see there.
+        offsets: foreground and background, ``(C,)`` each; None: all are 0.
+        margin: as in :func:`surrogate_errors`, likewise the others.
+        surrogate: see there; ``log`` is brought to units in which it is 1 at the decision boundary.
+        power: see there.
+        ignore_index: see there.
+
+    Returns:
+        ``(3, C)``: labelled pixels, misses A, false alarms B.
+    """
+    if (margin, surrogate) == ("soft", "sigmoid"):
+        return soft_error_counts(logits, target, offsets, power, ignore_index)
+    foreground, background = offsets or 2 * (torch.zeros(logits.shape[1], device=logits.device),)
+    errors, is_label = surrogate_errors(logits, target, foreground, background, margin, surrogate, power, ignore_index)
+    if surrogate == "log":
+        errors = errors / _LOG_2
+    over = [dim for dim in range(errors.ndim) if dim != 1]
+    misses = errors.masked_fill(~is_label, 0.0).sum(over)
+    false_alarms = errors.masked_fill(is_label, 0.0).sum(over)
+    return torch.stack([is_label.sum(over).to(errors.dtype), misses, false_alarms])
+
+
+def ratio(counts: Tensor, aggregation: Aggregation, classes: Classes, smooth: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Aggregate by ``jaccard`` or ``dice`` over the batch, and over all processes of a group.
 
     Args:
-        errors: as from :func:`surrogate_errors`, likewise ``is_label``.
-        is_label: see there.
+        counts: ``(3, C)`` as from :func:`error_counts`.
         aggregation: which ratio.
-        surrogate: of the errors; ``log`` is brought to units in which it is 1 at the decision boundary.
         classes: the classes of the mean: those that the targets hold, or all.
         smooth: added to numerator and denominator, in pixels.
 
@@ -152,12 +189,6 @@ def ratio(
         mean), ``miss_rate`` and ``false_alarm_rate``: A_i over the pixels of class i, B_i over those of the others (NaN
         where there are none).
     """
-    if surrogate == "log":
-        errors = errors / _LOG_2
-    over = [dim for dim in range(errors.ndim) if dim != 1]
-    misses = errors.masked_fill(~is_label, 0.0).sum(over)
-    false_alarms = errors.masked_fill(is_label, 0.0).sum(over)
-    counts = torch.stack([is_label.sum(over).to(errors.dtype), misses, false_alarms])
     n, a, b = summed_over_processes(counts).unbind()
     if aggregation == "jaccard":
         ratios = (n - a + smooth) / (n + b + smooth).clamp(min=torch.finfo(n.dtype).tiny)

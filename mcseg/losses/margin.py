@@ -15,6 +15,7 @@ from mcseg.losses.family import (
     Surrogate,
     class_iou,
     confusion_shares,
+    error_counts,
     iou_weights,
     ratio,
     surrogate_errors,
@@ -107,6 +108,8 @@ class MarginCalibrationLoss(Objective):
         max_margin: Largest offset of scheme ``"miou"``, > 0.
         margin: ``"hard"``, against the best rival class, or ``"soft"``, against all; see `mcseg.losses.family`.
         surrogate: ``"log"`` or ``"sigmoid"`` error at a margin.
+        power: Of ``"sigmoid"``: q, 0 < q <= 1, of its error ``1 - (1 - sigmoid)^q``; less than 1 lets the pixels that are
+            most wrong pull more, see `mcseg.losses.family`.
         aggregation: ``"sum"``, or the ratio ``"jaccard"`` or ``"dice"`` over the batch and all processes; ``"dice"`` needs
             the surrogate ``"sigmoid"``.
         weighting: Of ``"sum"``: ``"foreground"`` weighs misses with ``foreground_weight``, ``"uniform"`` with 1, ``"iou"``
@@ -155,6 +158,7 @@ class MarginCalibrationLoss(Objective):
         classes: Classes = "present",
         smooth: float = 1.0,
         decay: float = 0.95,
+        power: float = 1.0,
     ) -> None:
         super().__init__(ignore_index)
         if num_classes < 2:
@@ -178,6 +182,8 @@ class MarginCalibrationLoss(Objective):
             )
         for name, value in {"false_alarm_weight": false_alarm_weight, "smooth": smooth}.items():
             check_range(name, value, 0)
+        if not 0 < power <= 1 or (power < 1 and surrogate == "log"):
+            raise ValueError(f"power: found {power}, expected 0 < power <= 1, and 1 unless the surrogate is 'sigmoid'")
         if not 0 <= decay < 1:
             raise ValueError(f"decay: found {decay}, expected 0 <= decay < 1")
         self.num_classes = num_classes
@@ -196,6 +202,7 @@ class MarginCalibrationLoss(Objective):
         self.classes: Classes = classes
         self.smooth = smooth
         self.decay = decay
+        self.power = power
         self._reset_buffers()
 
     @property
@@ -261,12 +268,14 @@ class MarginCalibrationLoss(Objective):
             )
         _check_inputs(logits, target, self.offsets)
         target = target.long()
-        errors, is_label = surrogate_errors(logits, target, *self.offsets, self.margin, self.surrogate, self.ignore_index)
+        foreground, background = self.offsets
+        kinds: tuple[Margin, Surrogate, float, int] = (self.margin, self.surrogate, self.power, self.ignore_index)
         if self.aggregation != "sum":
-            value, self.class_statistics = ratio(
-                errors, is_label, self.aggregation, self.surrogate, self.classes, self.smooth
-            )
+            offsets = None if self.scheme == "none" else (foreground, background)
+            counts = error_counts(logits, target, offsets, *kinds)
+            value, self.class_statistics = ratio(counts, self.aggregation, self.classes, self.smooth)
             return value
+        errors, is_label = surrogate_errors(logits, target, foreground, background, *kinds)
         pixels = weighted_sum(errors, is_label, *self._error_weights(logits, target))
         if self.reduction == "none":
             return pixels
