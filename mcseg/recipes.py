@@ -32,13 +32,15 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
         flag, _, value = word.partition("=")
         if flag in ("--config", "-c") and value:
             names.append(value)
-            found += [flag, str(recipe_path(value))]
+            found += _layer(recipe_path(value))
         elif after_config:
             names.append(word)
-            found.append(str(recipe_path(word)))
-        else:
+            found += _layer(recipe_path(word))
+        elif word not in ("--config", "-c"):
             found.append(word)
         after_config = word in ("--config", "-c")
+    if after_config:
+        found.append("--config")  # without a name: the parser says so
     asks_help = any(word in ("-h", "--help") for word in words)
     if (
         not names
@@ -60,3 +62,13 @@ def recipe_path(name: str) -> Path:
             f"--config {name}: neither a file nor a recipe of mcseg; the recipes are {', '.join(recipe_names())}"
         )
     return packaged
+
+
+def _layer(recipe: Path) -> list[str]:
+    """Words that lay a recipe over those before it.
+
+    The recipe of an objective replaces the objective. Without the null before it, an objective of another class would keep
+    those of the old one's arguments that it knows as well, and one of the same class all that it does not name.
+    """
+    replaces = recipe.resolve().parent == (RECIPES / "objectives").resolve()
+    return [*(["--model.objective=null"] if replaces else []), "--config", str(recipe)]

@@ -18,11 +18,12 @@ from conftest import break_three, write_png
 from PIL import Image
 
 from mcseg.cli import main
+from mcseg.compare.study import _ParseOnly
 from mcseg.data import CamVidData
 from mcseg.inference import Inference
 from mcseg.metrics import score
 from mcseg.module import SegmentationModule
-from mcseg.recipes import RECIPES
+from mcseg.recipes import RECIPES, find_recipes
 
 UNET = ["--model.network_options", '{"decoder_channels": [16, 16, 8, 8, 8]}']
 DEEPLAB = [
@@ -252,6 +253,23 @@ def test_every_objective_on_a_data_recipe(name, arguments, capsys):
     assert kept["init_args"].items() >= settings["init_args"].items()
     module = SegmentationModule.load_from_checkpoint(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert getattr(module.objective, "is_calibrated", True)
+
+
+def test_recipe_of_an_objective_keeps_nothing_of_the_one_below():
+    parser = _ParseOnly("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False).parser
+    names = [f"objectives/{path.stem}" for path in (RECIPES / "objectives").glob("*.yaml")]
+    below = ["calibrated_dice", "iou_weighted", "logit_adjustment", "ldam", "tversky", "cross_entropy_weighted"]
+    below += ["margin_calibration_warmup"]
+
+    def objective(*recipes):
+        _, words = find_recipes(["fit", *(f"--config={recipe}" for recipe in recipes)])
+        return parser.parse_args(words[1:]).model.objective.as_dict()
+
+    for name in names:
+        alone = objective("synthetic", name)
+        assert all(alone == objective("synthetic", f"objectives/{other}", name) for other in below), name
+    changed = objective("synthetic", names[0], "objectives/margin_calibration")
+    assert changed["init_args"].items() >= {"margin": "hard", "surrogate": "log", "aggregation": "sum", "tau": 10.0}.items()
 
 
 def test_inference_from_the_command_line(arguments):

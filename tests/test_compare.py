@@ -361,6 +361,22 @@ def test_key_follows_what_changes_the_numbers(tmp_path):
     assert len({base, *others}) == 5
 
 
+def test_key_is_of_the_settings_that_hold_in_the_end():
+    def key(*words):
+        return Run("x", "final", 0, words).key
+
+    old = "--model.objective={class_path: A, init_args: {a: 1, b: 2}}"
+    new = "--model.objective={class_path: B, init_args: {a: 1}}"
+    assert key(old, "--model.objective=null", new) == key(new)
+    assert key(old, "--model.objective.b=2") == key(old, "--model.objective.init_args.b=2") == key(old)
+    assert key(old, "--model.objective.b=3", "--model.objective.b=2") == key(old)
+    assert key(old, "--model.lr_power=1") == key("--model.lr_power=1", old) == key("--model={lr_power: 1}", old)
+    # B may know the b of A; so may A where it comes back
+    different = [(new,), (old, new), (old, new, old), (old,), (old, "--model.objective.b=3"), (old, "--model.objective.c=2")]
+    different += [("--data=A", "--data.root=x"), ("--data=B", "--data.root=x"), ("--data.root=x",)]
+    assert len({key(*words) for words in different}) == len(different)
+
+
 # Processes
 
 

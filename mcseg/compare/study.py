@@ -132,9 +132,10 @@ def _objective(label: str | None, settings: ObjectiveSettings, tune: Mapping[str
         raise ValueError(f"objective {label}: has trials of its own, and tune gives values for all; give one of the two")
     if tune:
         trials = [dict(zip(tune, values, strict=True)) for values in itertools.product(*tune.values())]
+    overrides = setting_words(settings.get("overrides") or {})
     return Objective(
         label,
-        ("--config", str(_path(str(settings["recipe"]))), *setting_words(settings.get("overrides") or {})),
+        ("--model.objective=null", "--config", str(_path(str(settings["recipe"]))), *overrides),
         tuple(setting_words(trial) for trial in trials) if trials else ((),),
     )
 
