@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from segmentation_models_pytorch.losses import LovaszLoss
 from torch import Tensor
 
-from mcseg.losses import margin_calibration_loss
+from mcseg.losses import DiceLoss, MarginCalibrationLoss, margin_calibration_loss
 from mcseg.margins import MarginOffsets, margin_offsets
 
 IGNORE_INDEX = 255
@@ -53,6 +53,10 @@ def contestants(num_classes: int) -> dict[str, Loss]:
         "margin calibration, `fused`": lambda z, y: margin_calibration_loss(z, y, offsets, backend="fused"),
         "margin calibration, `reference`": lambda z, y: margin_calibration_loss(z, y, offsets, backend="reference"),
         "margin calibration, plain autograd": lambda z, y: plain_autograd_loss(z, y, offsets),
+        "soft Dice": DiceLoss(classes="all"),
+        "power Dice": MarginCalibrationLoss(
+            num_classes, "none", margin="soft", surrogate="sigmoid", aggregation="dice", classes="all", power=0.5
+        ).calibrate([1] * num_classes),
         "Lovász softmax (SMP)": lovasz,
     }
 

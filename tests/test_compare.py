@@ -12,12 +12,14 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from conftest import SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, jaccard_score
@@ -820,3 +822,25 @@ def test_settings_of_a_study_file_and_the_command_line_win_over_the_recipe(tmp_p
 
 def _parsed(study):
     return _ParseOnly(study.recipe, [*study.words, *study.objectives[1].words], run=False).config
+
+
+STUDIES = sorted((Path(__file__).parents[1] / "benchmarks" / "study").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_studies_of_the_repository_are_ready_to_run(path, tmp_path, monkeypatch):
+    """All settings are known to the command, all objectives have as many trials, the folds hold out real images."""
+    if not (SHARED / "data" / "camvid").is_dir():
+        pytest.skip("no shared data")
+    seen = []
+    monkeypatch.setattr("mcseg.compare.execute", lambda study, *_, **__: seen.append(study))
+    main(["compare", "camvid", "--study", str(path), "--root", str(SHARED / "data" / "camvid"), "--folder", str(tmp_path)])
+    (study,) = seen
+    assert len(study.folds) == 2
+    assert study.shifts
+    assert not study.remarks
+    if path.stem != "ablation":
+        recipes = {word.rpartition("/")[2] for objective in study.objectives for word in objective.words}
+        assert recipes >= {f"{name}.yaml" for name in ("cross_entropy", "focal", "lovasz", "dice", "jaccard", "ldam")}
+        assert {len(objective.trials) for objective in study.objectives} == {3}
+        assert len(study.seeds) >= 3

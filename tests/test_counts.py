@@ -212,3 +212,22 @@ def test_power_one_is_soft_dice_with_its_gradient():
 def test_power_out_of_range(power, surrogate):
     with pytest.raises(ValueError, match="power: found .* expected 0 < power <= 1, and 1 unless the surrogate is 'sigmoid'"):
         MarginCalibrationLoss(3, surrogate=surrogate, power=power)
+
+
+@pytest.mark.parametrize("power", [0.75, 0.5, 0.25])
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (9.0, 0.5, 3.0, 0.4)])
+def test_power_does_not_move_the_decision_between_two_classes(power, weights):
+    """Least risk over p of a pixel that has the first class with probability h: below, at and above p = 1/2."""
+    miss_1, miss_2, alarm_1, alarm_2 = weights
+    turn = (miss_2 + alarm_1) / (miss_1 + alarm_2 + miss_2 + alarm_1)
+    p = torch.arange(1, 1000, dtype=torch.float64) / 1000
+    z = torch.stack([p.log(), (1 - p).log()], 1)
+    risks = []
+    for label in (0, 1):
+        each = [error_counts(row[None], torch.tensor([label]), None, power, VOID) for row in z]
+        risks.append(
+            torch.stack([c[1] @ c.new_tensor([miss_1, miss_2]) + c[2] @ c.new_tensor([alarm_1, alarm_2]) for c in each])
+        )
+    for h, best in ((turn - 0.02, -1), (turn, 0), (turn + 0.02, 1)):
+        least = float(p[(h * risks[0] + (1 - h) * risks[1]).argmin()])
+        assert (abs(least - 0.5) < 1e-9) if best == 0 else (least - 0.5) * best > 0

@@ -17,8 +17,10 @@ surrogate ``log`` is divided by log 2, which makes it 1 at t = 0; in ``sum`` it 
 The power q lies above 0 and is at most 1. At 1 the error of a pixel at a soft margin without offsets is a probability, and
 its slope in the logits, p (1 - p), vanishes for the pixels that are most wrong. In general it is q p^q (1 - p) for a miss:
 the smaller q is, the more do hopeless pixels still pull, until the sigmoid over q becomes the log surrogate. Errors stay
-within 0 and 1, so that ratios of them stay ratios. For one-hot labels 1 - p^q is the loss of Zhang and Sabuncu, "Generalized
-Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels", NeurIPS 2018, times q.
+within 0 and 1, so that ratios of them stay ratios. Nor does q move the decision: with weights u of misses and v of false
+alarms, a pixel of two classes that has the first one with probability h has least risk at p = 1/2 where h (u_1 + v_2) =
+(1 - h)(u_2 + v_1), for every q, while an offset moves that point. For one-hot labels 1 - p^q is q times the loss of Zhang
+and Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels", NeurIPS 2018.
 """
 
 from typing import Literal
