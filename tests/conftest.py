@@ -1,11 +1,15 @@
 """Fixtures: small folders in real layouts, caches and run folders inside the test's own folder."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on the CPU
 
 SHARED = Path(__file__).parents[2] / "shared"
 

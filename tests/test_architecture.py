@@ -64,7 +64,10 @@ def test_rooms_import_only_what_they_may(path):
 def test_heavy_libraries_are_imported_at_first_use(path):
     top_level = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {name.split(".")[0] for _, name in imports(ast.Module(top_level, []))}
-    assert not names & AT_FIRST_USE
+    # the kernels are in Triton's language, and are themselves imported at first use
+    allowed = {"triton"} if path.name == "gpu.py" else set()
+    assert not names & AT_FIRST_USE - allowed
+    assert not any(isinstance(node, ast.ImportFrom) and "gpu" in {alias.name for alias in node.names} for node in top_level)
 
 
 def test_import_loads_no_more_than_torch_and_lightning():

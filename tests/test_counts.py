@@ -7,12 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcseg.kernels import counts
-from mcseg.kernels.counts import error_counts
+from mcseg.kernels import ErrorKind, counts
+from mcseg.kernels import error_counts as counts_of_kind
 from mcseg.losses import DiceLoss, MarginCalibrationLoss
 
 VOID = 255
 POWERS = [1.0, 0.5, 0.3]
+
+
+def error_counts(logits, target, offsets, power, ignore_index):
+    return counts_of_kind(logits, target, offsets, ErrorKind("soft", "sigmoid", power, ignore_index), "fused")
 
 
 def draw(shape, seed=0, dtype=torch.float64, void=0.2, scale=3.0):

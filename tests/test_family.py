@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix
 
+from mcseg.kernels import ErrorKind
+from mcseg.kernels.reference import class_margins, surrogate_errors, weighted_sum
 from mcseg.losses import (
     DiceLoss,
     GeneralizedDiceLoss,
@@ -20,7 +22,7 @@ from mcseg.losses import (
     TverskyLoss,
     margin_calibration_loss,
 )
-from mcseg.losses.family import class_margins, confusion_shares, iou_weights, surrogate_errors, weighted_sum
+from mcseg.losses.family import confusion_shares, iou_weights
 from mcseg.margins import margin_offsets
 
 PIXELS = [9000, 700, 250, 50]
@@ -94,7 +96,7 @@ def test_corner_soft_jaccard_and_dice():
 def test_corner_of_the_paper():
     logits, target = case()
     offsets = margin_offsets(PIXELS)
-    errors, is_label = surrogate_errors(logits, target, *offsets, "hard", "log", 1.0, 255)
+    errors, is_label = surrogate_errors(logits, target, *offsets, ErrorKind("hard", "log"))
     quarter = torch.full((4,), 0.25)
     general = weighted_sum(errors, is_label, 4 * quarter, quarter)
     expected = margin_calibration_loss(logits, target, offsets, reduction="none", backend="reference")
@@ -308,10 +310,7 @@ def test_errors_of_confident_pixels_keep_their_digits(label):
         torch.tensor([label]),
         torch.tensor(foreground, dtype=torch.float64),
         torch.tensor(background, dtype=torch.float64),
-        "soft",
-        "sigmoid",
-        1.0,
-        255,
+        ErrorKind("soft", "sigmoid"),
     )
     expected = []
     for k in range(3):

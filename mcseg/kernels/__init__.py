@@ -1,24 +1,40 @@
-"""The calibrated log-loss per pixel, implemented several ways behind one function.
+"""Errors at calibrated margins, implemented several ways behind three functions.
 
-At a pixel with logits ``z`` (one per class), label ``y`` and class margins ``s_k = z_k - max_{j != k} z_j``::
-
-    loss = [ foreground_weight * softplus(foreground_y - s_y) + sum_{k != y} softplus(background_k + s_k) ] / C
+At a pixel with logits ``z`` (one per class), label ``y`` and class margins ``s_k`` (hard: ``z_k - max_{j != k} z_j``), a
+surrogate ``phi`` counts a miss as ``phi(foreground_y - s_y)`` and a false alarm of each other class as
+``phi(background_k + s_k)``; `mcseg.losses.family` has the whole family. `pixel_loss` is the paper's member, `pixel_errors` a
+weighted sum per pixel of any member, `error_counts` the sums per class.
 
 Implementations agree on value, gradient and tie-breaking: of several largest logits the lowest index counts as the
 largest, and the lowest of the remaining ones as its runner-up.
+
+* ``"reference"``: plain PyTorch, one readable function for all members, on any device, differentiable as often as one likes;
+* ``"fused"``: the gradient by formula, tile by tile on the CPU. Only `pixel_loss`, and `error_counts` of soft margins with
+  the sigmoid, have it; where it is asked for elsewhere, the reference serves;
+* ``"triton"``: one kernel for all members on a GPU, in float32 inside; logits of at most that width.
+
+``"auto"`` is triton on a GPU that has it, else fused; the reference in an exported graph.
 """
 
+import importlib.util
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .counts import soft_error_counts
 from .fused import fused_pixel_loss
-from .reference import reference_pixel_loss
+from .reference import ErrorKind, Margin, Surrogate, error_sums, surrogate_errors, weighted_sum
 
-PixelLoss = Callable[[Tensor, Tensor, Tensor, Tensor, float, int], Tensor]
+__all__ = ["BACKENDS", "ErrorKind", "Margin", "Surrogate", "check_backend", "check_labels", "error_counts", "pixel_errors"]
+__all__ += ["pixel_loss"]
 
-BACKENDS: dict[str, PixelLoss] = {"fused": fused_pixel_loss, "reference": reference_pixel_loss}
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton's interpreter runs the kernels on the CPU, for tests
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+BACKENDS = ("fused", "reference", "triton")
 
 
 def check_backend(backend: str) -> None:
@@ -37,7 +53,11 @@ def pixel_loss(
     ignore_index: int,
     backend: str = "auto",
 ) -> Tensor:
-    """Compute the loss of every pixel; shapes are the caller's to check.
+    """Compute the paper's loss of every pixel, hard margins with the log surrogate; shapes are the caller's to check.
+
+    With phi the softplus::
+
+        [ foreground_weight * phi(foreground_y - s_y) + sum_{k != y} phi(background_k + s_k) ] / C
 
     Args:
         logits: ``(N, C, *spatial)`` with C >= 2 and any number of spatial dimensions, floating point, any strides.
@@ -46,37 +66,131 @@ def pixel_loss(
         background: ``(C,)`` offsets, likewise.
         foreground_weight: Weight of the term of the labelled class.
         ignore_index: Label of void pixels; their loss and gradient are 0 whatever their logits.
-        backend: A key of `BACKENDS`, or ``"auto"``: fused, except in an exported graph.
+        backend: ``"auto"`` or one of `BACKENDS`.
 
     Returns:
         ``(N, *spatial)`` >= 0, in the dtype of the logits or float32, whichever is wider.
 
     Raises:
-        ValueError: Unknown backend, or a label that is neither a class nor ``ignore_index``. Labels are checked on the
-            CPU only, and not in compiled code: elsewhere the check would make the host wait for the device.
+        ValueError: Unknown backend, a backend that cannot be used here, or a label that is neither a class nor
+            ``ignore_index``. Labels are checked on the CPU only, and not in compiled code: elsewhere the check would make
+            the host wait for the device, and such a label gives NaN from the kernels.
     """
-    check_backend(backend)
-    if logits.ndim == 2:  # (N, C): N pixels without an image around them
-        pixels = pixel_loss(
-            logits.T[None],
-            target[None],
-            foreground,
-            background,
-            foreground_weight=foreground_weight,
-            ignore_index=ignore_index,
-            backend=backend,
-        )
-        return pixels[0]
+    backend = _chosen(backend, logits)
+    if backend == "fused":
+        logits, target, shape = _prepared(logits, target, ignore_index)
+        foreground, background = _constants(logits, foreground, background)
+        loss = fused_pixel_loss(logits, target, foreground, background, foreground_weight, ignore_index)
+        return loss if loss.shape == shape else loss.view(shape)
+    num_classes = logits.shape[1]
+    misses = torch.full_like(foreground, foreground_weight / num_classes)
+    false_alarms = torch.full_like(background, 1 / num_classes)
+    kind = ErrorKind(ignore_index=ignore_index)
+    return pixel_errors(logits, target, foreground, background, misses, false_alarms, kind, backend)
+
+
+def pixel_errors(
+    logits: Tensor,
+    target: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    misses: Tensor,
+    false_alarms: Tensor,
+    kind: ErrorKind,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute of every pixel the weighted sum of its miss and its false alarms.
+
+    Args:
+        logits: As in `pixel_loss`, likewise ``target``, ``foreground``, ``background`` and ``backend``.
+        target: See there.
+        foreground: See there.
+        background: See there.
+        misses: ``(C,)`` weights, constants.
+        false_alarms: ``(C,)`` weights, constants.
+        kind: Margin, surrogate and label of void pixels.
+        backend: See there.
+
+    Returns:
+        ``(N, *spatial)`` in the dtype of the logits or float32, whichever is wider, 0 where void.
+    """
+    backend = _chosen(backend, logits)
+    logits, target, shape = _prepared(logits, target, kind.ignore_index)
+    constants = _constants(logits, foreground, background, misses, false_alarms)
+    if backend == "triton":
+        from . import gpu
+
+        loss: Tensor = gpu.pixel_errors(logits, target, *constants, *_settings(kind))
+        return loss.view(shape)
+    foreground, background, misses, false_alarms = constants
+    errors, is_label = surrogate_errors(logits, target, foreground, background, kind)
+    return weighted_sum(errors, is_label, misses, false_alarms).view(shape)
+
+
+def error_counts(
+    logits: Tensor, target: Tensor, offsets: tuple[Tensor, Tensor] | None, kind: ErrorKind, backend: str = "auto"
+) -> Tensor:
+    """Sum the errors of every class over all pixels.
+
+    Args:
+        logits: As in `pixel_loss`, likewise ``target`` and ``backend``.
+        target: See there.
+        offsets: Foreground and background, ``(C,)`` each, constants; None: all are 0.
+        kind: Margin, surrogate and label of void pixels.
+        backend: See there.
+
+    Returns:
+        ``(3, C)``: labelled pixels, misses, false alarms, in the dtype of the logits or float32, whichever is wider.
+    """
+    backend = _chosen(backend, logits)
+    logits, target, _ = _prepared(logits, target, kind.ignore_index)
+    if backend == "fused" and (kind.margin, kind.surrogate) == ("soft", "sigmoid"):
+        return soft_error_counts(logits, target, offsets and _constants(logits, *offsets), kind.power, kind.ignore_index)
+    zeros = torch.zeros(logits.shape[1], device=logits.device)
+    foreground, background = _constants(logits, *(offsets or (zeros, zeros)))
+    if backend == "triton":
+        from . import gpu
+
+        counts: Tensor = gpu.error_counts(logits, target, foreground, background, *_settings(kind))
+        return counts
+    return error_sums(*surrogate_errors(logits, target, foreground, background, kind))
+
+
+def _prepared(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, torch.Size]:
+    """Logits with a spatial dimension, int64 labels that are checked; and the target's shape."""
     # int64 is what gather and scatter want; it also keeps a negative ignore_index from wrapping around in uint8
     target = target.long()
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
         check_labels(target, logits.shape[1], ignore_index)
+    shape = target.shape
+    if logits.ndim == 2:  # (N, C): N pixels without an image around them
+        logits, target = logits.T[None], target[None]
+    return logits, target, shape
+
+
+def _constants(logits: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     # dtype before device: some devices have no float64
-    foreground, background = (o.detach().to(dtype).to(logits.device) for o in (foreground, background))
-    if backend == "auto":
-        backend = "reference" if _exporting() else "fused"
-    return BACKENDS[backend](logits, target, foreground, background, foreground_weight, ignore_index)
+    return tuple(vector.detach().to(dtype).to(logits.device) for vector in vectors)
+
+
+def _settings(kind: ErrorKind) -> tuple[bool, bool, float, int]:
+    return kind.margin == "soft", kind.surrogate == "log", kind.power, kind.ignore_index
+
+
+def _chosen(backend: str, logits: Tensor) -> str:
+    check_backend(backend)
+    runs = logits.dtype != torch.float64 and _HAS_TRITON and (logits.is_cuda or _INTERPRETING)
+    if backend == "triton" and not runs:
+        raise ValueError(
+            f"backend: found 'triton' with {logits.dtype} on {logits.device.type}, expected logits of at most 32 bits on a "
+            "GPU, and the package triton; 'auto' takes what can be used"
+        )
+    if backend != "auto":
+        return backend
+    if _exporting():
+        return "reference"
+    return "triton" if runs and logits.is_cuda else "fused"
 
 
 def _exporting() -> bool:

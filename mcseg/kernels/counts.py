@@ -25,26 +25,17 @@ from .fused import tiles
 _TILE = 2**18
 
 
-def error_counts(
-    logits: Tensor, target: Tensor, offsets: tuple[Tensor, Tensor] | None, power: float, ignore_index: int
+def soft_error_counts(
+    logits: Tensor, target: Tensor, offsets: tuple[Tensor, ...] | None, power: float, ignore_index: int
 ) -> Tensor:
     """Count labels, misses and false alarms of every class.
 
-    Args:
-        logits: ``(N, C, *spatial)``, floating point, C >= 2, any number of spatial dimensions, any strides.
-        target: ``(N, *spatial)`` int64, ``0..C-1`` or ``ignore_index``.
-        offsets: foreground and background, ``(C,)`` each, constants: no gradient flows to them. None: all are 0.
-        power: q, above 0 and up to 1.
-        ignore_index: label of void pixels, which count nowhere, whatever their logits.
+    As `mcseg.kernels.error_counts`, with a spatial dimension, target int64, offsets converted.
 
-    Returns:
-        ``(3, C)``: labelled pixels, misses, false alarms; float32, or float64 where the logits are. Differentiable once.
+    Note:
+        Keeps nothing for the backward pass besides its inputs. Differentiable once.
     """
-    if logits.ndim == 2:  # (N, C): N pixels without an image around them
-        logits, target = logits.T[None], target[None]
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    # dtype before device: some devices have no float64
-    odds = [(-o.detach()).exp().to(wide).to(logits.device) for o in offsets] if offsets else [None, None]
+    odds = [(-offset).exp() for offset in offsets] if offsets else [None, None]
     counts: Tensor = _ErrorCounts.apply(logits, target, *odds, power, ignore_index)
     return counts
 

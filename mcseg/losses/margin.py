@@ -6,20 +6,15 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from mcseg.kernels import check_backend, pixel_loss
+from mcseg.kernels import ErrorKind, Margin, Surrogate, check_backend, error_counts, pixel_errors, pixel_loss
 from mcseg.losses.base import Objective, check_choice, check_inputs, check_range
 from mcseg.losses.family import (
     Aggregation,
     Classes,
-    Margin,
-    Surrogate,
     class_iou,
     confusion_shares,
-    error_counts,
     iou_weights,
     ratio,
-    surrogate_errors,
-    weighted_sum,
 )
 from mcseg.margins import ClassPixels, MarginOffsets, Scheme, check_settings, margin_offsets
 
@@ -55,7 +50,8 @@ def margin_calibration_loss(
         foreground_weight: Weight >= 0 of the labelled class; None is C, as in the paper's code.
         ignore_index: Label of void pixels: they have loss 0 and gradient 0, whatever their logits.
         reduction: ``"mean"`` over labelled pixels (0 where there are none), ``"sum"``, or ``"none"`` for all pixels.
-        backend: ``"auto"``, ``"fused"`` or ``"reference"``; the same function computed in different ways.
+        backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``; the same function computed in different ways, see
+            `mcseg.kernels`.
 
     Returns:
         A scalar, or ``(N, *spatial)`` for ``"none"``; >= 0, in the dtype of the logits or float32, whichever is wider.
@@ -104,7 +100,7 @@ class MarginCalibrationLoss(Objective):
         foreground_weight: Weight >= 0 of the labelled class; None is ``num_classes``.
         ignore_index: Label of void pixels.
         reduction: ``"mean"`` over labelled pixels, ``"sum"`` or ``"none"``.
-        backend: ``"auto"``, ``"fused"`` or ``"reference"``.
+        backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
         max_margin: Largest offset of scheme ``"miou"``, > 0.
         margin: ``"hard"``, against the best rival class, or ``"soft"``, against all; see `mcseg.losses.family`.
         surrogate: ``"log"`` or ``"sigmoid"`` error at a margin.
@@ -268,15 +264,15 @@ class MarginCalibrationLoss(Objective):
             )
         _check_inputs(logits, target, self.offsets)
         target = target.long()
-        foreground, background = self.offsets
-        kinds: tuple[Margin, Surrogate, float, int] = (self.margin, self.surrogate, self.power, self.ignore_index)
+        kind = ErrorKind(self.margin, self.surrogate, self.power, self.ignore_index)
         if self.aggregation != "sum":
-            offsets = None if self.scheme == "none" else (foreground, background)
-            counts = error_counts(logits, target, offsets, *kinds)
+            counts = error_counts(logits, target, None if self.scheme == "none" else self.offsets, kind, self.backend)
+            if self.surrogate == "log":  # in units in which it is 1 at the decision boundary
+                counts = torch.cat([counts[:1], counts[1:] / math.log(2)])
             value, self.class_statistics = ratio(counts, self.aggregation, self.classes, self.smooth)
             return value
-        errors, is_label = surrogate_errors(logits, target, foreground, background, *kinds)
-        pixels = weighted_sum(errors, is_label, *self._error_weights(logits, target))
+        weights = self._error_weights(logits, target)
+        pixels = pixel_errors(logits, target, *self.offsets, *weights, kind, self.backend)
         if self.reduction == "none":
             return pixels
         total = pixels.sum()

@@ -1,0 +1,246 @@
+"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter, against the reference in float64.
+
+The yardstick is the reference's own error in float32: a kernel may be as wrong as that, and a little more.
+"""
+
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mcseg.kernels import ErrorKind, error_counts, pixel_errors, pixel_loss
+from mcseg.losses import MarginCalibrationLoss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytest.importorskip("triton")
+assert DEVICE == "cuda" or os.environ["TRITON_INTERPRET"] == "1"
+
+KINDS = {
+    "hard log": ErrorKind("hard", "log"),
+    "hard sigmoid": ErrorKind("hard", "sigmoid"),
+    "soft log": ErrorKind("soft", "log"),
+    "soft sigmoid": ErrorKind("soft", "sigmoid"),
+    "soft power": ErrorKind("soft", "sigmoid", 0.5),
+    "hard power": ErrorKind("hard", "sigmoid", 0.3),
+}
+SHAPES = [(2, 5, 3, 7), (1, 2, 1, 1), (3, 4, 7), (9, 6), (1, 4, 2, 3, 5), (2, 19, 9, 15), (1, 150, 5, 4), (1, 256, 2, 3)]
+SHAPES += [(1, 257, 3, 3), (1, 1000, 2, 2)]  # more classes than a tile holds
+each_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+
+
+def draw(shape, seed=0, dtype=torch.float32, void=0.2, offsets=1.0, ignore_index=255):
+    generator = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(shape, generator=generator)).to(dtype)
+    pixels = (shape[0], *shape[2:])
+    target = torch.randint(shape[1], pixels, generator=generator)
+    target[torch.rand(pixels, generator=generator) < void] = ignore_index
+    vectors = torch.rand(4, shape[1], generator=generator, dtype=torch.float64)
+    vectors[:2] = offsets * (vectors[:2] - 0.2)
+    return logits.to(DEVICE), target.to(DEVICE), vectors.to(DEVICE)
+
+
+def run(logits, target, vectors, kind, backend="triton", upstream=None, dtype=None):
+    """Loss per pixel, its gradient, counts, and the gradient of a function of the counts."""
+    z = logits.detach().to(dtype or logits.dtype).requires_grad_()
+    loss = pixel_errors(z, target, *vectors, kind, backend)
+    (first,) = torch.autograd.grad(loss, z, torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype))
+    counts = error_counts(z, target, tuple(vectors[:2]), kind, backend)
+    (second,) = torch.autograd.grad((counts[1:] * vectors[2:].to(counts.dtype)).sum(), z)
+    assert loss.shape == target.shape
+    assert first.shape == second.shape == logits.shape
+    assert first.dtype == second.dtype == z.dtype
+    return loss.detach(), first, counts.detach(), second
+
+
+def check(case, kind, upstream=None, tolerance=1e-6):
+    logits, target, vectors = case
+    truth = run(logits.double(), target, vectors, kind, "reference", upstream)
+    yardstick = run(logits, target, vectors, kind, "reference", upstream, torch.float32)
+    rounding = torch.finfo(logits.dtype).eps if logits.dtype != torch.float32 else 0.0
+    for name, found, plain, exact in zip(
+        ("loss", "gradient", "counts", "of counts"), run(*case, kind, "triton", upstream), yardstick, truth, strict=True
+    ):
+        if exact.numel():
+            scale = max(1e-3, float(exact.abs().max()))
+            allowed = float((plain - exact).abs().max()) + (tolerance + rounding * ("grad" in name or "of" in name)) * scale
+            assert float((found - exact).abs().max()) <= allowed, name
+
+
+@each_kind
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_errors_are_those_of_the_reference(shape, kind):
+    case = draw(shape, ignore_index=255 if shape[1] <= 255 else -1)
+    check(
+        case,
+        ErrorKind(kind.margin, kind.surrogate, kind.power, 255 if shape[1] <= 255 else -1),
+        torch.rand(case[1].shape, device=DEVICE),
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.sampled_from([2, 3, 7, 19]), st.integers(1, 6), st.integers(1, 9)),
+    kind=st.sampled_from(list(KINDS.values())),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    layout=st.sampled_from(["contiguous", "channels last", "cropped", "strided", "expanded"]),
+    void=st.sampled_from([0.0, 0.3, 1.0]),
+    offsets=st.sampled_from([0.0, 1.0, 30.0]),
+    ties=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_layouts_types_ties(shape, kind, dtype, layout, void, offsets, ties, seed):
+    logits, target, vectors = draw(shape, seed, dtype, void, offsets)
+    logits = logits.sign() * (logits.abs() > 2) if ties else logits
+    if layout == "channels last":
+        logits = logits.to(memory_format=torch.channels_last)
+    elif layout == "cropped":
+        logits = F.pad(logits, (1, 2, 3, 1))[..., 3 : 3 + shape[2], 1 : 1 + shape[3]]
+    elif layout == "strided":
+        logits = logits.repeat_interleave(2, dim=-1)[..., ::2]
+    elif layout == "expanded":
+        logits = logits[:1].expand(shape)
+    before = logits.clone()
+    check((logits, target, vectors), kind)
+    assert torch.equal(before, logits)
+
+
+@each_kind
+def test_two_runs_are_equal_and_memory_formats_are_kept(kind):
+    logits, target, vectors = draw((2, 7, 9, 40))
+    logits = logits.to(memory_format=torch.channels_last)
+    first, second = (run(logits, target, vectors, kind) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert first[1].is_contiguous(memory_format=torch.channels_last)
+
+
+@each_kind
+@pytest.mark.parametrize("junk", [math.nan, math.inf])
+def test_junk_under_void_pixels_and_nan_elsewhere(kind, junk):
+    logits, target, vectors = draw((2, 4, 5, 6))
+    expected = run(logits, target, vectors, kind)
+    changed = logits.masked_fill((target == 255).unsqueeze(1), junk)
+    assert all(torch.equal(a, b) for a, b in zip(run(changed, target, vectors, kind), expected, strict=True))
+    n, y, x = (target != 255).nonzero()[0].tolist()
+    for k in range(4):
+        changed = logits.clone()
+        changed[n, k, y, x] = math.nan
+        loss, gradient, counts, _ = run(changed, target, vectors, kind)
+        assert loss[n, y, x].isnan()
+        assert gradient[n, :, y, x].isnan().any()
+        assert int(loss.isnan().sum()) == 1
+        assert counts[1:].isnan().any()
+
+
+@each_kind
+def test_extreme_logits_and_nothing_labelled(kind):
+    logits, target, vectors = draw((2, 4, 5, 6))
+    for value in run(1e4 * logits.sign(), target, vectors, kind):
+        assert value.isfinite().all()
+    for value in run(logits, torch.full_like(target, 255), vectors, kind):
+        assert not value.any()
+    empty = run(logits[:0], target[:0], vectors, kind)
+    assert not empty[2].any()
+
+
+def test_label_that_is_no_class_is_not_counted_silently():
+    """On the CPU labels are checked; on a GPU that would make the host wait, so the kernel says it by NaN."""
+    from mcseg.kernels import gpu
+
+    logits, target, vectors = draw((1, 3, 2, 2), void=0.0)
+    target[0, 1, 1] = 3
+    vectors = [vector.float() for vector in vectors]
+    loss = gpu.pixel_errors(logits, target, *vectors, False, True, 1.0, 255)
+    assert loss.isnan().tolist() == [[[False, False], [False, True]]]
+    assert gpu.error_counts(logits, target, *vectors[:2], False, True, 1.0, 255)[1:].isnan().any()
+    gradient = gpu.error_gradient(logits, target, *vectors, None, False, True, 1.0, 255)
+    assert gradient.isnan().any(1).tolist() == [[[False, False], [False, True]]]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"aggregation": "dice", "surrogate": "sigmoid", "margin": "soft", "power": 0.5}, {"weighting": "iou"}],
+    ids=str,
+)
+def test_objectives_with_this_backend(options):
+    logits, target, _ = draw((2, 4, 6, 7))
+    found = []
+    for backend in ("triton", "reference"):
+        loss = MarginCalibrationLoss(4, scheme="miou", backend=backend, **options).calibrate([9000, 700, 250, 50]).to(DEVICE)
+        z = logits.clone().requires_grad_()
+        value = loss(z, target)
+        value.backward()
+        found.append((value.detach(), z.grad))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-8)
+    assert found[0][1].abs().max() > 1e-4
+
+
+def test_paper_loss_with_a_weight():
+    logits, target, vectors = draw((2, 19, 5, 6))
+    found, expected = (
+        pixel_loss(logits.to(dtype), target, *vectors[:2], foreground_weight=3.0, ignore_index=255, backend=backend)
+        for dtype, backend in ((torch.float32, "triton"), (torch.float64, "fused"))
+    )
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own check
+def test_registered_operators_keep_their_promises():
+    from mcseg.kernels import gpu
+
+    logits, target, vectors = draw((1, 3, 2, 3))
+    vectors = [vector.float() for vector in vectors]
+    z = logits.requires_grad_()
+    for kind in ((False, True, 1.0, 255), (True, False, 0.5, 255)):
+        torch.library.opcheck(gpu.pixel_errors, (z, target, *vectors, *kind))
+        torch.library.opcheck(gpu.error_counts, (z, target, *vectors[:2], *kind))
+        torch.library.opcheck(gpu.error_gradient, (z.detach(), target, *vectors, torch.rand(1, 2, 3, device=DEVICE), *kind))
+
+
+def test_compiled_whole():
+    logits, target, _ = draw((2, 4, 6, 7))
+    options = {"surrogate": "sigmoid", "margin": "soft", "aggregation": "dice", "power": 0.5, "backend": "triton"}
+    loss = MarginCalibrationLoss(4, scheme="none", **options).calibrate([4, 3, 2, 1]).to(DEVICE)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for function in (loss, compiled):
+        z = logits.clone().requires_grad_()
+        function(z, target).backward()
+        gradients.append(z.grad)
+    assert torch.equal(*gradients)
+
+
+def test_refused_where_it_cannot_run():
+    logits, target, vectors = draw((1, 3, 2, 2))
+    with pytest.raises(
+        ValueError, match="backend: found 'triton' with torch.float64 on .*, expected logits of at most 32 bits"
+    ):
+        pixel_errors(logits.double(), target, *vectors, ErrorKind(), "triton")
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs 20 GB of a GPU")
+def test_more_elements_than_int32_can_count():
+    logits = torch.zeros(1, 33, 8192, 8192, dtype=torch.bfloat16, device=DEVICE)
+    target = torch.full((1, 8192, 8192), 32, device=DEVICE)
+    target[0, -1, -1] = 5
+    logits[0, 5, -1, -1] = 4.0
+    vectors = torch.zeros(4, 33, device=DEVICE) + 1
+    z = logits.requires_grad_()
+    loss = pixel_errors(z, target, 0 * vectors[0], 0 * vectors[1], *vectors[2:], ErrorKind(), "triton")
+    few = pixel_errors(
+        z[..., -1:, -2:].detach(),
+        target[..., -1:, -2:],
+        0 * vectors[0],
+        0 * vectors[1],
+        *vectors[2:],
+        ErrorKind(),
+        "reference",
+    )
+    torch.testing.assert_close(loss[..., -1, -2:], few[..., 0, :])
+    (gradient,) = torch.autograd.grad(loss, z, torch.ones_like(loss))
+    assert gradient[0, 5, -1, -1] < 0
+    assert torch.equal(gradient[0, :, 0, 0], gradient[0, :, 5000, 4000])
