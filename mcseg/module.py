@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mcseg.inference import Inference, labels_at
-from mcseg.losses import CrossEntropyLoss, MarginCalibrationLoss
+from mcseg.losses import CrossEntropyLoss, MarginCalibrationLoss, Upsampling
 from mcseg.networks import SegmentationNetwork
 
 
@@ -51,6 +51,9 @@ class SegmentationModule(pl.LightningModule):
         aux_weight: weight of the cross entropy of an auxiliary head on the encoder's second-to-last feature map, which is
             trained along and not used for predictions; 0.4 is usual for DeepLab and PSPNet, 0 is no such head.
         aux_channels: width of the auxiliary head.
+        fused_upsample: train on the coarse logits of a network that ends in a bilinear upsampling, which the objective then
+            does a strip of rows at a time: less memory, the same loss within rounding. Where the network or the objective
+            cannot (only :class:`~mcseg.losses.MarginCalibrationLoss` can, without an auxiliary head), nothing changes.
 
     Attributes:
         inference: how validation, test and prediction label whole images, an :class:`~mcseg.inference.Inference`; by default
@@ -81,6 +84,7 @@ class SegmentationModule(pl.LightningModule):
         frozen_batch_norm: bool = False,
         aux_weight: float = 0.0,
         aux_channels: int = 256,
+        fused_upsample: bool = False,
     ) -> None:
         super().__init__()
         if aux_weight < 0:
@@ -154,7 +158,7 @@ class SegmentationModule(pl.LightningModule):
         """Compute the objective of one batch of crops."""
         target = batch["mask"]
         if self.network.aux_head is None:
-            loss, terms = self._loss(self.objective, self(batch["image"]), target), {}
+            loss, terms = self._training_loss(batch["image"], target), {}
         else:
             logits, aux_logits = self.network.forward_with_aux(batch["image"])
             assert aux_logits is not None  # in training mode
@@ -215,6 +219,14 @@ class SegmentationModule(pl.LightningModule):
                 f"{verb}: the weights are random; give a checkpoint (ckpt_path), or set module.has_weights = "
                 "True after loading weights yourself"
             )
+
+    def _training_loss(self, image: Tensor, target: Tensor) -> Tensor:
+        can = self.network.ends_in_upsampling and isinstance(self.objective, MarginCalibrationLoss)
+        if self.hparams["fused_upsample"] and can:
+            logits, upsampling = self.network.forward_coarse(image)
+            with torch.autocast(logits.device.type, enabled=False):
+                return cast(Tensor, self.objective(logits.float(), target, Upsampling(*upsampling)))
+        return self._loss(self.objective, self(image), target)
 
     def _loss(self, objective: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
         # Whatever the precision of the network, an objective computes in float32: sums over 1e5 pixels and log-losses of

@@ -64,6 +64,7 @@ class SegmentationNetwork(nn.Module):
         super().__init__()
         self.model = _build(arch, encoder, num_classes, None, options)
         self.arch = arch.lower()
+        self._upsampling = _head_upsampling(self.model)
         self.channels_last = channels_last
         self.frozen_batch_norm = frozen_batch_norm
         self.aux_head: nn.Sequential | None = None
@@ -101,6 +102,35 @@ class SegmentationNetwork(nn.Module):
         height, width = image.shape[-2:]
         logits = self.model(self._prepare(image))
         return cast(Tensor, logits[..., :height, :width])
+
+    @property
+    def ends_in_upsampling(self) -> bool:
+        """Whether the logits are computed at a fraction of the resolution and then upsampled bilinearly."""
+        return self._upsampling is not None
+
+    def forward_coarse(self, image: Tensor) -> tuple[Tensor, tuple[int, int, bool]]:
+        """Compute logits without the upsampling at the end.
+
+        Args:
+            image: (N,3,H,W) RGB: uint8 0..255, or floating point 0..1.
+
+        Returns:
+            (N,C,h,w) logits; and height, width and align_corners of the bilinear upsampling of which :meth:`forward` gives
+            the first H rows and W columns.
+
+        Raises:
+            RuntimeError: the network does not end in an upsampling.
+        """
+        if self._upsampling is None:
+            raise RuntimeError(f"forward_coarse: {self.arch} does not end in an upsampling")
+        image = self._prepare(image)
+        self._upsampling.skip = True
+        try:
+            logits = self.model(image)
+        finally:
+            self._upsampling.skip = False
+        height, width = image.shape[-2:]
+        return logits, (height, width, bool(self._upsampling.align_corners))
 
     def forward_with_aux(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute logits, and in training mode those of the auxiliary head as well, in one pass of the encoder.
@@ -178,6 +208,28 @@ class SegmentationNetwork(nn.Module):
         high = (found["input_range"] or [0, 1])[1]  # a few encoders were trained on 0..255
         self.mean.copy_(torch.tensor(found["mean"]).view(1, 3, 1, 1) / high)
         self.std.copy_(torch.tensor(found["std"]).view(1, 3, 1, 1) / high)
+
+
+class _Upsample(nn.Upsample):
+    """An upsampling that can be left out for a call; it has no parameters, so that checkpoints know nothing of it."""
+
+    skip = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.skip else super().forward(x)
+
+
+def _head_upsampling(model: nn.Module) -> _Upsample | None:
+    """Make the upsampling of SMP's head, a convolution, an upsampling and an activation, one that can be left out."""
+    head = getattr(model, "segmentation_head", None)
+    if not isinstance(head, nn.Sequential) or len(head) != 3 or not isinstance(head[1], nn.Upsample):
+        return None
+    found = head[1]
+    plain = isinstance(getattr(head[2], "activation", head[2]), nn.Identity)
+    if found.mode != "bilinear" or not plain:
+        return None
+    head[1] = _Upsample(found.size, found.scale_factor, found.mode, found.align_corners, found.recompute_scale_factor)
+    return cast(_Upsample, head[1])
 
 
 def _build(arch: str, encoder: str, num_classes: int, weights: str | bool | None, options: dict[str, Any] | None) -> Any:

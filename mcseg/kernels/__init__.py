@@ -26,9 +26,21 @@ from torch import Tensor
 from .counts import soft_error_counts
 from .fused import fused_pixel_loss
 from .reference import ErrorKind, Margin, Surrogate, error_sums, surrogate_errors, weighted_sum
+from .upsample import Upsampling, upsampled
 
-__all__ = ["BACKENDS", "ErrorKind", "Margin", "Surrogate", "check_backend", "check_labels", "error_counts", "pixel_errors"]
-__all__ += ["pixel_loss"]
+__all__ = [
+    "BACKENDS",
+    "ErrorKind",
+    "Margin",
+    "Surrogate",
+    "Upsampling",
+    "check_backend",
+    "check_labels",
+    "error_counts",
+    "pixel_errors",
+    "pixel_loss",
+    "upsampled",
+]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton's interpreter runs the kernels on the CPU, for tests
@@ -52,6 +64,7 @@ def pixel_loss(
     foreground_weight: float,
     ignore_index: int,
     backend: str = "auto",
+    upsampling: Upsampling | None = None,
 ) -> Tensor:
     """Compute the paper's loss of every pixel, hard margins with the log surrogate; shapes are the caller's to check.
 
@@ -67,6 +80,8 @@ def pixel_loss(
         foreground_weight: Weight of the term of the labelled class.
         ignore_index: Label of void pixels; their loss and gradient are 0 whatever their logits.
         backend: ``"auto"`` or one of `BACKENDS`.
+        upsampling: How logits ``(N, C, h, w)`` come to the size of the target ``(N, H, W)``, a strip of rows at a time;
+            None: they have it.
 
     Returns:
         ``(N, *spatial)`` >= 0, in the dtype of the logits or float32, whichever is wider.
@@ -76,6 +91,15 @@ def pixel_loss(
             ``ignore_index``. Labels are checked on the CPU only, and not in compiled code: elsewhere the check would make
             the host wait for the device, and such a label gives NaN from the kernels.
     """
+    if upsampling is not None:
+        settings = {"foreground_weight": foreground_weight, "ignore_index": ignore_index, "backend": backend}
+        return upsampled(
+            lambda z, y: pixel_loss(z, y, foreground, background, **settings),  # type: ignore[arg-type]
+            logits,
+            target,
+            upsampling,
+            per_pixel=True,
+        )
     backend = _chosen(backend, logits)
     if backend == "fused":
         logits, target, shape = _prepared(logits, target, ignore_index)
@@ -98,6 +122,7 @@ def pixel_errors(
     false_alarms: Tensor,
     kind: ErrorKind,
     backend: str = "auto",
+    upsampling: Upsampling | None = None,
 ) -> Tensor:
     """Compute of every pixel the weighted sum of its miss and its false alarms.
 
@@ -110,10 +135,19 @@ def pixel_errors(
         false_alarms: ``(C,)`` weights, constants.
         kind: Margin, surrogate and label of void pixels.
         backend: See there.
+        upsampling: See there.
 
     Returns:
         ``(N, *spatial)`` in the dtype of the logits or float32, whichever is wider, 0 where void.
     """
+    if upsampling is not None:
+        return upsampled(
+            lambda z, y: pixel_errors(z, y, foreground, background, misses, false_alarms, kind, backend),
+            logits,
+            target,
+            upsampling,
+            per_pixel=True,
+        )
     backend = _chosen(backend, logits)
     logits, target, shape = _prepared(logits, target, kind.ignore_index)
     constants = _constants(logits, foreground, background, misses, false_alarms)
@@ -128,7 +162,12 @@ def pixel_errors(
 
 
 def error_counts(
-    logits: Tensor, target: Tensor, offsets: tuple[Tensor, Tensor] | None, kind: ErrorKind, backend: str = "auto"
+    logits: Tensor,
+    target: Tensor,
+    offsets: tuple[Tensor, Tensor] | None,
+    kind: ErrorKind,
+    backend: str = "auto",
+    upsampling: Upsampling | None = None,
 ) -> Tensor:
     """Sum the errors of every class over all pixels.
 
@@ -138,10 +177,15 @@ def error_counts(
         offsets: Foreground and background, ``(C,)`` each, constants; None: all are 0.
         kind: Margin, surrogate and label of void pixels.
         backend: See there.
+        upsampling: See there.
 
     Returns:
         ``(3, C)``: labelled pixels, misses, false alarms, in the dtype of the logits or float32, whichever is wider.
     """
+    if upsampling is not None:
+        return upsampled(
+            lambda z, y: error_counts(z, y, offsets, kind, backend), logits, target, upsampling, per_pixel=False
+        )
     backend = _chosen(backend, logits)
     logits, target, _ = _prepared(logits, target, kind.ignore_index)
     if backend == "fused" and (kind.margin, kind.surrogate) == ("soft", "sigmoid"):

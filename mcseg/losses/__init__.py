@@ -1,5 +1,6 @@
 """Objectives for semantic segmentation: modules called with logits and target that return a scalar."""
 
+from mcseg.kernels import Upsampling
 from mcseg.losses.combine import SumLoss
 from mcseg.losses.margin import MarginCalibrationLoss, Reduction, margin_calibration_loss
 from mcseg.losses.pixelwise import BalancedSoftmaxLoss, CrossEntropyLoss, FocalLoss, LDAMLoss, LogitAdjustmentLoss
@@ -19,6 +20,7 @@ __all__ = [
     "Reduction",
     "SumLoss",
     "TverskyLoss",
+    "Upsampling",
     "margin_calibration_loss",
 ]
 

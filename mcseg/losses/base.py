@@ -11,11 +11,11 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from mcseg.kernels import check_labels
+from mcseg.kernels import Upsampling, check_labels
 from mcseg.margins import ClassPixels, checked_counts
 
 
-def check_inputs(logits: Tensor, target: Tensor, least_classes: int = 1) -> None:
+def check_inputs(logits: Tensor, target: Tensor, least_classes: int = 1, upsampling: Upsampling | None = None) -> None:
     """Raise TypeError or ValueError where logits (N,C,*spatial) and target (N,*spatial) do not go together."""
     if not logits.is_floating_point():
         raise TypeError(f"logits: found dtype {logits.dtype}, expected floating point: the network's raw output")
@@ -24,6 +24,18 @@ def check_inputs(logits: Tensor, target: Tensor, least_classes: int = 1) -> None
     if logits.ndim < 2 or logits.shape[1] < least_classes:
         least = f" with C >= {least_classes} classes" if least_classes > 1 else ""
         raise ValueError(f"logits: found shape {tuple(logits.shape)}, expected (N, C, *spatial){least}")
+    if upsampling is not None:
+        if logits.ndim != 4 or target.ndim != 3 or len(target) != len(logits):
+            raise ValueError(
+                f"upsampling: found logits {tuple(logits.shape)} and target {tuple(target.shape)}, expected (N, C, h, w) "
+                "and (N, H, W)"
+            )
+        if target.shape[1] > upsampling.height or target.shape[2] > upsampling.width:
+            raise ValueError(
+                f"upsampling: found a target of {tuple(target.shape[1:])} for logits upsampled to {upsampling[:2]}, "
+                "expected no larger one"
+            )
+        return
     expected = (logits.shape[0], *logits.shape[2:])
     if target.shape != expected:
         raise ValueError(

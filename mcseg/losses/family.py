@@ -28,6 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mcseg.kernels import Upsampling, upsampled
 from mcseg.losses.base import summed_over_processes
 
 Aggregation = Literal["sum", "jaccard", "dice"]
@@ -59,26 +60,31 @@ def ratio(counts: Tensor, aggregation: Aggregation, classes: Classes, smooth: fl
     return value, {name: values.detach() for name, values in found.items()}
 
 
-def confusion_shares(logits: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def confusion_shares(logits: Tensor, target: Tensor, ignore_index: int, upsampling: Upsampling | None = None) -> Tensor:
     """Count labels, hits and predictions of a batch, over all processes of a group, as shares of the labelled pixels.
 
     Returns:
         ``(3, C)`` float64, without gradient: share of the pixels that are labelled i, that are so and predicted so, and
         that are predicted i. All 0 where nothing is labelled.
     """
-    num_classes = logits.shape[1]
-    labelled = target != ignore_index
-    preds = logits.detach().argmax(1)
-    label = torch.where(labelled, target, 0)
-    hit = (labelled & (preds == label)).double().flatten()
-    one = labelled.double().flatten()
-    # Not by bincount, for which the host would wait for the device
-    counts = torch.zeros(3, num_classes, dtype=torch.float64, device=logits.device)
-    counts[0].scatter_add_(0, label.flatten(), one)
-    counts[1].scatter_add_(0, label.flatten(), hit)
-    counts[2].scatter_add_(0, preds.flatten(), one)
-    counts = summed_over_processes(counts)
-    return counts / counts[0].sum().clamp(min=1)
+
+    def counts(z: Tensor, y: Tensor) -> Tensor:
+        labelled = y != ignore_index
+        preds = z.argmax(1)
+        label = torch.where(labelled, y, 0)
+        hit = (labelled & (preds == label)).double().flatten()
+        one = labelled.double().flatten()
+        # Not by bincount, for which the host would wait for the device
+        found = torch.zeros(3, z.shape[1], dtype=torch.float64, device=z.device)
+        found[0].scatter_add_(0, label.flatten(), one)
+        found[1].scatter_add_(0, label.flatten(), hit)
+        found[2].scatter_add_(0, preds.flatten(), one)
+        return found
+
+    z = logits.detach()
+    found = counts(z, target) if upsampling is None else upsampled(counts, z, target, upsampling, per_pixel=False)
+    found = summed_over_processes(found)
+    return found / found[0].sum().clamp(min=1)
 
 
 def class_iou(shares: Tensor) -> Tensor:

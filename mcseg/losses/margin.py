@@ -6,7 +6,16 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from mcseg.kernels import ErrorKind, Margin, Surrogate, check_backend, error_counts, pixel_errors, pixel_loss
+from mcseg.kernels import (
+    ErrorKind,
+    Margin,
+    Surrogate,
+    Upsampling,
+    check_backend,
+    error_counts,
+    pixel_errors,
+    pixel_loss,
+)
 from mcseg.losses.base import Objective, check_choice, check_inputs, check_range
 from mcseg.losses.family import (
     Aggregation,
@@ -31,6 +40,7 @@ def margin_calibration_loss(
     ignore_index: int = 255,
     reduction: Reduction = "mean",
     backend: str = "auto",
+    upsample: bool | Upsampling = False,
 ) -> Tensor:
     r"""Compute the margin-calibrated log-loss of logits against labels.
 
@@ -52,6 +62,9 @@ def margin_calibration_loss(
         reduction: ``"mean"`` over labelled pixels (0 where there are none), ``"sum"``, or ``"none"`` for all pixels.
         backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``; the same function computed in different ways, see
             `mcseg.kernels`.
+        upsample: True takes coarse logits ``(N, C, h, w)`` and upsamples them bilinearly to the target ``(N, H, W)``, with
+            corners aligned as segmentation_models_pytorch does it, a strip of rows at a time: logits of full resolution are
+            never held. An `mcseg.kernels.Upsampling` does it its way.
 
     Returns:
         A scalar, or ``(N, *spatial)`` for ``"none"``; >= 0, in the dtype of the logits or float32, whichever is wider.
@@ -69,7 +82,8 @@ def margin_calibration_loss(
         >>> margin_calibration_loss(torch.tensor([[2.0, -1.0]]), torch.tensor([0]), offsets)
         tensor(0.0729)
     """
-    _check_inputs(logits, target, offsets)
+    upsampling = Upsampling(*target.shape[-2:]) if upsample is True else upsample or None
+    _check_inputs(logits, target, offsets, upsampling)
     _check_choices(foreground_weight, reduction, backend)
     target = target.long()
     pixels = pixel_loss(
@@ -79,6 +93,7 @@ def margin_calibration_loss(
         foreground_weight=logits.shape[1] if foreground_weight is None else foreground_weight,
         ignore_index=ignore_index,
         backend=backend,
+        upsampling=upsampling,
     )
     if reduction == "none":
         return pixels
@@ -244,8 +259,10 @@ class MarginCalibrationLoss(Objective):
         self._calibrated = True
         return self
 
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor, target: Tensor, upsample: bool | Upsampling = False) -> Tensor:
         """Compute the loss of ``logits (N, C, *spatial)`` against ``target (N, *spatial)``.
+
+        With ``upsample`` from coarse logits, see `margin_calibration_loss`.
 
         Raises:
             RuntimeError: The loss is not calibrated.
@@ -261,28 +278,31 @@ class MarginCalibrationLoss(Objective):
                 ignore_index=self.ignore_index,
                 reduction=self.reduction,
                 backend=self.backend,
+                upsample=upsample,
             )
-        _check_inputs(logits, target, self.offsets)
+        upsampling = Upsampling(*target.shape[-2:]) if upsample is True else upsample or None
+        _check_inputs(logits, target, self.offsets, upsampling)
         target = target.long()
         kind = ErrorKind(self.margin, self.surrogate, self.power, self.ignore_index)
         if self.aggregation != "sum":
-            counts = error_counts(logits, target, None if self.scheme == "none" else self.offsets, kind, self.backend)
+            offsets = None if self.scheme == "none" else self.offsets
+            counts = error_counts(logits, target, offsets, kind, self.backend, upsampling)
             if self.surrogate == "log":  # in units in which it is 1 at the decision boundary
                 counts = torch.cat([counts[:1], counts[1:] / math.log(2)])
             value, self.class_statistics = ratio(counts, self.aggregation, self.classes, self.smooth)
             return value
-        weights = self._error_weights(logits, target)
-        pixels = pixel_errors(logits, target, *self.offsets, *weights, kind, self.backend)
+        weights = self._error_weights(logits, target, upsampling)
+        pixels = pixel_errors(logits, target, *self.offsets, *weights, kind, self.backend, upsampling)
         if self.reduction == "none":
             return pixels
         total = pixels.sum()
         return total if self.reduction == "sum" else total / (target != self.ignore_index).sum().clamp(min=1)
 
-    def _error_weights(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def _error_weights(self, logits: Tensor, target: Tensor, upsampling: Upsampling | None) -> tuple[Tensor, Tensor]:
         """``(C,)`` weights of misses and of false alarms."""
         if self._follows_iou:
             if self.training:
-                found = confusion_shares(logits, target, self.ignore_index)
+                found = confusion_shares(logits, target, self.ignore_index, upsampling)
                 self.running_shares.copy_(self.decay * self.running_shares + (1 - self.decay) * found)
             misses, false_alarms = iou_weights(self.running_shares)
             false_alarms = self.false_alarm_weight * false_alarms
@@ -315,8 +335,8 @@ class MarginCalibrationLoss(Objective):
         self._calibrated = not offsets.is_meta and not bool(offsets.isnan().any())
 
 
-def _check_inputs(logits: Tensor, target: Tensor, offsets: MarginOffsets) -> None:
-    check_inputs(logits, target, least_classes=2)
+def _check_inputs(logits: Tensor, target: Tensor, offsets: MarginOffsets, upsampling: Upsampling | None) -> None:
+    check_inputs(logits, target, least_classes=2, upsampling=upsampling)
     for name, offset in zip(MarginOffsets._fields, offsets, strict=True):
         if offset.shape != logits.shape[1:2]:
             raise ValueError(

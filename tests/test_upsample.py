@@ -1,0 +1,192 @@
+"""Errors of upsampled logits against upsampling first: values, gradients, memory, and the training step that uses them."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mcseg import SegmentationModule
+from mcseg.kernels import upsample
+from mcseg.losses import CrossEntropyLoss, MarginCalibrationLoss, Upsampling, margin_calibration_loss
+from mcseg.margins import margin_offsets
+from mcseg.networks import SegmentationNetwork
+
+PIXELS = [9000, 700, 250, 50]
+OPTIONS = [
+    {},
+    {"scheme": "miou", "weighting": "iou"},
+    {"scheme": "none", "margin": "soft", "surrogate": "sigmoid", "aggregation": "dice", "classes": "all", "power": 0.5},
+    {"scheme": "miou", "margin": "hard", "surrogate": "sigmoid", "aggregation": "jaccard"},
+    {"scheme": "none", "margin": "soft", "weighting": "uniform", "reduction": "sum"},
+]
+
+
+def draw(coarse, full, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(2, 4, *coarse, generator=generator, dtype=dtype)
+    target = torch.randint(0, 4, (2, *full), generator=generator)
+    target[0, 0] = 255
+    return logits, target
+
+
+def interpolated(logits, target, size, align_corners):
+    height, width = target.shape[-2:]
+    return F.interpolate(logits, size, mode="bilinear", align_corners=align_corners)[..., :height, :width]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    coarse=st.tuples(st.integers(1, 6), st.integers(1, 6)),
+    full=st.tuples(st.integers(1, 25), st.integers(1, 25)),
+    cut=st.tuples(st.integers(0, 3), st.integers(0, 3)),
+    align_corners=st.booleans(),
+    strip=st.sampled_from([1, 300, 10**9]),
+    options=st.sampled_from(OPTIONS),
+    seed=st.integers(0, 99),
+)
+def test_same_as_upsampling_first(coarse, full, cut, align_corners, strip, options, seed):
+    kept = [max(1, size - less) for size, less in zip(full, cut, strict=True)]
+    logits, target = draw(coarse, kept, seed)
+    found = []
+    for fused in (True, False):
+        loss = MarginCalibrationLoss(4, **options).calibrate(PIXELS)
+        z = logits.clone().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(upsample, "_STRIP", strip)
+            if fused:
+                value = loss(z, target, Upsampling(*full, align_corners))
+            else:
+                value = loss(interpolated(z, target, full, align_corners), target)
+            value.backward()
+        found.append((value.detach(), z.grad, loss.class_statistics, loss.state_dict()))
+    for one, other in zip(
+        *[[value, gradient, *statistics.values(), *state.values()] for value, gradient, statistics, state in found],
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12, equal_nan=True)
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize(("coarse", "full"), [(1, 7), (5, 20), (5, 17), (7, 7), (9, 4), (6, 96), (3, 1)])
+def test_neighbours_are_those_of_torch(coarse, full, align_corners):
+    values = torch.randn(1, 1, coarse, 1, dtype=torch.float64)
+    lower, upper, weight = upsample.neighbours(coarse, full, align_corners, torch.float64)
+    found = values[0, 0, lower, 0] * (1 - weight) + values[0, 0, upper, 0] * weight
+    expected = F.interpolate(values, (full, 1), mode="bilinear", align_corners=align_corners)[0, 0, :, 0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_function_with_corners_aligned_by_default(reduction):
+    logits, target = draw((5, 6), (17, 21))
+    offsets = margin_offsets(PIXELS)
+    found = margin_calibration_loss(logits, target, offsets, reduction=reduction, upsample=True)
+    expected = margin_calibration_loss(interpolated(logits, target, (17, 21), True), target, offsets, reduction=reduction)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_narrow_types_and_upstream_gradients():
+    logits, target = draw((5, 6), (17, 21), dtype=torch.float32)
+    offsets = margin_offsets(PIXELS, "miou")
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        weights = torch.rand(2, 17, 21)
+        gradients = []
+        for fused in (True, False):
+            z = logits.to(dtype).detach().clone().requires_grad_()
+            if fused:
+                loss = margin_calibration_loss(z, target, offsets, reduction="none", upsample=True)
+            else:
+                wide = interpolated(z.double(), target, (17, 21), True)
+                loss = margin_calibration_loss(wide, target, offsets, reduction="none")
+            (loss * weights).sum().backward()
+            gradients.append(z.grad)
+        assert gradients[0].dtype == dtype
+        torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+
+
+def test_logits_of_full_resolution_are_never_held(monkeypatch):
+    monkeypatch.setattr(upsample, "_STRIP", 4 * 64 * 8)
+    largest = 0
+    # every tensor that an operation makes
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    logits, target = torch.randn(1, 4, 16, 16, requires_grad=True), torch.randint(0, 4, (1, 64, 64))
+    loss = MarginCalibrationLoss(4, **OPTIONS[2]).calibrate(PIXELS)
+    with Watch():
+        loss(logits, target, upsample=True).backward()
+    assert largest <= target.numel()  # a quarter of the logits
+
+
+def test_nothing_labelled_nan_and_bad_input():
+    logits, target = draw((3, 4), (9, 12))
+    loss = MarginCalibrationLoss(4, **OPTIONS[2]).calibrate(PIXELS)
+    z = logits.clone().requires_grad_()
+    value = loss(z, torch.full_like(target, 255), upsample=True)
+    value.backward()
+    assert float(value.detach()) == 0
+    assert not z.grad.any()
+    logits[0, 1, 1, 1] = torch.nan
+    assert loss(logits, target, upsample=True).isnan()
+    with pytest.raises(ValueError, match=r"upsampling: found a target of \(9, 12\) for logits upsampled to \(8, 12\)"):
+        loss(logits, target, Upsampling(8, 12))
+    with pytest.raises(ValueError, match=r"upsampling: found logits \(2, 4, 3\) and target \(2, 9, 12\)"):
+        loss(logits[..., 0], target, Upsampling(9, 12))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss(z, target, upsample=True), z, create_graph=True)
+
+
+ARCHS = {"fpn": True, "deeplabv3plus": True, "unet": False}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_networks_give_the_logits_before_their_upsampling(arch):
+    network = SegmentationNetwork(arch, "tu-test_resnet.r160_in1k", 4).eval()
+    assert network.ends_in_upsampling == ARCHS[arch]
+    image = torch.rand(1, 3, 40, 50)  # padded to a multiple of 32
+    if not ARCHS[arch]:
+        with pytest.raises(RuntimeError, match=f"forward_coarse: {arch} does not end in an upsampling"):
+            network.forward_coarse(image)
+        return
+    with torch.no_grad():
+        logits, (height, width, align_corners) = network.forward_coarse(image)
+        expected = network(image)
+    assert logits.shape[-1] * 4 == width
+    found = F.interpolate(logits, (height, width), mode="bilinear", align_corners=align_corners)[..., :40, :50]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert set(network.state_dict()) == set(copy.deepcopy(network).state_dict())
+
+
+@pytest.mark.parametrize("objective", ["family", "cross entropy"])
+@pytest.mark.parametrize("arch", ["fpn", "unet"])
+def test_a_training_step_is_the_same(arch, objective):
+    """Loss and gradients of all parameters with and without the option, also where it does not apply."""
+    torch.manual_seed(0)
+    batch = {"image": torch.rand(2, 3, 40, 56), "mask": torch.randint(0, 4, (2, 40, 56))}
+    made = MarginCalibrationLoss(4, **OPTIONS[2]).calibrate(PIXELS) if objective == "family" else CrossEntropyLoss()
+    options = {"decoder_dropout": 0.0} if arch == "fpn" else {"decoder_channels": [16, 16, 8, 8, 8]}
+    modules = []
+    for fused in (False, True):
+        torch.manual_seed(1)
+        module = SegmentationModule(
+            arch, "tu-test_resnet.r160_in1k", num_classes=4, objective=made, network_options=options, fused_upsample=fused
+        )
+        module.log = lambda *_, **__: None
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        modules.append((float(loss.detach()), [p.grad for p in module.network.parameters()]))
+    (value, gradients), (fused_value, fused_gradients) = modules
+    assert fused_value == pytest.approx(value, rel=1e-6)
+    for one, other in zip(gradients, fused_gradients, strict=True):
+        assert (one - other).abs().max() <= 1e-4 * max(float(g.abs().max()) for g in itertools.chain(gradients)) + 1e-9
