@@ -5,6 +5,8 @@ The yardstick is the reference's own error in float32: a kernel may be as wrong 
 
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcseg.kernels import ErrorKind, error_counts, pixel_errors, pixel_loss
+from mcseg.kernels import ErrorKind, Upsampling, error_counts, pixel_errors, pixel_loss
 from mcseg.losses import MarginCalibrationLoss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,12 +45,12 @@ def draw(shape, seed=0, dtype=torch.float32, void=0.2, offsets=1.0, ignore_index
     return logits.to(DEVICE), target.to(DEVICE), vectors.to(DEVICE)
 
 
-def run(logits, target, vectors, kind, backend="triton", upstream=None, dtype=None):
+def run(logits, target, vectors, kind, backend="triton", upstream=None, dtype=None, upsampling=None):
     """Loss per pixel, its gradient, counts, and the gradient of a function of the counts."""
     z = logits.detach().to(dtype or logits.dtype).requires_grad_()
-    loss = pixel_errors(z, target, *vectors, kind, backend)
+    loss = pixel_errors(z, target, *vectors, kind, backend, upsampling)
     (first,) = torch.autograd.grad(loss, z, torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype))
-    counts = error_counts(z, target, tuple(vectors[:2]), kind, backend)
+    counts = error_counts(z, target, tuple(vectors[:2]), kind, backend, upsampling)
     (second,) = torch.autograd.grad((counts[1:] * vectors[2:].to(counts.dtype)).sum(), z)
     assert loss.shape == target.shape
     assert first.shape == second.shape == logits.shape
@@ -56,13 +58,17 @@ def run(logits, target, vectors, kind, backend="triton", upstream=None, dtype=No
     return loss.detach(), first, counts.detach(), second
 
 
-def check(case, kind, upstream=None, tolerance=1e-6):
+def check(case, kind, upstream=None, tolerance=1e-6, upsampling=None):
     logits, target, vectors = case
-    truth = run(logits.double(), target, vectors, kind, "reference", upstream)
-    yardstick = run(logits, target, vectors, kind, "reference", upstream, torch.float32)
+    truth = run(logits.double(), target, vectors, kind, "reference", upstream, None, upsampling)
+    yardstick = run(logits, target, vectors, kind, "reference", upstream, torch.float32, upsampling)
     rounding = torch.finfo(logits.dtype).eps if logits.dtype != torch.float32 else 0.0
     for name, found, plain, exact in zip(
-        ("loss", "gradient", "counts", "of counts"), run(*case, kind, "triton", upstream), yardstick, truth, strict=True
+        ("loss", "gradient", "counts", "of counts"),
+        run(*case, kind, "triton", upstream, None, upsampling),
+        yardstick,
+        truth,
+        strict=True,
     ):
         if exact.numel():
             scale = max(1e-3, float(exact.abs().max()))
@@ -108,12 +114,50 @@ def test_layouts_types_ties(shape, kind, dtype, layout, void, offsets, ties, see
     assert torch.equal(before, logits)
 
 
+# coarse, full, rows and columns of the target, corners aligned; few pixels, as the interpreter takes milliseconds for each
+UPSAMPLINGS = {
+    "hard log": ((2, 2), (6, 5), (6, 5), True),
+    "hard sigmoid": ((3, 2), (5, 5), (5, 5), True),
+    "soft log": ((2, 3), (4, 9), (3, 8), False),
+    "soft sigmoid": ((1, 3), (4, 3), (4, 3), False),
+    "soft power": ((4, 5), (3, 3), (3, 3), True),
+    "hard power": ((2, 19), (2, 25), (2, 25), False),
+}
+
+
+@pytest.mark.parametrize("name", UPSAMPLINGS)
+def test_upsampled_errors_are_those_of_the_reference(name):
+    coarse, full, kept, align_corners = UPSAMPLINGS[name]
+    logits, _, vectors = draw((2, 5, *coarse))
+    _, target, _ = draw((2, 5, *kept), seed=1)
+    upstream = torch.rand(target.shape, device=DEVICE)
+    check((logits, target, vectors), KINDS[name], upstream, 3e-6, Upsampling(*full, align_corners))
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype", "kind"), [("channels last", torch.bfloat16, "soft power"), ("cropped", torch.float16, "hard log")]
+)
+def test_upsampled_errors_of_many_classes(layout, dtype, kind):
+    """More classes than a tile of pixels or one of cells holds, narrow types, strides."""
+    logits, _, vectors = draw((1, 270, 2, 2), dtype=dtype)
+    _, target, _ = draw((1, 255, 2, 3), seed=1, ignore_index=-1)
+    if layout == "channels last":
+        logits = logits.to(memory_format=torch.channels_last)
+    else:
+        logits = F.pad(logits, (1, 1, 2, 0))[..., 2:, 1:3]
+    kind = ErrorKind(KINDS[kind].margin, KINDS[kind].surrogate, KINDS[kind].power, -1)
+    check((logits, target, vectors), kind, None, 3e-6, Upsampling(2, 3))
+
+
 @each_kind
 def test_two_runs_are_equal_and_memory_formats_are_kept(kind):
     logits, target, vectors = draw((2, 7, 9, 40))
     logits = logits.to(memory_format=torch.channels_last)
     first, second = (run(logits, target, vectors, kind) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    few = Upsampling(3, 2)
+    upsampled = [run(logits[..., :2, :2], target[:, :3, :2], vectors, kind, upsampling=few) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*upsampled, strict=True))
     assert first[1].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -244,3 +288,56 @@ def test_more_elements_than_int32_can_count():
     (gradient,) = torch.autograd.grad(loss, z, torch.ones_like(loss))
     assert gradient[0, 5, -1, -1] < 0
     assert torch.equal(gradient[0, :, 0, 0], gradient[0, :, 5000, 4000])
+
+
+# In a process of its own, as here the interpreter has taken the compiler's place
+COMPILE = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from mcseg.kernels import gpu
+
+words = {"rows_ptr", "columns_ptr", "pair_ptr", "row_from_ptr", "row_to_ptr", "column_from_ptr", "column_to_ptr"}
+strides = {"zn", "zc", "zh", "zw", "gn", "gc", "gh", "gw"}
+
+
+def kind_of(name):
+    if name.endswith("_ptr"):
+        return {"z_ptr": "*bf16", "gradient_ptr": "*bf16", "y_ptr": "*i64"}.get(name, "*i32" if name in words else "*fp32")
+    return "fp32" if name == "power" else "i64" if name in strides else "i32"
+
+
+none = {name: None for name in ("rows_ptr", "down_ptr", "columns_ptr", "across_ptr")}
+for classes, soft in ((19, False), (300, True)):
+    tile = gpu._tile(classes)
+    warps = tile.pop("num_warps")
+    plain = {**none, **tile, "FLAT": True, "UP": False, "zw": 1}
+    coarse = {**tile, "FLAT": False, "UP": True}
+    runs = [
+        (gpu._forward, {"counts_ptr": None, **plain}),
+        (gpu._forward, {"loss_ptr": None, **coarse}),
+        (gpu._backward, {"found_ptr": None, "pair_ptr": None, **plain}),
+        (gpu._backward, {"upstream_ptr": None, "gradient_ptr": None, **coarse}),
+        (gpu._gather, {"MOST": 8, "BC": 32, "BP": 16}),
+    ]
+    for kernel, fixed in runs:
+        fixed = {"SOFT": soft, "LOG": not soft, "POWER": soft, **fixed}
+        signature = {name: "constexpr" if name in fixed else kind_of(name) for name in kernel.arg_names}
+        source = ASTSource(kernel, signature, constexprs=fixed)
+        found = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+        print(kernel.__name__, len(found.asm["cubin"]))
+"""
+
+
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """The compiler refuses what the interpreter lets pass, and needs no GPU."""
+    script = tmp_path / "compile_kernels.py"
+    script.write_text(COMPILE)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    sizes = [int(line.split()[1]) for line in done.stdout.splitlines()]
+    assert len(sizes) == 10
+    assert min(sizes) > 1000

@@ -91,7 +91,8 @@ def pixel_loss(
             ``ignore_index``. Labels are checked on the CPU only, and not in compiled code: elsewhere the check would make
             the host wait for the device, and such a label gives NaN from the kernels.
     """
-    if upsampling is not None:
+    backend = _chosen(backend, logits)
+    if upsampling is not None and backend != "triton":
         settings = {"foreground_weight": foreground_weight, "ignore_index": ignore_index, "backend": backend}
         return upsampled(
             lambda z, y: pixel_loss(z, y, foreground, background, **settings),  # type: ignore[arg-type]
@@ -100,7 +101,6 @@ def pixel_loss(
             upsampling,
             per_pixel=True,
         )
-    backend = _chosen(backend, logits)
     if backend == "fused":
         logits, target, shape = _prepared(logits, target, ignore_index)
         foreground, background = _constants(logits, foreground, background)
@@ -110,7 +110,7 @@ def pixel_loss(
     misses = torch.full_like(foreground, foreground_weight / num_classes)
     false_alarms = torch.full_like(background, 1 / num_classes)
     kind = ErrorKind(ignore_index=ignore_index)
-    return pixel_errors(logits, target, foreground, background, misses, false_alarms, kind, backend)
+    return pixel_errors(logits, target, foreground, background, misses, false_alarms, kind, backend, upsampling)
 
 
 def pixel_errors(
@@ -140,7 +140,8 @@ def pixel_errors(
     Returns:
         ``(N, *spatial)`` in the dtype of the logits or float32, whichever is wider, 0 where void.
     """
-    if upsampling is not None:
+    backend = _chosen(backend, logits)
+    if upsampling is not None and backend != "triton":
         return upsampled(
             lambda z, y: pixel_errors(z, y, foreground, background, misses, false_alarms, kind, backend),
             logits,
@@ -148,13 +149,12 @@ def pixel_errors(
             upsampling,
             per_pixel=True,
         )
-    backend = _chosen(backend, logits)
     logits, target, shape = _prepared(logits, target, kind.ignore_index)
     constants = _constants(logits, foreground, background, misses, false_alarms)
     if backend == "triton":
         from . import gpu
 
-        loss: Tensor = gpu.pixel_errors(logits, target, *constants, *_settings(kind))
+        loss: Tensor = gpu.pixel_errors(logits, target, *constants, *_settings(kind), *(upsampling or ()))
         return loss.view(shape)
     foreground, background, misses, false_alarms = constants
     errors, is_label = surrogate_errors(logits, target, foreground, background, kind)
@@ -182,11 +182,11 @@ def error_counts(
     Returns:
         ``(3, C)``: labelled pixels, misses, false alarms, in the dtype of the logits or float32, whichever is wider.
     """
-    if upsampling is not None:
+    backend = _chosen(backend, logits)
+    if upsampling is not None and backend != "triton":
         return upsampled(
             lambda z, y: error_counts(z, y, offsets, kind, backend), logits, target, upsampling, per_pixel=False
         )
-    backend = _chosen(backend, logits)
     logits, target, _ = _prepared(logits, target, kind.ignore_index)
     if backend == "fused" and (kind.margin, kind.surrogate) == ("soft", "sigmoid"):
         return soft_error_counts(logits, target, offsets and _constants(logits, *offsets), kind.power, kind.ignore_index)
@@ -195,7 +195,8 @@ def error_counts(
     if backend == "triton":
         from . import gpu
 
-        counts: Tensor = gpu.error_counts(logits, target, foreground, background, *_settings(kind))
+        offset_vectors = (foreground, background)
+        counts: Tensor = gpu.error_counts(logits, target, *offset_vectors, *_settings(kind), *(upsampling or ()))
         return counts
     return error_sums(*surrogate_errors(logits, target, foreground, background, kind))
 

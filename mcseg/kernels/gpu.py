@@ -23,16 +23,20 @@ backward pass computes the gradient from the logits, where the upstream gradient
 upstream gradient of 1 and to scale it: three passes over device memory in all instead of four, and nothing is kept.
 """
 
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-# Elements of a tile. One is read per thread and pass in bfloat16 pairs; three tiles are alive at a time, which with 4 warps
-# is 3 * 4096 / 128 = 96 registers of a thread.
-_TILE = 4096
+from .upsample import neighbours
+
+# Elements of a tile, 8 for a thread: compiled for compute capability 9.0 no kernel then needs more than 128 registers of a
+# thread where a tile holds all classes, and none spills; with 16 elements up to 180, with 32 some spill.
+_TILE = 2048
+_WARPS = 8
 _ONE_CHUNK = 256  # most classes that a tile holds at once
 _CHUNK = 128  # classes at a time where there are more
 _PROGRAMS = 1024  # of a sum over pixels: each keeps its sums in registers and goes on to its next block
@@ -45,11 +49,24 @@ def _log1p(x):
 
 
 @triton.jit
-def _load(z_ptr, place, c, classes, readable, zc):
-    """Logits (classes, pixels) in float32: 0 where not readable, -inf beyond the last class."""
-    in_c = (c < classes)[:, None]
-    z = tl.load(z_ptr + c.to(tl.int64)[:, None] * zc + place[None, :], mask=in_c & readable[None, :], other=0.0)
-    return tl.where(in_c, z.to(tl.float32), float("-inf"))
+def _read(z_ptr, place, c, classes, readable, zc):
+    z_ptr += c.to(tl.int64)[:, None] * zc
+    return tl.load(z_ptr + place[None, :], mask=(c < classes)[:, None] & readable[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load(z_ptr, place, right, below, to_right, to_below, c, classes, readable, zc, UP: tl.constexpr):
+    """Logits (classes, pixels) in float32: 0 where not readable, -inf beyond the last class.
+
+    With UP between four coarse cells: the one at ``place``, those ``right`` of and ``below`` it, and their corner.
+    """
+    z = _read(z_ptr, place, c, classes, readable, zc)
+    if UP:
+        z += to_right[None, :] * (_read(z_ptr, place + right, c, classes, readable, zc) - z)
+        low = _read(z_ptr, place + below, c, classes, readable, zc)
+        low += to_right[None, :] * (_read(z_ptr, place + below + right, c, classes, readable, zc) - low)
+        z += to_below[None, :] * (low - z)
+    return tl.where((c < classes)[:, None], z, float("-inf"))
 
 
 @triton.jit
@@ -133,54 +150,92 @@ def _sums(error, slope, rest, c, classes, first, is_label, label, wm_ptr, wf_ptr
 
 
 @triton.jit
+def _slopes(
+    slope, share, rest, c, classes, first, other, of_others, of_top, is_label, label, wm_ptr, wf_ptr, SOFT: tl.constexpr
+):  # fmt: skip
+    """Gradient in the logits of the weighted errors of a pixel, from their slopes in the margins and the two sums."""
+    wm = tl.load(wm_ptr + label)[None, :]
+    w = tl.where(is_label, wm, tl.load(wf_ptr + c, mask=c < classes, other=0.0)[:, None])
+    g = tl.where(is_label, -w, w) * slope
+    is_top = c[:, None] == first[None, :]
+    if SOFT:
+        h = g / tl.maximum(rest, 1e-37)
+        g -= share * tl.where(is_top, of_others[None, :], of_others[None, :] - h + of_top[None, :])
+    else:
+        g -= tl.where(is_top, of_others[None, :], 0.0)
+        g -= tl.where(c[:, None] == other[None, :], of_top[None, :], 0.0)
+    return g
+
+
+@triton.jit
 def _add(place, values, inside):
     tl.store(place, tl.load(place, mask=inside, other=0.0) + values, mask=inside)
 
 
 @triton.jit
-def _pixels_of(block, blocks, y_ptr, pixels, width, classes, zn, zh, zw, ignore, FLAT: tl.constexpr, BP: tl.constexpr):
-    """Sample, places of a block's pixels in it, labels, which pixels have one, and a factor: nan where it is no class."""
-    sample = (block // blocks).to(tl.int64)
-    p = (block % blocks).to(tl.int64) * BP + tl.arange(0, BP)
-    inside = p < pixels
-    y = tl.load(y_ptr + sample * pixels + p, mask=inside, other=ignore)
+def _labels(y_ptr, place, inside, classes, ignore):
+    """Labels, 0 where there is none; which pixels have one; and a factor: nan where it is no class."""
+    y = tl.load(y_ptr + place, mask=inside, other=ignore)
     valid = inside & (y != ignore)
     known = (y >= 0) & (y < classes)
-    label = tl.where(valid & known, y, 0).to(tl.int32)
-    # where all pixels of a sample lie at one stride, the compiler must see it, or it will not read them in vectors
-    place = p * zw if FLAT else (p // width) * zh + (p % width) * zw
-    return sample, p, inside, sample * zn + place, label, valid, tl.where(valid & ~known, float("nan"), 1.0)
+    return tl.where(valid & known, y, 0).to(tl.int32), valid, tl.where(valid & ~known, float("nan"), 1.0)
+
+
+@triton.jit
+def _cells(row, column, inside, rows_ptr, down_ptr, columns_ptr, across_ptr, height, breadth, zh, zw, UP: tl.constexpr):
+    """Where the logits of pixels are: place, steps to the right and below, and the weights of these."""
+    if UP:
+        i = tl.load(rows_ptr + row, mask=inside, other=0).to(tl.int64)
+        j = tl.load(columns_ptr + column, mask=inside, other=0).to(tl.int64)
+        to_below = tl.load(down_ptr + row, mask=inside, other=0.0)
+        to_right = tl.load(across_ptr + column, mask=inside, other=0.0)
+        right = tl.where(j + 1 < breadth, zw, 0).to(tl.int64)
+        below = tl.where(i + 1 < height, zh, 0).to(tl.int64)
+        place = i * zh + j * zw
+    else:
+        place, right, below = row * zh + column * zw, row, row
+        to_right = tl.zeros_like(row).to(tl.float32)
+        to_below = to_right
+    return place, right, below, to_right, to_below
 
 
 @triton.jit
 def _forward(
     z_ptr, y_ptr, fg_ptr, bg_ptr, wm_ptr, wf_ptr, loss_ptr, counts_ptr,
-    num_blocks, blocks, pixels, width, classes, zn, zc, zh, zw, ignore, power,
-    SOFT: tl.constexpr, LOG: tl.constexpr, POWER: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr,
+    rows_ptr, down_ptr, columns_ptr, across_ptr,
+    num_blocks, blocks, pixels, width, height, breadth, classes, zn, zc, zh, zw, ignore, power,
+    SOFT: tl.constexpr, LOG: tl.constexpr, POWER: tl.constexpr, FLAT: tl.constexpr, UP: tl.constexpr,
+    ONE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Write the loss of every pixel, or each program's counts (programs, 3, classes), which begin at 0."""
     labels = tl.zeros([BC], tl.float32)
     misses = tl.zeros([BC], tl.float32)
     alarms = tl.zeros([BC], tl.float32)
-    row = counts_ptr
+    sums = counts_ptr
     if counts_ptr is not None:
-        row = counts_ptr + tl.program_id(0).to(tl.int64) * 3 * classes
+        sums = counts_ptr + tl.program_id(0).to(tl.int64) * 3 * classes
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-        sample, p, inside, place, label, valid, factor = _pixels_of(
-            block, blocks, y_ptr, pixels, width, classes, zn, zh, zw, ignore, FLAT, BP
+        sample = (block // blocks).to(tl.int64)
+        p = (block % blocks).to(tl.int64) * BP + tl.arange(0, BP)
+        inside = p < pixels
+        label, valid, factor = _labels(y_ptr, sample * pixels + p, inside, classes, ignore)
+        # where all pixels of a sample lie at one stride, the compiler must see it, or it will not read them in vectors
+        row, column = (0 * p, p) if FLAT else (p // width, p % width)
+        place, right, below, to_right, to_below = _cells(
+            row, column, inside, rows_ptr, down_ptr, columns_ptr, across_ptr, height, breadth, zh, zw, UP
         )
+        place += sample * zn
         c = tl.arange(0, BC)
-        z = _load(z_ptr, place, c, classes, valid, zc)
+        z = _load(z_ptr, place, right, below, to_right, to_below, c, classes, valid, zc, UP)
         top, first, second, other, sum_r = _two_largest(z, c)
         if not ONE:
             for start in range(BC, classes, BC):
-                z = _load(z_ptr, place, start + c, classes, valid, zc)
+                z = _load(z_ptr, place, right, below, to_right, to_below, start + c, classes, valid, zc, UP)
                 top, first, second, other, sum_r = _merge(top, first, second, other, sum_r, z, start + c)
         loss = tl.zeros([BP], tl.float32)
         for start in range(0, 1 if ONE else classes, BC):
             if not ONE:
-                z = _load(z_ptr, place, start + c, classes, valid, zc)
+                z = _load(z_ptr, place, right, below, to_right, to_below, start + c, classes, valid, zc, UP)
             error, slope, _, rest, is_label = _errors(
                 z, start + c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT, LOG, POWER
             )
@@ -197,40 +252,53 @@ def _forward(
                     alarms += found_alarms
                 else:  # too many to be kept in registers; the barrier keeps a fast warp out of the next block's sums
                     tl.debug_barrier()
-                    _add(row + start + c, found_labels, start + c < classes)
-                    _add(row + start + c + classes, found_misses, start + c < classes)
-                    _add(row + start + c + 2 * classes, found_alarms, start + c < classes)
+                    _add(sums + start + c, found_labels, start + c < classes)
+                    _add(sums + start + c + classes, found_misses, start + c < classes)
+                    _add(sums + start + c + 2 * classes, found_alarms, start + c < classes)
         if counts_ptr is None:
             tl.store(loss_ptr + sample * pixels + p, tl.where(valid, loss * factor, 0.0), mask=inside)
     if ONE and counts_ptr is not None:
         c = tl.arange(0, BC)
-        _add(row + c, labels, c < classes)
-        _add(row + c + classes, misses, c < classes)
-        _add(row + c + 2 * classes, alarms, c < classes)
+        _add(sums + c, labels, c < classes)
+        _add(sums + c + classes, misses, c < classes)
+        _add(sums + c + 2 * classes, alarms, c < classes)
 
 
 @triton.jit
 def _backward(
-    z_ptr, y_ptr, fg_ptr, bg_ptr, wm_ptr, wf_ptr, upstream_ptr, gradient_ptr,
-    blocks, pixels, width, classes, zn, zc, zh, zw, gn, gc, gh, gw, ignore, power,
-    SOFT: tl.constexpr, LOG: tl.constexpr, POWER: tl.constexpr, FLAT: tl.constexpr, ONE: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr,
+    z_ptr, y_ptr, fg_ptr, bg_ptr, wm_ptr, wf_ptr, upstream_ptr, gradient_ptr, found_ptr, pair_ptr,
+    rows_ptr, down_ptr, columns_ptr, across_ptr,
+    blocks, pixels, width, height, breadth, classes, zn, zc, zh, zw, gn, gc, gh, gw, ignore, power,
+    SOFT: tl.constexpr, LOG: tl.constexpr, POWER: tl.constexpr, FLAT: tl.constexpr, UP: tl.constexpr,
+    ONE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the weighted errors, times a pixel's upstream gradient where there is one."""
-    sample, p, inside, place, label, valid, factor = _pixels_of(
-        tl.program_id(0), blocks, y_ptr, pixels, width, classes, zn, zh, zw, ignore, FLAT, BP
+    """Write the gradient of the weighted errors, times a pixel's upstream gradient where there is one.
+
+    For upsampled logits, which have no place to write it to, write what it needs of a pixel instead: (6, pixels) float32 of
+    the largest logit, runner-up, sum_r, the two sums and the factor, and a word of the two largest logits' classes.
+    """
+    block = tl.program_id(0)
+    sample = (block // blocks).to(tl.int64)
+    p = (block % blocks).to(tl.int64) * BP + tl.arange(0, BP)
+    inside = p < pixels
+    label, valid, factor = _labels(y_ptr, sample * pixels + p, inside, classes, ignore)
+    # where all pixels of a sample lie at one stride, the compiler must see it, or it will not read them in vectors
+    row, column = (0 * p, p) if FLAT else (p // width, p % width)
+    place, right, below, to_right, to_below = _cells(
+        row, column, inside, rows_ptr, down_ptr, columns_ptr, across_ptr, height, breadth, zh, zw, UP
     )
+    place += sample * zn
     c = tl.arange(0, BC)
-    z = _load(z_ptr, place, c, classes, valid, zc)
+    z = _load(z_ptr, place, right, below, to_right, to_below, c, classes, valid, zc, UP)
     top, first, second, other, sum_r = _two_largest(z, c)
     if not ONE:
         for start in range(BC, classes, BC):
-            z = _load(z_ptr, place, start + c, classes, valid, zc)
+            z = _load(z_ptr, place, right, below, to_right, to_below, start + c, classes, valid, zc, UP)
             top, first, second, other, sum_r = _merge(top, first, second, other, sum_r, z, start + c)
     of_others, of_top = tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32)
     for start in range(0, 1 if ONE else classes, BC):
         if not ONE:
-            z = _load(z_ptr, place, start + c, classes, valid, zc)
+            z = _load(z_ptr, place, right, below, to_right, to_below, start + c, classes, valid, zc, UP)
         error, slope, _, rest, is_label = _errors(
             z, start + c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT, LOG, POWER
         )
@@ -239,42 +307,145 @@ def _backward(
         of_top += largest
     if upstream_ptr is not None:
         factor *= tl.load(upstream_ptr + sample * pixels + p, mask=valid, other=0.0)
-    written = sample * gn + (p * gw if FLAT else (p // width) * gh + (p % width) * gw)
-    for start in range(0, 1 if ONE else classes, BC):
-        if not ONE:
-            z = _load(z_ptr, place, start + c, classes, valid, zc)
-        _, slope, share, rest, is_label = _errors(
-            z, start + c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT, LOG, POWER
-        )
-        in_c = start + c < classes
-        wm = tl.load(wm_ptr + label)[None, :]
-        w = tl.where(is_label, wm, tl.load(wf_ptr + start + c, mask=in_c, other=0.0)[:, None])
-        g = tl.where(is_label, -w, w) * slope
-        is_top = (start + c)[:, None] == first[None, :]
-        if SOFT:
-            h = g / tl.maximum(rest, 1e-37)
-            g -= share * tl.where(is_top, of_others[None, :], of_others[None, :] - h + of_top[None, :])
-        else:
-            g -= tl.where(is_top, of_others[None, :], 0.0)
-            g -= tl.where((start + c)[:, None] == other[None, :], of_top[None, :], 0.0)
-        g = tl.where(valid[None, :], g * factor[None, :], 0.0)
-        target = gradient_ptr + (start + c).to(tl.int64)[:, None] * gc + written[None, :]
-        tl.store(target, g, mask=in_c[:, None] & inside[None, :])
+    if UP:
+        pixel = sample * pixels + p
+        total = tl.num_programs(0).to(tl.int64) // blocks * pixels
+        tl.store(found_ptr + pixel, top, mask=inside)
+        tl.store(found_ptr + total + pixel, second, mask=inside)
+        tl.store(found_ptr + 2 * total + pixel, sum_r, mask=inside)
+        tl.store(found_ptr + 3 * total + pixel, of_others, mask=inside)
+        tl.store(found_ptr + 4 * total + pixel, of_top, mask=inside)
+        tl.store(found_ptr + 5 * total + pixel, factor, mask=inside)
+        tl.store(pair_ptr + pixel, first + (other << 16), mask=inside)
+    else:
+        for start in range(0, 1 if ONE else classes, BC):
+            if not ONE:
+                z = _load(z_ptr, place, right, below, to_right, to_below, start + c, classes, valid, zc, UP)
+            _, slope, share, rest, is_label = _errors(
+                z, start + c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT, LOG, POWER
+            )
+            g = _slopes(
+                slope,
+                share,
+                rest,
+                start + c,
+                classes,
+                first,
+                other,
+                of_others,
+                of_top,
+                is_label,
+                label,
+                wm_ptr,
+                wf_ptr,
+                SOFT,
+            )
+            g = tl.where(valid[None, :], g * factor[None, :], 0.0)
+            target = gradient_ptr + (start + c).to(tl.int64)[:, None] * gc + (sample * gn + row * gh + column * gw)[None, :]
+            tl.store(target, g, mask=(start + c < classes)[:, None] & inside[None, :])
 
 
-def _geometry(*tensors: Tensor) -> tuple[list[tuple[int, ...]], int, int, bool]:
-    """Strides (N,C,H,W) of tensors of one shape with at most two spatial dimensions, pixels, width, one stride for all."""
+@triton.jit
+def _gather(
+    z_ptr, y_ptr, fg_ptr, bg_ptr, wm_ptr, wf_ptr, found_ptr, pair_ptr, gradient_ptr,
+    rows_ptr, down_ptr, columns_ptr, across_ptr, row_from_ptr, row_to_ptr, column_from_ptr, column_to_ptr,
+    pixels, width, height, breadth, classes, zn, zc, zh, zw, gn, gc, gh, gw, ignore, power, total,
+    SOFT: tl.constexpr, LOG: tl.constexpr, POWER: tl.constexpr, MOST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of coarse cells, (classes, a run of cells of one row): over the pixels that each has a part in."""
+    sample = (tl.program_id(0) // height).to(tl.int64)
+    i = (tl.program_id(0) % height).to(tl.int64)
+    j = tl.program_id(1).to(tl.int64) * BP + tl.arange(0, BP)
+    c = tl.program_id(2) * BC + tl.arange(0, BC)
+    cells = j < breadth
+    left = tl.load(column_from_ptr + j, mask=cells, other=0)
+    end = tl.load(column_to_ptr + j, mask=cells, other=0)
+    gradient = tl.zeros([BC, BP], tl.float32)
+    for row in range(tl.load(row_from_ptr + i), tl.load(row_to_ptr + i)):
+        at_row = tl.load(rows_ptr + row)
+        down = tl.load(down_ptr + row)
+        weight = tl.where(at_row == i, 1.0 - down, 0.0) + tl.where(tl.minimum(at_row + 1, height - 1) == i, down, 0.0)
+        for step in range(MOST):
+            column = left + step
+            inside = cells & (column < end)
+            rows = tl.zeros([BP], tl.int64) + row
+            place, right, below, to_right, to_below = _cells(
+                rows, column, inside, rows_ptr, down_ptr, columns_ptr, across_ptr, height, breadth, zh, zw, True
+            )
+            at = tl.load(columns_ptr + column, mask=inside, other=0)
+            share_of_cell = tl.where(at == j, 1.0 - to_right, 0.0)
+            share_of_cell += tl.where(tl.minimum(at + 1, breadth - 1) == j, to_right, 0.0)
+            pixel = sample * pixels + row * width + column
+            label, valid, _ = _labels(y_ptr, pixel, inside, classes, ignore)
+            pair = tl.load(pair_ptr + pixel, mask=valid, other=0)
+            first, other = pair & 0xFFFF, pair >> 16
+            top = tl.load(found_ptr + pixel, mask=valid, other=0.0)
+            second = tl.load(found_ptr + total + pixel, mask=valid, other=0.0)
+            sum_r = tl.load(found_ptr + 2 * total + pixel, mask=valid, other=1.0)
+            of_others = tl.load(found_ptr + 3 * total + pixel, mask=valid, other=0.0)
+            of_top = tl.load(found_ptr + 4 * total + pixel, mask=valid, other=0.0)
+            factor = tl.load(found_ptr + 5 * total + pixel, mask=valid, other=0.0) * weight * share_of_cell
+            z = _load(z_ptr, place + sample * zn, right, below, to_right, to_below, c, classes, valid, zc, True)
+            _, slope, share, rest, is_label = _errors(
+                z, c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT, LOG, POWER
+            )
+            g = _slopes(
+                slope, share, rest, c, classes, first, other, of_others, of_top, is_label, label, wm_ptr, wf_ptr, SOFT
+            )
+            gradient += tl.where(valid[None, :], g * factor[None, :], 0.0)
+    target = gradient_ptr + c.to(tl.int64)[:, None] * gc + (sample * gn + i * gh + j * gw)[None, :]
+    tl.store(target, gradient, mask=(c < classes)[:, None] & cells[None, :])
+
+
+class _Places(NamedTuple):
+    """How a kernel finds the logits of the pixels, and where coarse ones are, the pixels of a cell."""
+
+    strides: list[tuple[int, ...]]  # (N,C,H,W) of each tensor
+    pixels: int  # of a sample
+    width: int
+    shape: tuple[int, int]  # of the coarse logits
+    tables: tuple[Tensor | None, ...]  # lower neighbour and weight of the upper one, of rows and of columns
+    ranges: tuple[Tensor, ...]  # first pixel and one behind the last of each coarse row and of each coarse column
+    most: int  # columns of pixels of a coarse column
+    flat: bool  # one stride serves for all pixels of a sample
+
+
+def _places(target: Tensor, upsampling: tuple[int, int, bool], *tensors: Tensor) -> _Places:
     shape = tensors[0].shape
     strides = [(*tensor.stride()[:2], *(0,) * (4 - tensor.ndim), *tensor.stride()[2:]) for tensor in tensors]
     height, width = (1, 1, *shape[2:])[-2:]
-    flat = all(stride[2] == width * stride[3] for stride in strides) or height == 1
-    return strides, height * width, width, flat
+    if not upsampling[0]:
+        flat = all(stride[2] == width * stride[3] for stride in strides) or height == 1
+        return _Places(strides, height * width, width, (height, width), (None,) * 4, (), 0, flat)
+    rows, columns = (
+        _table(coarse, full, upsampling[2], kept, target.device)
+        for coarse, full, kept in zip((height, width), upsampling[:2], target.shape[-2:], strict=True)
+    )
+    pixels = target.shape[-2] * target.shape[-1]
+    tables, ranges = (*rows[:2], *columns[:2]), (*rows[2:4], *columns[2:4])
+    return _Places(strides, pixels, target.shape[-1], (height, width), tables, ranges, columns[4], False)
+
+
+@lru_cache(maxsize=256)
+def _table(
+    coarse: int, full: int, align_corners: bool, kept: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Lower neighbours, the upper ones' weights of the first ``kept`` pixels; range of pixels of each cell, and the longest.
+
+    Kept for the next step: a copy to the device would make the host wait.
+    """
+    lower, _, weight = (part[:kept] for part in neighbours(coarse, full, align_corners, torch.float32))
+    cells = torch.arange(coarse)
+    start = torch.searchsorted(lower, cells - 1)
+    end = torch.searchsorted(lower, cells, right=True)
+    most = int((end - start).max())
+    return (*(part.to(device) for part in (lower.int(), weight, start.int(), end.int())), most)  # type: ignore[return-value]
 
 
 def _tile(classes: int) -> dict[str, int | bool]:
     one = classes <= _ONE_CHUNK
     block = triton.next_power_of_2(classes) if one else _CHUNK
-    return {"ONE": one, "BC": block, "BP": max(16, _TILE // block)}
+    return {"ONE": one, "BC": block, "BP": max(16, _TILE // block), "num_warps": _WARPS}
 
 
 def _planes(z: Tensor) -> Tensor:
@@ -294,13 +465,18 @@ def pixel_errors(
     log: bool,
     power: float,
     ignore_index: int,
+    height: int = 0,
+    width: int = 0,
+    align_corners: bool = False,
 ) -> Tensor:
     """Compute what `mcseg.kernels.pixel_errors` does.
 
-    With a spatial dimension, target int64, vectors ``(C,)`` float32 on the device of the logits.
+    With a spatial dimension, target int64, vectors ``(C,)`` float32 on the device of the logits. Height and width are those
+    of an upsampling, and 0 without one.
     """
     loss = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
-    _sum(logits, target, (foreground, background, misses, false_alarms), loss, None, soft, log, power, ignore_index)
+    vectors = (foreground, background, misses, false_alarms)
+    _sum(logits, target, vectors, loss, None, soft, log, power, ignore_index, (height, width, align_corners))
     return loss
 
 
@@ -314,11 +490,14 @@ def error_counts(
     log: bool,
     power: float,
     ignore_index: int,
+    height: int = 0,
+    width: int = 0,
+    align_corners: bool = False,
 ) -> Tensor:
     """Compute what `mcseg.kernels.error_counts` does; arguments as in `pixel_errors`."""
     counts = torch.zeros(_PROGRAMS, 3, logits.shape[1], dtype=torch.float32, device=logits.device)
     vectors = (foreground, background, foreground, foreground)  # weights are not read
-    _sum(logits, target, vectors, None, counts, soft, log, power, ignore_index)
+    _sum(logits, target, vectors, None, counts, soft, log, power, ignore_index, (height, width, align_corners))
     return counts.sum(0, dtype=torch.float64).float()
 
 
@@ -335,6 +514,9 @@ def error_gradient(
     log: bool,
     power: float,
     ignore_index: int,
+    height: int = 0,
+    width: int = 0,
+    align_corners: bool = False,
 ) -> Tensor:
     """Differentiate `pixel_errors` in the logits, times ``upstream`` ``(N, *spatial)`` where given.
 
@@ -343,15 +525,44 @@ def error_gradient(
     """
     z = _planes(logits)
     found = torch.empty_like(z)
-    if z.numel():
-        (read, written), pixels, width, flat = _geometry(z, found)
-        tile = _tile(z.shape[1])
-        blocks = triton.cdiv(pixels, tile["BP"])
-        upstream = None if upstream is None else upstream.float().contiguous()
-        vectors = (foreground, background, misses, false_alarms, upstream, found)
-        sizes = (blocks, pixels, width, z.shape[1], *read, *written, ignore_index, power)
-        kind = {"SOFT": soft, "LOG": log, "POWER": power != 1, "FLAT": flat}
-        _backward[(blocks * z.shape[0],)](z, target.contiguous(), *vectors, *sizes, **kind, **tile)
+    if z.numel() == 0 or target.numel() == 0:
+        return found.zero_().view(logits.shape)
+    target = target.contiguous()
+    places = _places(target, (height, width, align_corners), z, found)
+    tile = _tile(z.shape[1])
+    blocks = triton.cdiv(places.pixels, tile["BP"])
+    upstream = None if upstream is None else upstream.float().contiguous()
+    vectors = (foreground, background, misses, false_alarms)
+    sizes = (places.width, *places.shape, z.shape[1], *places.strides[0], *places.strides[1], ignore_index, power)
+    kind = {"SOFT": soft, "LOG": log, "POWER": power != 1}
+    up = height > 0
+    statistics, pair = None, None
+    if up:
+        statistics = torch.empty(6, target.numel(), dtype=torch.float32, device=z.device)
+        pair = torch.empty(target.numel(), dtype=torch.int32, device=z.device)
+    outputs = (None if up else found, statistics, pair)
+    _backward[(blocks * z.shape[0],)](
+        z,
+        target,
+        *vectors,
+        upstream,
+        *outputs,
+        *places.tables,
+        blocks,
+        places.pixels,
+        *sizes,
+        **kind,
+        FLAT=places.flat,
+        UP=up,
+        **tile,
+    )
+    if up:
+        cells = {"BC": min(tile["BC"], 64), "BP": 16, "num_warps": 4}
+        grid = (z.shape[0] * places.shape[0], triton.cdiv(places.shape[1], 16), triton.cdiv(z.shape[1], cells["BC"]))
+        _gather[grid](
+            z, target, *vectors, statistics, pair, found, *places.tables, *places.ranges, places.pixels, *sizes,
+            target.numel(), **kind, MOST=places.most, **cells,
+        )  # fmt: skip
     return found.view(logits.shape) if logits.ndim > 4 else found
 
 
@@ -365,18 +576,20 @@ def _sum(
     log: bool,
     power: float,
     ignore_index: int,
+    upsampling: tuple[int, int, bool],
 ) -> None:
     z = _planes(logits)
-    if z.numel() == 0:
+    if z.numel() == 0 or target.numel() == 0:
         return
-    (read,), pixels, width, flat = _geometry(z)
+    places = _places(target, upsampling, z)
     tile = _tile(z.shape[1])
-    blocks = triton.cdiv(pixels, tile["BP"])
+    blocks = triton.cdiv(places.pixels, tile["BP"])
     num_blocks = blocks * z.shape[0]
-    sizes = (num_blocks, blocks, pixels, width, z.shape[1], *read, ignore_index, power)
-    kind = {"SOFT": soft, "LOG": log, "POWER": power != 1, "FLAT": flat}
+    sizes = (num_blocks, blocks, places.pixels, places.width, *places.shape, z.shape[1])
+    kind = {"SOFT": soft, "LOG": log, "POWER": power != 1, "FLAT": places.flat, "UP": upsampling[0] > 0}
     programs = num_blocks if counts is None else min(num_blocks, _PROGRAMS)
-    _forward[(programs,)](z, target.contiguous(), *vectors, loss, counts, *sizes, **kind, **tile)
+    settings = (*sizes, *places.strides[0], ignore_index, power)
+    _forward[(programs,)](z, target.contiguous(), *vectors, loss, counts, *places.tables, *settings, **kind, **tile)
 
 
 @pixel_errors.register_fake
@@ -402,13 +615,13 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _of_pixels(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    return error_gradient(*ctx.saved_tensors, upstream, *ctx.settings), *(None,) * 9
+    return error_gradient(*ctx.saved_tensors, upstream, *ctx.settings), *(None,) * 12
 
 
 def _of_counts(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     # a function of the counts weighs the errors of a class with its derivative in their sum
     weights = upstream[1].contiguous(), upstream[2].contiguous()
-    return error_gradient(*ctx.saved_tensors, *weights, None, *ctx.settings), *(None,) * 7
+    return error_gradient(*ctx.saved_tensors, *weights, None, *ctx.settings), *(None,) * 10
 
 
 pixel_errors.register_autograd(_of_pixels, setup_context=_keep)
