@@ -221,12 +221,13 @@ def test_objectives_as_people_write_them(tmp_path):
         folds=["train-000*", ["train-0020", "train-0021"]],
     )
     assert [objective.label for objective in study.objectives] == written
-    assert study.objectives[1].words[2:] == (
+    assert study.objectives[1].words[3:] == (
         "--model.objective.tau=3",
         "--model.objective.scheme=miou",
         "--model.optimizer.lr=0.1",
     )
-    assert study.objectives[3].words == ("--config", str(own))
+    # what an objective below it has set, here margin_calibration's tau in the data's recipe, must not leak into it
+    assert study.objectives[3].words == ("--model.objective=null", "--config", str(own))
     assert all(objective.trials == (("--model.lr_power=0.5",), ("--model.lr_power=1",)) for objective in study.objectives)
     assert study.folds == (("train-000*",), ("train-0020", "train-0021"))
     assert (study.seeds, study.baseline) == ((4, 2), "objectives/focal")
@@ -836,6 +837,9 @@ def test_studies_of_the_repository_are_ready_to_run(path, tmp_path, monkeypatch)
     monkeypatch.setattr("mcseg.compare.execute", lambda study, *_, **__: seen.append(study))
     main(["compare", "camvid", "--study", str(path), "--root", str(SHARED / "data" / "camvid"), "--folder", str(tmp_path)])
     (study,) = seen
+    kept = (tmp_path / "study.json").read_text()
+    assert str(SHARED) not in kept
+    assert '"camvid"' in kept
     assert len(study.folds) == 2
     assert study.shifts
     assert not study.remarks

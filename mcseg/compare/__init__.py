@@ -155,5 +155,15 @@ def _about(study: Study) -> dict[str, Any]:
 
 
 def _shown(words: Sequence[str]) -> list[str]:
-    """Words with packaged recipes by name again."""
-    return [word.replace(f"{RECIPES}{os.sep}", "").removesuffix(".yaml") if str(RECIPES) in word else word for word in words]
+    """Words with packaged recipes by name again, and of the data's root the last folder: results are there to be shared."""
+    shown: list[str] = []
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag == "--data.root" and equals:
+            word = f"{flag}={Path(value).name}"
+        elif shown and shown[-1] == "--data.root":
+            word = Path(word).name
+        elif str(RECIPES) in word:
+            word = word.replace(f"{RECIPES}{os.sep}", "").removesuffix(".yaml")
+        shown.append(word)
+    return shown
