@@ -1,0 +1,246 @@
+"""Time, memory and bandwidth of the losses, forward and backward, side by side; on a GPU where there is one.
+
+python benchmarks/kernels.py                     # every case; writes benchmarks/results/kernels-<device>.md
+python benchmarks/kernels.py --classes 19 --strides 1 --dtypes float32 --repeats 3 --output ""
+
+Needs torch and mcseg; segmentation-models-pytorch for its Lovasz and Dice, which are left out without it. A case is a number
+of classes x a size x a stride x a dtype: networks give logits at 1/stride of the size, and losses that do not upsample
+themselves get them from a bilinear interpolation, which belongs to their time. Every loss of ours is first compared with the
+reference in float64 on a small input of the case. `share` is the time of reading the logits twice and writing the gradient
+once at the speed of a copy on the device, over that of the loss.
+
+Counts on paper, for a kernel of `mcseg.kernels.gpu` and logits of b bytes an element, C classes, P pixels (C up to 256):
+forward reads b C P bytes and 8 P of labels, and writes 4 P; backward reads b C P + 12 P and writes b C P. For C = 19 in
+bfloat16 that is 138 bytes a pixel, for 150 classes 924. Upsampled, backward keeps 28 bytes of each pixel, and the pixels of
+four coarse cells around it evaluate each class: 4 C evaluations a pixel, each of about 6 special functions.
+"""
+
+import argparse
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from loss import IGNORE_INDEX, plain_autograd_loss
+from torch import Tensor
+
+from mcseg.losses import DiceLoss, MarginCalibrationLoss, margin_calibration_loss
+from mcseg.margins import margin_offsets
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SIZES = {"cuda": [(16, 512, 512), (4, 1024, 2048)], "cpu": [(1, 256, 256)]}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: logits (batch, classes, height / stride, width / stride) of one dtype."""
+
+    classes: int
+    size: tuple[int, int, int]
+    stride: int
+    dtype: torch.dtype
+
+    def inputs(self) -> tuple[Tensor, Tensor]:
+        """Draw logits and labels; one pixel in ten is void."""
+        batch, height, width = self.size
+        generator = torch.Generator(DEVICE).manual_seed(0)
+        shape = (batch, self.classes, height // self.stride, width // self.stride)
+        logits = torch.randn(shape, generator=generator, device=DEVICE).mul_(3).to(self.dtype).requires_grad_()
+        target = torch.randint(self.classes, self.size, generator=generator, device=DEVICE)
+        void = torch.rand(self.size, generator=generator, device=DEVICE) < 0.1
+        return logits, target.masked_fill_(void, -1 if self.classes > IGNORE_INDEX else IGNORE_INDEX)
+
+    def __str__(self) -> str:
+        size = " x ".join(map(str, self.size))
+        return f"{self.classes} classes, {size}, stride {self.stride}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def contestants(case: Case) -> dict[str, tuple[Loss, Loss | None]]:
+    """Every loss by its name, with what it should equal."""
+    classes = case.classes
+    pixels = [10.0 ** (8 - 4 * i / classes) for i in range(classes)]
+    offsets = margin_offsets(pixels, "miou")
+    offsets = type(offsets)(*(part.to(DEVICE) for part in offsets))
+
+    def up(loss: Loss) -> Loss:
+        if case.stride == 1:
+            return loss
+        return lambda z, y: loss(F.interpolate(z, y.shape[-2:], mode="bilinear", align_corners=True), y)
+
+    def margin(backend: str, upsample: bool = False) -> Loss:
+        return lambda z, y: margin_calibration_loss(z, y, offsets, backend=backend, upsample=upsample)
+
+    def power(backend: str, upsample: bool = False) -> Loss:
+        options = {"margin": "soft", "surrogate": "sigmoid", "aggregation": "dice", "classes": "all", "power": 0.5}
+        loss = MarginCalibrationLoss(classes, "none", backend=backend, **options).calibrate(pixels).to(DEVICE)  # type: ignore[arg-type]
+        return lambda z, y: loss(z, y, upsample)
+
+    def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y, ignore_index=IGNORE_INDEX)
+
+    def plain(z: Tensor, y: Tensor) -> Tensor:
+        return plain_autograd_loss(z.float(), y, offsets)
+
+    fast = "triton" if DEVICE == "cuda" else "fused"
+    compiled: Callable[[Loss], Loss] = torch.compile
+    found: dict[str, tuple[Loss, Loss | None]] = {
+        "cross entropy": (up(cross_entropy), None),
+        "cross entropy, compiled": (compiled(up(cross_entropy)), None),
+        "plain formulation of the paper": (up(plain), up(margin("reference"))),
+        "plain formulation, compiled": (compiled(up(plain)), up(margin("reference"))),
+        "margin calibration, reference": (up(margin("reference")), None),
+        f"margin calibration, {fast}": (up(margin(fast)), up(margin("reference"))),
+        "soft Dice": (up(DiceLoss(classes="all")), None),
+        f"power Dice, {fast}": (up(power(fast)), up(power("reference"))),
+    }
+    if case.stride > 1:
+        found[f"margin calibration, {fast}, fused upsampling"] = (margin(fast, True), up(margin("reference")))
+        found[f"power Dice, {fast}, fused upsampling"] = (power(fast, True), up(power("reference")))
+    try:
+        from segmentation_models_pytorch import losses as smp
+    except ImportError:
+        return found
+    found["Lovász softmax (SMP)"] = (up(smp.LovaszLoss(mode="multiclass", ignore_index=IGNORE_INDEX)), None)
+    found["Dice (SMP)"] = (up(smp.DiceLoss(mode="multiclass", ignore_index=IGNORE_INDEX)), None)
+    return found
+
+
+def difference(case: Case, loss: Loss, reference: Loss) -> float:
+    """Largest difference of the gradient from the reference's in float64, in parts of its largest value."""
+    small = Case(case.classes, (2, 4 * case.stride, 6 * case.stride), case.stride, case.dtype)
+    gradients = []
+    for function, dtype in ((loss, case.dtype), (reference, torch.float64)):
+        logits, target = small.inputs()
+        logits = logits.detach().to(dtype).requires_grad_()
+        function(logits, target).backward()  # type: ignore[no-untyped-call]
+        assert logits.grad is not None
+        gradients.append(logits.grad.double())
+    return float((gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max())
+
+
+def seconds(run: Callable[[], None]) -> float:
+    """Time one call on the device."""
+    if DEVICE == "cpu":
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    begin.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
+
+
+def measure(case: Case, repeats: int) -> Iterator[str]:
+    """Rows of one case: median of interleaved repeats, and the peak of memory beyond the logits."""
+    logits, target = case.inputs()
+    losses = contestants(case)
+    times: dict[str, list[float]] = {name: [] for name in losses}
+    memory, wrong = dict.fromkeys(losses, "-"), dict.fromkeys(losses, "-")
+
+    def step(loss: Loss) -> None:
+        loss(logits, target).backward()  # type: ignore[no-untyped-call]
+        logits.grad = None
+
+    failed: dict[str, str] = {}
+    for name, (loss, reference) in losses.items():
+        try:
+            if reference is not None:
+                wrong[name] = f"{difference(case, loss, reference):.0e}"
+            step(loss)  # warm-up
+            if DEVICE == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                step(loss)
+                memory[name] = f"{(torch.cuda.max_memory_allocated() - before) / logits.nbytes:.2f}"
+        except Exception as error:  # a compiler that is missing, or too little memory, is a result as well
+            failed[name] = type(error).__name__
+            logits.grad = None
+            if DEVICE == "cuda":
+                torch.cuda.empty_cache()
+    source, copy = logits.detach(), torch.empty_like(logits)
+    copies = []
+
+    def copying() -> None:
+        copy.copy_(source)
+
+    for _ in range(repeats):
+        copies.append(seconds(copying))
+        for name, (loss, _) in losses.items():
+            if name not in failed:
+                times[name].append(seconds(lambda loss=loss: step(loss)))  # type: ignore[misc]
+    per_byte = statistics.median(copies) / (2 * logits.nbytes)
+    base = statistics.median(times["cross entropy"])
+    for name in losses:
+        if name in failed:
+            yield f"| {name} | {failed[name]} | - | - | - | - |"
+            continue
+        found = statistics.median(times[name])
+        share = 3 * logits.nbytes * per_byte / found
+        yield f"| {name} | {1000 * found:.2f} | {found / base:.2f} | {memory[name]} | {share:.0%} | {wrong[name]} |"
+
+
+def machine() -> str:
+    """Describe what the numbers depend on."""
+    name = (
+        torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    packages = []
+    for package in ("torch", "triton", "segmentation-models-pytorch"):
+        try:
+            packages.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            packages.append(f"no {package}")
+    return f"{name}. Python {platform.python_version()}, {', '.join(packages)}. Commit {commit}."
+
+
+def main() -> None:
+    """Measure all cases, print the tables, and write them to a file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = [2, 19, 65, 150, 171] if DEVICE == "cuda" else [2, 19, 150]
+    parser.add_argument("--classes", type=int, nargs="+", default=default)
+    parser.add_argument("--strides", type=int, nargs="+", default=[1, 4, 8] if DEVICE == "cuda" else [1, 4])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if DEVICE == "cuda" else ["float32"])
+    parser.add_argument("--repeats", type=int, default=20 if DEVICE == "cuda" else 5)
+    parser.add_argument(
+        "--output", default=str(Path(__file__).parent / "results" / f"kernels-{DEVICE}.md"), help='"" for none'
+    )
+    arguments = parser.parse_args()
+    lines = ["# Losses, forward and backward", "", machine(), ""]
+    lines += [
+        "Time in ms, over that of cross entropy; peak of memory beyond the logits, in multiples of these; share of the"
+    ]
+    lines += ["bandwidth of a copy; largest difference of the gradient from the reference in float64."]
+    print("\n".join(lines), flush=True)
+    for size in SIZES[DEVICE]:
+        for classes in arguments.classes:
+            for stride in arguments.strides:
+                for dtype in arguments.dtypes:
+                    case = Case(classes, size, stride, getattr(torch, dtype))
+                    torch.compiler.reset()
+                    head = ["", f"## {case}", "", "| loss | ms | x cross entropy | extra | share | difference |"]
+                    head += ["|---|---:|---:|---:|---:|---:|"]
+                    part = [*head, *measure(case, arguments.repeats)]
+                    print("\n".join(part), flush=True)
+                    lines += part
+                    if arguments.output:  # after each case: a run that is cut off leaves what it has measured
+                        Path(arguments.output).write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
