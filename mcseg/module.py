@@ -224,15 +224,14 @@ class SegmentationModule(pl.LightningModule):
         can = self.network.ends_in_upsampling and isinstance(self.objective, MarginCalibrationLoss)
         if self.hparams["fused_upsample"] and can:
             logits, upsampling = self.network.forward_coarse(image)
-            with torch.autocast(logits.device.type, enabled=False):
-                return cast(Tensor, self.objective(logits.float(), target, Upsampling(*upsampling)))
+            return self._loss(self.objective, logits, target, Upsampling(*upsampling))
         return self._loss(self.objective, self(image), target)
 
-    def _loss(self, objective: nn.Module, logits: Tensor, target: Tensor) -> Tensor:
+    def _loss(self, objective: nn.Module, logits: Tensor, target: Tensor, *upsampling: Upsampling) -> Tensor:
         # Whatever the precision of the network, an objective computes in float32: sums over 1e5 pixels and log-losses of
         # confident pixels are beyond float16 and bfloat16, and foreign objectives do not look after that themselves.
         with torch.autocast(logits.device.type, enabled=False):
-            return cast(Tensor, objective(logits.float(), target))
+            return cast(Tensor, objective(logits.float(), target, *upsampling))
 
     def _evaluate(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
         """Give ``preds`` (N,H,W) uint8 and ``target`` (N,H,W) int64 to the callbacks, at the size of the masks.

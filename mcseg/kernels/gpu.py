@@ -138,10 +138,16 @@ def _errors(
 
 
 @triton.jit
+def _weights(c, classes, is_label, label, wm_ptr, wf_ptr):
+    """Weight of the miss for the label, of a false alarm for the others."""
+    wm = tl.load(wm_ptr + label)[None, :]
+    return tl.where(is_label, wm, tl.load(wf_ptr + c, mask=c < classes, other=0.0)[:, None])
+
+
+@triton.jit
 def _sums(error, slope, rest, c, classes, first, is_label, label, wm_ptr, wf_ptr, SOFT: tl.constexpr):
     """Per pixel: weighted sum of the errors; sum of G (hard) or h (soft) without the largest, and that of the largest."""
-    wm = tl.load(wm_ptr + label)[None, :]
-    w = tl.where(is_label, wm, tl.load(wf_ptr + c, mask=c < classes, other=0.0)[:, None])
+    w = _weights(c, classes, is_label, label, wm_ptr, wf_ptr)
     g = tl.where(is_label, -w, w) * slope
     if SOFT:
         g = g / tl.maximum(rest, 1e-37)
@@ -154,8 +160,7 @@ def _slopes(
     slope, share, rest, c, classes, first, other, of_others, of_top, is_label, label, wm_ptr, wf_ptr, SOFT: tl.constexpr
 ):  # fmt: skip
     """Gradient in the logits of the weighted errors of a pixel, from their slopes in the margins and the two sums."""
-    wm = tl.load(wm_ptr + label)[None, :]
-    w = tl.where(is_label, wm, tl.load(wf_ptr + c, mask=c < classes, other=0.0)[:, None])
+    w = _weights(c, classes, is_label, label, wm_ptr, wf_ptr)
     g = tl.where(is_label, -w, w) * slope
     is_top = c[:, None] == first[None, :]
     if SOFT:
@@ -200,6 +205,25 @@ def _cells(row, column, inside, rows_ptr, down_ptr, columns_ptr, across_ptr, hei
 
 
 @triton.jit
+def _block(
+    block, blocks, y_ptr, rows_ptr, down_ptr, columns_ptr, across_ptr,
+    pixels, width, height, breadth, classes, zn, zh, zw, ignore, FLAT: tl.constexpr, UP: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """A block of pixels: sample, pixels in it, which exist, rows, columns, where their logits are, and their labels."""
+    sample = (block // blocks).to(tl.int64)
+    p = (block % blocks).to(tl.int64) * BP + tl.arange(0, BP)
+    inside = p < pixels
+    label, valid, factor = _labels(y_ptr, sample * pixels + p, inside, classes, ignore)
+    # where all pixels of a sample lie at one stride, the compiler must see it, or it will not read them in vectors
+    row, column = (0 * p, p) if FLAT else (p // width, p % width)
+    place, right, below, to_right, to_below = _cells(
+        row, column, inside, rows_ptr, down_ptr, columns_ptr, across_ptr, height, breadth, zh, zw, UP
+    )
+    place += sample * zn
+    return sample, p, inside, row, column, place, right, below, to_right, to_below, label, valid, factor
+
+
+@triton.jit
 def _forward(
     z_ptr, y_ptr, fg_ptr, bg_ptr, wm_ptr, wf_ptr, loss_ptr, counts_ptr,
     rows_ptr, down_ptr, columns_ptr, across_ptr,
@@ -215,16 +239,10 @@ def _forward(
     if counts_ptr is not None:
         sums = counts_ptr + tl.program_id(0).to(tl.int64) * 3 * classes
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-        sample = (block // blocks).to(tl.int64)
-        p = (block % blocks).to(tl.int64) * BP + tl.arange(0, BP)
-        inside = p < pixels
-        label, valid, factor = _labels(y_ptr, sample * pixels + p, inside, classes, ignore)
-        # where all pixels of a sample lie at one stride, the compiler must see it, or it will not read them in vectors
-        row, column = (0 * p, p) if FLAT else (p // width, p % width)
-        place, right, below, to_right, to_below = _cells(
-            row, column, inside, rows_ptr, down_ptr, columns_ptr, across_ptr, height, breadth, zh, zw, UP
-        )
-        place += sample * zn
+        sample, p, inside, _row, _column, place, right, below, to_right, to_below, label, valid, factor = _block(
+            block, blocks, y_ptr, rows_ptr, down_ptr, columns_ptr, across_ptr,
+            pixels, width, height, breadth, classes, zn, zh, zw, ignore, FLAT, UP, BP,
+        )  # fmt: skip
         c = tl.arange(0, BC)
         z = _load(z_ptr, place, right, below, to_right, to_below, c, classes, valid, zc, UP)
         top, first, second, other, sum_r = _two_largest(z, c)
@@ -277,17 +295,10 @@ def _backward(
     For upsampled logits, which have no place to write it to, write what it needs of a pixel instead: (6, pixels) float32 of
     the largest logit, runner-up, sum_r, the two sums and the factor, and a word of the two largest logits' classes.
     """
-    block = tl.program_id(0)
-    sample = (block // blocks).to(tl.int64)
-    p = (block % blocks).to(tl.int64) * BP + tl.arange(0, BP)
-    inside = p < pixels
-    label, valid, factor = _labels(y_ptr, sample * pixels + p, inside, classes, ignore)
-    # where all pixels of a sample lie at one stride, the compiler must see it, or it will not read them in vectors
-    row, column = (0 * p, p) if FLAT else (p // width, p % width)
-    place, right, below, to_right, to_below = _cells(
-        row, column, inside, rows_ptr, down_ptr, columns_ptr, across_ptr, height, breadth, zh, zw, UP
-    )
-    place += sample * zn
+    sample, p, inside, row, column, place, right, below, to_right, to_below, label, valid, factor = _block(
+        tl.program_id(0), blocks, y_ptr, rows_ptr, down_ptr, columns_ptr, across_ptr,
+        pixels, width, height, breadth, classes, zn, zh, zw, ignore, FLAT, UP, BP,
+    )  # fmt: skip
     c = tl.arange(0, BC)
     z = _load(z_ptr, place, right, below, to_right, to_below, c, classes, valid, zc, UP)
     top, first, second, other, sum_r = _two_largest(z, c)

@@ -82,7 +82,7 @@ def margin_calibration_loss(
         >>> margin_calibration_loss(torch.tensor([[2.0, -1.0]]), torch.tensor([0]), offsets)
         tensor(0.0729)
     """
-    upsampling = Upsampling(*target.shape[-2:]) if upsample is True else upsample or None
+    upsampling = _upsampling(upsample, target)
     _check_inputs(logits, target, offsets, upsampling)
     _check_choices(foreground_weight, reduction, backend)
     target = target.long()
@@ -280,7 +280,7 @@ class MarginCalibrationLoss(Objective):
                 backend=self.backend,
                 upsample=upsample,
             )
-        upsampling = Upsampling(*target.shape[-2:]) if upsample is True else upsample or None
+        upsampling = _upsampling(upsample, target)
         _check_inputs(logits, target, self.offsets, upsampling)
         target = target.long()
         kind = ErrorKind(self.margin, self.surrogate, self.power, self.ignore_index)
@@ -333,6 +333,11 @@ class MarginCalibrationLoss(Objective):
         super()._load_from_state_dict(*args, **kwargs)
         offsets = torch.cat([self.foreground_offsets, self.background_offsets])
         self._calibrated = not offsets.is_meta and not bool(offsets.isnan().any())
+
+
+def _upsampling(upsample: bool | Upsampling, target: Tensor) -> Upsampling | None:
+    """Spell out what True and False say."""
+    return Upsampling(*target.shape[-2:]) if upsample is True else upsample or None
 
 
 def _check_inputs(logits: Tensor, target: Tensor, offsets: MarginOffsets, upsampling: Upsampling | None) -> None:
