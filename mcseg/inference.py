@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mcseg.kernels import predicted_classes
+
 _BAND = 1 << 24  # logits that are resized at once: 64 MB in float32
 _ROWS = 32  # rows of averaged probabilities that are resized at once, few beside the rows of a window
 _STRIP = 4096  # columns of labels that are made at once where there are windows: several windows of the usual sizes
@@ -99,7 +101,7 @@ class Inference:
                 first, *others = (source.resized(band) for source in sources)
                 for rows in others:
                     first.add_(rows)
-                labels[:, band, strip] = first.argmax(1).to(torch.uint8)
+                labels[:, band, strip] = predicted_classes(first)
         return labels
 
     def is_plain(self, size: tuple[int, int] | torch.Size) -> bool:
@@ -236,7 +238,7 @@ def labels_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """
     labels = torch.empty((len(logits), *size), dtype=torch.uint8, device=logits.device)
     for band, resized in bands_at(logits, size):
-        labels[:, band] = resized.argmax(1)
+        labels[:, band] = predicted_classes(resized)
     return labels
 
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from mcseg.kernels import confusion_counts
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -92,12 +94,14 @@ class SegmentationScores(MulticlassJaccardIndex):
     """
 
     confmat: Tensor
+    unknown: Tensor
     num_classes: int
     ignore_index: int
 
     def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
         # Its validation runs torch.unique over every batch and still does not look at the range.
         super().__init__(num_classes, average="macro", ignore_index=ignore_index, validate_args=False)
+        self.add_state("unknown", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Count a batch.
@@ -105,23 +109,37 @@ class SegmentationScores(MulticlassJaccardIndex):
         Args:
             preds: (N,H,W) integer classes 0..C-1.
             target: (N,H,W) integer classes 0..C-1 or ``ignore_index``.
+
+        Raises:
+            ValueError: other classes, on the CPU; on a GPU, :meth:`scores` does.
         """
         # torchmetrics' own update compares every pixel with every pair of classes under `deterministic=True`, 44 GiB for a
-        # batch of 512x512 and 150 classes; bincount without weights is exact and deterministic as it is.
-        classes = self.num_classes
-        cell = torch.where(target == self.ignore_index, classes * classes, target.long() * classes + preds.long())
-        counts = torch.bincount(cell.flatten(), minlength=classes * classes + 1)
-        if len(counts) > classes * classes + 1:
-            raise ValueError(
-                f"found a class above {classes - 1} in the predictions or the target; expected 0 to {classes - 1}, "
-                f"or {self.ignore_index} in the target for void"
-            )
-        self.confmat += counts[:-1].view(classes, classes)
+        # batch of 512x512 and 150 classes
+        counts, unknown = confusion_counts(preds, target, self.num_classes, self.ignore_index)
+        self.confmat += counts
+        self.unknown += unknown
+
+    def compute(self) -> Tensor:
+        """Compute the mIoU; see :meth:`scores` for what it raises."""
+        self._check()
+        return super().compute()
 
     def scores(self) -> Scores:
-        """Read the counts, summed over all processes in a process group."""
+        """Read the counts, summed over all processes in a process group.
+
+        Raises:
+            ValueError: a target or a prediction was no class. On the CPU :meth:`update` has said so.
+        """
         with self.sync_context():
+            self._check()
             return Scores.from_confusion(self.confmat)
+
+    def _check(self) -> None:
+        if self.unknown:
+            raise ValueError(
+                f"{int(self.unknown)} pixels are of unknown classes; expected 0 to {self.num_classes - 1} in predictions "
+                f"and target, or {self.ignore_index} in the target for void"
+            )
 
 
 def score(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> Scores:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mcseg.inference import Inference, labels_at
+from mcseg.kernels import predicted_classes
 from mcseg.losses import CrossEntropyLoss, MarginCalibrationLoss, Upsampling
 from mcseg.networks import SegmentationNetwork
 
@@ -51,9 +52,10 @@ class SegmentationModule(pl.LightningModule):
         aux_weight: weight of the cross entropy of an auxiliary head on the encoder's second-to-last feature map, which is
             trained along and not used for predictions; 0.4 is usual for DeepLab and PSPNet, 0 is no such head.
         aux_channels: width of the auxiliary head.
-        fused_upsample: train on the coarse logits of a network that ends in a bilinear upsampling, which the objective then
-            does a strip of rows at a time: less memory, the same loss within rounding. Where the network or the objective
-            cannot (only :class:`~mcseg.losses.MarginCalibrationLoss` can, without an auxiliary head), nothing changes.
+        fused_upsample: train and validate on the coarse logits of a network that ends in a bilinear upsampling, which the
+            objective then does a strip of rows at a time: less memory, the same loss within rounding. Where the network or
+            the objective cannot (only :class:`~mcseg.losses.MarginCalibrationLoss` can, in training without an auxiliary
+            head), or the masks have another size than the images, nothing changes.
 
     Attributes:
         inference: how validation, test and prediction label whole images, an :class:`~mcseg.inference.Inference`; by default
@@ -220,9 +222,13 @@ class SegmentationModule(pl.LightningModule):
                 "True after loading weights yourself"
             )
 
-    def _training_loss(self, image: Tensor, target: Tensor) -> Tensor:
+    @property
+    def _fuses_upsampling(self) -> bool:
         can = self.network.ends_in_upsampling and isinstance(self.objective, MarginCalibrationLoss)
-        if self.hparams["fused_upsample"] and can:
+        return bool(self.hparams["fused_upsample"]) and can
+
+    def _training_loss(self, image: Tensor, target: Tensor) -> Tensor:
+        if self._fuses_upsampling:
             logits, upsampling = self.network.forward_coarse(image)
             return self._loss(self.objective, logits, target, Upsampling(*upsampling))
         return self._loss(self.objective, self(image), target)
@@ -241,11 +247,18 @@ class SegmentationModule(pl.LightningModule):
         image, target = batch["image"], batch["mask"]
         if not self.inference.is_plain(image.shape[-2:]):
             return {"preds": self.inference(self, image, target.shape[-2:]), "target": target}
-        logits = self(image)
+        size = target.shape[-2:]
+        if self._fuses_upsampling and size == image.shape[-2:]:
+            coarse, upsampling = self.network.forward_coarse(image)
+            inputs: tuple[Any, ...] = (coarse, target, Upsampling(*upsampling))
+            preds = predicted_classes(coarse, size, inputs[2])
+        else:
+            logits = self(image)
+            inputs = (logits, _nearest(target, logits.shape[-2:]))
+            preds = labels_at(logits, size)
         if getattr(self.objective, "is_calibrated", True):
-            value = self._loss(self.objective, logits, _nearest(target, logits.shape[-2:]))
-            self.log(f"{split}/loss", value, batch_size=len(target), sync_dist=True)
-        return {"preds": labels_at(logits, target.shape[-2:]), "target": target}
+            self.log(f"{split}/loss", self._loss(self.objective, *inputs), batch_size=len(target), sync_dist=True)
+        return {"preds": preds, "target": target}
 
     def _init_from(self, path: str) -> None:
         """Copy the network of another run's checkpoint."""

@@ -295,6 +295,7 @@ COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from mcseg.kernels import gpu
+from mcseg.kernels import gpu_kernels as kernels
 
 words = {"rows_ptr", "columns_ptr", "pair_ptr", "row_from_ptr", "row_to_ptr", "column_from_ptr", "column_to_ptr"}
 strides = {"zn", "zc", "zh", "zw", "gn", "gc", "gh", "gw"}
@@ -302,7 +303,8 @@ strides = {"zn", "zc", "zh", "zw", "gn", "gc", "gh", "gw"}
 
 def kind_of(name):
     if name.endswith("_ptr"):
-        return {"z_ptr": "*bf16", "gradient_ptr": "*bf16", "y_ptr": "*i64"}.get(name, "*i32" if name in words else "*fp32")
+        others = {"z_ptr": "*bf16", "gradient_ptr": "*bf16", "y_ptr": "*i64", "target_ptr": "*i64", "preds_ptr": "*u8"}
+        return others.get(name, "*i32" if name in words else "*fp32")
     return "fp32" if name == "power" else "i64" if name in strides else "i32"
 
 
@@ -313,15 +315,21 @@ for classes, soft in ((19, False), (300, True)):
     plain = {**none, **tile, "FLAT": True, "UP": False, "zw": 1}
     coarse = {**tile, "FLAT": False, "UP": True}
     runs = [
-        (gpu._forward, {"counts_ptr": None, **plain}),
-        (gpu._forward, {"loss_ptr": None, **coarse}),
-        (gpu._backward, {"found_ptr": None, "pair_ptr": None, **plain}),
-        (gpu._backward, {"upstream_ptr": None, "gradient_ptr": None, **coarse}),
-        (gpu._gather, {"MOST": 8, "BC": 32, "BP": 16}),
+        (kernels.forward, {"counts_ptr": None, **plain}),
+        (kernels.forward, {"loss_ptr": None, **coarse}),
+        (kernels.backward, {"found_ptr": None, "pair_ptr": None, **plain}),
+        (kernels.backward, {"upstream_ptr": None, "gradient_ptr": None, **coarse}),
+        (kernels.gather, {"MOST": 8, "BC": 32, "BP": 16}),
+        (kernels.predict, plain),
+        (kernels.predict, coarse),
+        (kernels.count, {"BP": gpu._LABELS}),
     ]
     for kernel, fixed in runs:
         fixed = {"SOFT": soft, "LOG": not soft, "POWER": soft, **fixed}
+        fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
         signature = {name: "constexpr" if name in fixed else kind_of(name) for name in kernel.arg_names}
+        if kernel is kernels.count:
+            signature["counts_ptr"] = "*i64"
         source = ASTSource(kernel, signature, constexprs=fixed)
         found = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
         print(kernel.__name__, len(found.asm["cubin"]))
@@ -339,5 +347,5 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     sizes = [int(line.split()[1]) for line in done.stdout.splitlines()]
-    assert len(sizes) == 10
+    assert len(sizes) == 16
     assert min(sizes) > 1000

@@ -190,3 +190,28 @@ def test_a_training_step_is_the_same(arch, objective):
     assert fused_value == pytest.approx(value, rel=1e-6)
     for one, other in zip(gradients, fused_gradients, strict=True):
         assert (one - other).abs().max() <= 1e-4 * max(float(g.abs().max()) for g in itertools.chain(gradients)) + 1e-9
+
+
+@pytest.mark.parametrize("masks", [(40, 50), (20, 25)])  # the images' size, and another one, for which nothing is fused
+def test_validation_is_the_same(masks):
+    torch.manual_seed(0)
+    batch = {"image": torch.rand(2, 3, 40, 50), "mask": torch.randint(0, 4, (2, *masks))}
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(1)
+        objective = MarginCalibrationLoss(4, **OPTIONS[2]).calibrate(PIXELS)
+        module = SegmentationModule(
+            "fpn", "tu-test_resnet.r160_in1k", num_classes=4, objective=objective, fused_upsample=fused
+        ).eval()
+        losses = {}
+        module.log = lambda name, value, losses=losses, **_: losses.update({name: float(value)})
+        calls = []
+        module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        with torch.no_grad():
+            output = module.validation_step(batch, 0)
+        assert bool(calls) == (not fused or masks != (40, 50))  # full-resolution logits were made
+        found.append((losses["val/loss"], output["preds"]))
+    (value, preds), (fused_value, fused_preds) = found
+    assert fused_value == pytest.approx(value, rel=1e-5)
+    assert preds.shape == fused_preds.shape == (2, *masks)
+    assert (preds == fused_preds).double().mean() > 0.999

@@ -139,6 +139,7 @@ class EvaluationRecord(EvaluationCallback):
             self._logits = logits
 
         self._hook = pl_module.register_forward_hook(keep)
+        pl_module.hparams["fused_upsample"] = False  # it would leave out forward and its logits
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen no longer."""

@@ -1,4 +1,4 @@
-"""Errors at calibrated margins, implemented several ways behind three functions.
+"""Errors at calibrated margins, predicted classes and their counts, implemented several ways.
 
 At a pixel with logits ``z`` (one per class), label ``y`` and class margins ``s_k`` (hard: ``z_k - max_{j != k} z_j``), a
 surrogate ``phi`` counts a miss as ``phi(foreground_y - s_y)`` and a false alarm of each other class as
@@ -14,6 +14,8 @@ largest, and the lowest of the remaining ones as its runner-up.
 * ``"triton"``: one kernel for all members on a GPU, in float32 inside; logits of at most that width.
 
 ``"auto"`` is triton on a GPU that has it, else fused; the reference in an exported graph.
+
+`predicted_classes` and `confusion_counts` have no backend to choose: Triton on a GPU that has it, else PyTorch by blocks.
 """
 
 import importlib.util
@@ -23,6 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .confusion import counted, predicted
 from .counts import soft_error_counts
 from .fused import fused_pixel_loss
 from .reference import ErrorKind, Margin, Surrogate, error_sums, surrogate_errors, weighted_sum
@@ -36,10 +39,11 @@ __all__ = [
     "Upsampling",
     "check_backend",
     "check_labels",
+    "confusion_counts",
     "error_counts",
     "pixel_errors",
     "pixel_loss",
-    "upsampled",
+    "predicted_classes",
 ]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -201,6 +205,58 @@ def error_counts(
     return error_sums(*surrogate_errors(logits, target, foreground, background, kind))
 
 
+@torch.no_grad()
+def predicted_classes(logits: Tensor, size: tuple[int, ...] | None = None, upsampling: Upsampling | None = None) -> Tensor:
+    """Find the class of the largest logit of every pixel; of equal ones the lowest.
+
+    Args:
+        logits: ``(N, C, *spatial)``, floating point, any strides.
+        size: ``(H, W)`` of the result where there is an upsampling: that of the upsampled logits, or less, counted from the
+            first row and column.
+        upsampling: How logits ``(N, C, h, w)`` are upsampled before; the upsampled ones are not held.
+
+    Returns:
+        ``(N, *spatial)`` or ``(N, H, W)``; uint8 up to 256 classes, else int16. Where a logit is NaN, any class.
+    """
+    shape = logits.shape[2:] if upsampling is None else torch.Size(size or upsampling[:2])
+    z = logits.detach()
+    if z.ndim == 2:  # (N, C): N pixels without an image around them
+        z = z.T[None]
+    spatial = z.shape[2:] if upsampling is None else shape
+    if z.is_cuda and _runs_triton(z):
+        from . import gpu
+
+        found: Tensor = gpu.predicted_classes(z, list(spatial), *(upsampling or ()))
+    else:
+        found = predicted(z, spatial, upsampling)
+    return found.view(len(logits), *shape)
+
+
+def confusion_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
+    """Count pixels by target and prediction.
+
+    Args:
+        preds: Integers 0..C-1, any shape.
+        target: Integers 0..C-1 or ``ignore_index``, of the same shape.
+        num_classes: Number of classes C.
+        ignore_index: Target that counts nowhere, whatever the prediction.
+
+    Returns:
+        ``(C, C)`` int64, rows are targets, columns predictions; and a scalar, the number of pixels that could not be counted
+        as their target or prediction is no class: always 0 on the CPU. The host does not wait for a GPU.
+
+    Raises:
+        ValueError: Such a pixel, on the CPU.
+    """
+    if target.is_cuda and _HAS_TRITON:
+        from . import gpu
+
+        found: Tensor = gpu.confusion_counts(preds, target, num_classes, ignore_index)
+        return found[:-1].view(num_classes, num_classes), found[-1]
+    counts = counted(preds, target, num_classes, ignore_index).view(num_classes, num_classes)
+    return counts, counts.new_zeros(())
+
+
 def _prepared(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, torch.Size]:
     """Logits with a spatial dimension, int64 labels that are checked; and the target's shape."""
     # int64 is what gather and scatter want; it also keeps a negative ignore_index from wrapping around in uint8
@@ -225,7 +281,7 @@ def _settings(kind: ErrorKind) -> tuple[bool, bool, float, int]:
 
 def _chosen(backend: str, logits: Tensor) -> str:
     check_backend(backend)
-    runs = logits.dtype != torch.float64 and _HAS_TRITON and (logits.is_cuda or _INTERPRETING)
+    runs = _runs_triton(logits)
     if backend == "triton" and not runs:
         raise ValueError(
             f"backend: found 'triton' with {logits.dtype} on {logits.device.type}, expected logits of at most 32 bits on a "
@@ -236,6 +292,10 @@ def _chosen(backend: str, logits: Tensor) -> str:
     if _exporting():
         return "reference"
     return "triton" if runs and logits.is_cuda else "fused"
+
+
+def _runs_triton(logits: Tensor) -> bool:
+    return logits.dtype != torch.float64 and _HAS_TRITON and (logits.is_cuda or _INTERPRETING)
 
 
 def _exporting() -> bool:

@@ -153,9 +153,9 @@ def _tile(
     void = (target == ignore_index).unsqueeze(1)  # (N, 1, *spatial), as everything below that has one value per pixel
     label = target.unsqueeze(1).masked_fill(void, 0)
 
-    top, q1 = _largest(z)
+    top, q1 = largest(z)
     rest = z.scatter(1, q1, -torch.inf)
-    runner_up, q2 = _largest(rest)
+    runner_up, q2 = largest(rest)
     t = torch.sub(z, top, out=rest).scatter_(1, q1, top - runner_up)  # the class margins
     t_y = foreground[label] - t.gather(1, label)
     t += background.view(-1, *[1] * (z.ndim - 2))
@@ -176,7 +176,7 @@ def _tile(
     return loss, torch.div(g, num_classes, out=g if out is None else out).masked_fill_(void, 0.0)
 
 
-def _largest(z: Tensor) -> tuple[Tensor, Tensor]:
+def largest(z: Tensor) -> tuple[Tensor, Tensor]:
     """Return maximum and its lowest index over dimension 1, kept."""
     if z.device.type != "cpu":
         return z.max(dim=1, keepdim=True)

@@ -40,13 +40,14 @@ def neighbours(coarse: int, full: int, align_corners: bool, dtype: torch.dtype) 
     return lower.long(), (lower.long() + 1).clamp(max=coarse - 1), (place - lower).clamp(0, 1)
 
 
-class _Strips:
-    """Upsampled logits, a strip of rows at a time."""
+class Strips:
+    """Upsampled logits (N, C, H', W'), a strip of rows at a time; ``size`` (H, W) of them, from the first row and column."""
 
-    def __init__(self, coarse: Tensor, target: Tensor, upsampling: Upsampling) -> None:
-        self.target = target
+    def __init__(self, coarse: Tensor, size: torch.Size, upsampling: Upsampling) -> None:
+        self.device = coarse.device
         dtype = torch.promote_types(coarse.dtype, torch.float32)
-        height, width = target.shape[-2:]
+        height, width = size
+        self.height = height
         self.rows, columns = (
             [part[:kept] for part in neighbours(size, full, upsampling.align_corners, dtype)]
             for size, full, kept in zip(coarse.shape[-2:], upsampling[:2], (height, width), strict=True)
@@ -56,12 +57,12 @@ class _Strips:
         self.dtype = dtype
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Callable[[Tensor], Tensor]]]:
-        """Give rows of the target, the rows of coarse logits that they need, and how the former come from the latter."""
-        for start in range(0, self.target.shape[-2], self.step):
-            rows = slice(start, min(start + self.step, self.target.shape[-2]))
+        """Give rows, the rows of coarse logits that they need, and how the former come from the latter."""
+        for start in range(0, self.height, self.step):
+            rows = slice(start, min(start + self.step, self.height))
             lower, upper, weight = (part[rows] for part in self.rows)
             needed = slice(int(lower[0]), int(upper[-1]) + 1)
-            local = [part.to(self.target.device) for part in (lower - needed.start, upper - needed.start, weight)]
+            local = [part.to(self.device) for part in (lower - needed.start, upper - needed.start, weight)]
             yield rows, needed, lambda part, local=local: self._interpolated(part, local)  # type: ignore[misc]
 
     def _interpolated(self, part: Tensor, rows: list[Tensor]) -> Tensor:
@@ -106,7 +107,7 @@ class _Upsampled(torch.autograd.Function):
         ctx.how = (function, upsampling, per_pixel)
         parts = [
             function(interpolate(logits[:, :, needed]), target[:, rows])
-            for rows, needed, interpolate in _Strips(logits, target, upsampling)
+            for rows, needed, interpolate in Strips(logits, target.shape[-2:], upsampling)
         ]
         return torch.cat(parts, dim=1) if per_pixel else torch.stack(parts).sum(0, dtype=torch.float64).to(parts[0].dtype)
 
@@ -118,7 +119,7 @@ class _Upsampled(torch.autograd.Function):
         function, upsampling, per_pixel = ctx.how
         # strips share a row of cells, and many are added up: in float32
         gradient = torch.zeros_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
-        for rows, needed, interpolate in _Strips(logits, target, upsampling):
+        for rows, needed, interpolate in Strips(logits, target.shape[-2:], upsampling):
             with torch.enable_grad():
                 part = logits[:, :, needed].detach().requires_grad_()
                 value = function(interpolate(part), target[:, rows])

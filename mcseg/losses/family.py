@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mcseg.kernels import Upsampling, upsampled
+from mcseg.kernels import Upsampling, confusion_counts, predicted_classes
 from mcseg.losses.base import summed_over_processes
 
 Aggregation = Literal["sum", "jaccard", "dice"]
@@ -67,23 +67,9 @@ def confusion_shares(logits: Tensor, target: Tensor, ignore_index: int, upsampli
         ``(3, C)`` float64, without gradient: share of the pixels that are labelled i, that are so and predicted so, and
         that are predicted i. All 0 where nothing is labelled.
     """
-
-    def counts(z: Tensor, y: Tensor) -> Tensor:
-        labelled = y != ignore_index
-        preds = z.argmax(1)
-        label = torch.where(labelled, y, 0)
-        hit = (labelled & (preds == label)).double().flatten()
-        one = labelled.double().flatten()
-        # Not by bincount, for which the host would wait for the device
-        found = torch.zeros(3, z.shape[1], dtype=torch.float64, device=z.device)
-        found[0].scatter_add_(0, label.flatten(), one)
-        found[1].scatter_add_(0, label.flatten(), hit)
-        found[2].scatter_add_(0, preds.flatten(), one)
-        return found
-
-    z = logits.detach()
-    found = counts(z, target) if upsampling is None else upsampled(counts, z, target, upsampling, per_pixel=False)
-    found = summed_over_processes(found)
+    preds = predicted_classes(logits, target.shape[-2:] if upsampling else None, upsampling)
+    confusion, _ = confusion_counts(preds, target, logits.shape[1], ignore_index)
+    found = summed_over_processes(torch.stack([confusion.sum(1), confusion.diagonal(), confusion.sum(0)]).double())
     return found / found[0].sum().clamp(min=1)
 
 

@@ -1,0 +1,60 @@
+"""Predicted classes, and counts of the pixels by target and prediction, a block at a time."""
+
+import torch
+from torch import Tensor
+
+from .fused import largest, tiles
+from .upsample import Strips, Upsampling
+
+_TILE = 2**18  # logits of a tile: with its copies it stays in the L2 cache
+_LABELS = 2**16  # pixels of a block that is counted
+
+
+def predicted(logits: Tensor, size: torch.Size, upsampling: Upsampling | None) -> Tensor:
+    """Compute what `mcseg.kernels.predicted_classes` does, on any device."""
+    preds = torch.empty((len(logits), *size), dtype=id_dtype(logits.shape[1]), device=logits.device)
+    if upsampling is None:
+        _write(preds, logits)
+    else:
+        for rows, needed, interpolate in Strips(logits, size, upsampling):
+            _write(preds[:, rows], interpolate(logits[:, :, needed]))
+    return preds
+
+
+def id_dtype(num_classes: int) -> torch.dtype:
+    """Narrowest type that holds the ids of so many classes."""
+    return torch.uint8 if num_classes <= 256 else torch.int16
+
+
+def _write(preds: Tensor, logits: Tensor) -> None:
+    if logits.device.type != "cpu":
+        preds.copy_(logits.argmax(1))
+        return
+    for samples, rows in tiles(logits, _TILE):
+        part = logits[samples, :, rows]
+        part = part.to(torch.promote_types(part.dtype, torch.float32))
+        top, first = largest(part)
+        # argmax() handles one pixel at a time, but infinities and nan as well
+        preds[samples, rows] = first.squeeze(1) if top.isfinite().all() else part.argmax(1)
+
+
+def counted(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Compute the counts (C * C,) of `mcseg.kernels.confusion_counts`, in cells of 16 bits where they suffice."""
+    cells = num_classes * num_classes  # the last one is for void
+    dtype = torch.int16 if cells < 2**15 else torch.int32
+    counts = torch.zeros(cells + 1, dtype=torch.int64, device=target.device)
+    preds, target = preds.reshape(-1), target.reshape(-1)
+    for start in range(0, len(target), _LABELS):
+        part = slice(start, start + _LABELS)
+        void = target[part] == ignore_index
+        y, k = target[part].masked_fill(void, 0), preds[part].masked_fill(void, 0)
+        for name, ids in (("target", y), ("predictions", k)):
+            low, high = (int(extreme) for extreme in ids.aminmax())
+            if low < 0 or high >= num_classes:
+                raise ValueError(
+                    f"{name}: found class {low if low < 0 else high}, expected 0 to {num_classes - 1}, or {ignore_index} in "
+                    "the target for void"
+                )
+        cell = y.to(dtype).mul_(num_classes).add_(k).masked_fill_(void, cells)
+        counts += torch.bincount(cell, minlength=cells + 1)
+    return counts[:-1]

@@ -1,0 +1,189 @@
+"""Predicted classes and confusion counts against NumPy and scikit-learn; the Triton kernels too, on a GPU or interpreted."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import confusion_matrix
+
+from mcseg.kernels import Upsampling, confusion_counts, predicted_classes
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def on_gpu():
+    pytest.importorskip("triton")
+    from mcseg.kernels import gpu
+
+    return gpu
+
+
+def kernel_predictions(logits, size=None, upsampling=None):
+    shape = size if upsampling else logits.shape[2:]
+    return on_gpu().predicted_classes(logits.to(DEVICE), list(shape), *(upsampling or ())).cpu()
+
+
+def kernel_counts(preds, target, classes, ignore_index=255):
+    found = on_gpu().confusion_counts(preds.to(DEVICE), target.to(DEVICE), classes, ignore_index).cpu()
+    return found[:-1].view(classes, classes), found[-1]
+
+
+PREDICTED = {"blocks": predicted_classes, "kernel": kernel_predictions}
+COUNTED = {"blocks": confusion_counts, "kernel": kernel_counts}
+each_prediction = pytest.mark.parametrize("predicted", PREDICTED.values(), ids=PREDICTED)
+each_count = pytest.mark.parametrize("counted", COUNTED.values(), ids=COUNTED)
+
+
+@each_prediction
+@settings(deadline=None, max_examples=20)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.sampled_from([2, 3, 19, 256, 300]), st.integers(1, 5), st.integers(1, 9)),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    layout=st.sampled_from(["contiguous", "channels last", "cropped"]),
+    ties=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_predicted_classes_are_numpys(predicted, shape, dtype, layout, ties, seed):
+    logits = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    logits = (logits.round() if ties else logits).to(dtype)
+    if layout == "channels last":
+        logits = logits.to(memory_format=torch.channels_last)
+    elif layout == "cropped":
+        logits = F.pad(logits, (1, 2, 3, 1))[..., 3 : 3 + shape[2], 1 : 1 + shape[3]]
+    found = predicted(logits)
+    assert found.dtype == (torch.uint8 if shape[1] <= 256 else torch.int16)
+    assert found.tolist() == np.argmax(logits.float().numpy(), 1).tolist()
+
+
+@each_prediction
+@pytest.mark.parametrize("shape", [(1, 4, 7), (2, 3, 2, 3, 5), (2, 3, 0, 4), (0, 3, 2, 2)], ids=str)
+def test_other_numbers_of_dimensions_and_nothing(predicted, shape):
+    logits = torch.randn(shape)
+    assert torch.equal(predicted(logits).long(), logits.argmax(1))
+
+
+def test_pixels_without_an_image():
+    logits = torch.randn(9, 5)
+    assert torch.equal(predicted_classes(logits).long(), logits.argmax(1))
+
+
+@each_prediction
+def test_infinities_and_nan(predicted):
+    logits = torch.randn(1, 4, 1, 6)
+    logits[0, 2, 0, 0] = math.inf
+    logits[0, :3, 0, 1] = -math.inf
+    logits[0, :, 0, 2] *= 1e38
+    logits[0, 3, 0, 3] = logits[0, :, 0, 3].amax() + 1e-6
+    logits[0, 1:3, 0, 5] = math.nan
+    found = predicted(logits)[0, 0].tolist()
+    assert found[:5] == np.argmax(logits[0, :, 0, :5].numpy(), 0).tolist()
+    assert 0 <= found[5] < 4
+
+
+@each_prediction
+@pytest.mark.parametrize("align_corners", [True, False])
+@pytest.mark.parametrize("classes", [5, 300])
+def test_predicted_classes_of_coarse_logits(predicted, align_corners, classes):
+    logits = torch.randn(2, classes, 3, 4)
+    full = F.interpolate(logits.double(), (9, 14), mode="bilinear", align_corners=align_corners)
+    found = predicted(logits, (8, 13), Upsampling(9, 14, align_corners)).long()
+    chosen = full[..., :8, :13].gather(1, found[:, None])[:, 0]
+    assert found.shape == (2, 8, 13)
+    # rounding may decide between classes that are as good as equal, and nothing else
+    assert float((full[..., :8, :13].amax(1) - chosen).max()) < 1e-5
+    assert (found == full[..., :8, :13].argmax(1)).double().mean() > 0.99
+
+
+@each_count
+@settings(deadline=None, max_examples=20)
+@given(
+    classes=st.sampled_from([2, 3, 19, 150, 200]),
+    run=st.integers(1, 900),  # pixels of equal label in a row; a block of the kernel has 1024
+    pixels=st.integers(1, 3000),
+    void=st.sampled_from([0.0, 0.2, 1.0]),
+    dtype=st.sampled_from([torch.int64, torch.int32, torch.uint8]),
+    seed=st.integers(0, 1000),
+)
+def test_counts_are_scikit_learns(counted, classes, run, pixels, void, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(classes, (2, pixels), generator=generator)
+    target, preds = ids.repeat_interleave(run, dim=1)[:, :pixels]
+    target = target.masked_fill(torch.rand(pixels, generator=generator) < void, 255)
+    found, unknown = counted(preds.to(torch.uint8), target.to(dtype), classes)
+    kept = target != 255
+    expected = np.zeros((classes, classes), int)
+    if kept.any():
+        expected = confusion_matrix(target[kept].numpy(), preds[kept].numpy(), labels=range(classes))
+    assert found.dtype == torch.int64
+    assert found.tolist() == expected.tolist()
+    assert int(unknown) == 0
+
+
+@each_count
+def test_counts_of_images_that_are_not_contiguous(counted):
+    target, preds = torch.randint(4, (2, 3, 7, 50))
+    found, _ = counted(preds.transpose(1, 2), target.transpose(1, 2), 4)
+    assert found.tolist() == confusion_matrix(target.flatten(), preds.flatten(), labels=range(4)).tolist()
+
+
+@each_count
+def test_other_label_of_void(counted):
+    found, _ = counted(torch.tensor([1, 1, 0, 2]), torch.tensor([-1, 1, 0, -1]), 3, -1)
+    assert found.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+
+
+@each_count
+def test_counts_of_nothing(counted):
+    found, unknown = counted(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), 3)
+    assert found.tolist() == [[0] * 3] * 3
+    assert int(unknown) == 0
+
+
+@pytest.mark.parametrize(("preds", "target"), [([3, 0], [0, 0]), ([0, 0], [3, 0]), ([0, -1], [0, 0]), ([0, 0], [-1, 0])])
+def test_what_is_no_class_is_never_counted(preds, target):
+    preds, target = torch.tensor(preds), torch.tensor(target)
+    found, unknown = kernel_counts(preds, target, 3)
+    assert int(found.sum()) == int(unknown) == 1
+    with pytest.raises(ValueError, match=r"(predictions|target): found class (3|-1), expected 0 to 2, or 255"):
+        confusion_counts(preds, target, 3)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own check
+def test_registered_operators_keep_their_promises():
+    gpu = on_gpu()
+    torch.library.opcheck(gpu.predicted_classes, (torch.randn(1, 3, 2, 3, device=DEVICE), [2, 3]))
+    ids = torch.randint(3, (2, 5), device=DEVICE)
+    torch.library.opcheck(gpu.confusion_counts, (ids[0], ids[1], 3, 255))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no graphs")
+def test_captured_in_a_graph():
+    """Loss, gradient, predictions and counts of a step that a CUDA graph replays on other inputs."""
+    from mcseg.losses import MarginCalibrationLoss
+
+    logits = torch.randn(2, 19, 16, 16, device=DEVICE, requires_grad=True)
+    target = torch.randint(19, (2, 16, 16), device=DEVICE)
+    loss = MarginCalibrationLoss(19, "none", margin="soft", surrogate="sigmoid", aggregation="dice", power=0.5).to(DEVICE)
+
+    def step():
+        preds = predicted_classes(logits)
+        (gradient,) = torch.autograd.grad(loss(logits, target), logits)
+        return gradient, preds, confusion_counts(preds, target, 19)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        logits.copy_(torch.randn_like(logits))
+        target.copy_(torch.randint_like(target, 19))
+    graph.replay()
+    for replayed, eager in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, eager)
