@@ -7,7 +7,9 @@ Needs torch and mcseg; segmentation-models-pytorch for its Lovasz and Dice, whic
 of classes x a size x a stride x a dtype: networks give logits at 1/stride of the size, and losses that do not upsample
 themselves get them from a bilinear interpolation, which belongs to their time. Every loss of ours is first compared with the
 reference in float64 on a small input of the case. `share` is the time of reading the logits twice and writing the gradient
-once at the speed of a copy on the device, over that of the loss.
+once at the speed of a copy on the device, over that of the loss. A second table has the counts behind a metric: predictions
+and confusion counts, checked to be the same up to ties of interpolated logits. On the CPU peaks of memory are measured in
+processes of their own, as that of a process never falls; there cases of over 4e7 logits at full size are left out.
 
 Counts on paper, for a kernel of `mcseg.kernels.gpu` and logits of b bytes an element, C classes, P pixels (C up to 256):
 forward reads b C P bytes and 8 P of labels, and writes 4 P; backward reads b C P + 12 P and writes b C P. For C = 19 in
@@ -16,9 +18,12 @@ four coarse cells around it evaluate each class: 4 C evaluations a pixel, each o
 """
 
 import argparse
+import math
 import platform
+import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,15 +32,17 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from loss import IGNORE_INDEX, plain_autograd_loss
 from torch import Tensor
 
+from mcseg.kernels import Upsampling, confusion_counts, predicted_classes
 from mcseg.losses import DiceLoss, MarginCalibrationLoss, margin_calibration_loss
-from mcseg.margins import margin_offsets
+from mcseg.margins import MarginOffsets, margin_offsets
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZES = {"cuda": [(16, 512, 512), (4, 1024, 2048)], "cpu": [(1, 256, 256)]}
+SIZES = {"cuda": [(16, 512, 512), (4, 1024, 2048)], "cpu": [(2, 512, 1024), (1, 256, 256)]}
+LARGEST = {"cuda": float("inf"), "cpu": 4e7}
+IGNORE_INDEX = 255
 
 
 @dataclass(frozen=True)
@@ -55,11 +62,33 @@ class Case:
         logits = torch.randn(shape, generator=generator, device=DEVICE).mul_(3).to(self.dtype).requires_grad_()
         target = torch.randint(self.classes, self.size, generator=generator, device=DEVICE)
         void = torch.rand(self.size, generator=generator, device=DEVICE) < 0.1
-        return logits, target.masked_fill_(void, -1 if self.classes > IGNORE_INDEX else IGNORE_INDEX)
+        return logits, target.masked_fill_(void, self.ignore_index)
+
+    @property
+    def ignore_index(self) -> int:
+        """Label of void pixels: 255 may be a class."""
+        return -1 if self.classes > IGNORE_INDEX else IGNORE_INDEX
 
     def __str__(self) -> str:
         size = " x ".join(map(str, self.size))
         return f"{self.classes} classes, {size}, stride {self.stride}, {str(self.dtype).removeprefix('torch.')}"
+
+
+def plain_autograd_loss(logits: Tensor, target: Tensor, offsets: MarginOffsets) -> Tensor:
+    """Write the paper's loss the usual way: pixels as rows, void rows dropped, one-hot labels, autograd for the rest."""
+    num_classes = logits.shape[1]
+    pixels = logits.movedim(1, -1).reshape(-1, num_classes)  # (N H W, C)
+    labels = target.reshape(-1)
+    valid = labels != IGNORE_INDEX
+    pixels, labels = pixels[valid], labels[valid]  # (P, C), (P,)
+    positive = F.one_hot(labels, num_classes).bool()
+    top, winner = pixels.max(dim=1, keepdim=True)
+    is_top = F.one_hot(winner.squeeze(1), num_classes).bool()
+    runner_up = pixels.masked_fill(is_top, -torch.inf).max(dim=1, keepdim=True).values
+    margin = torch.where(is_top, pixels - runner_up, pixels - top)
+    foreground, background = offsets.foreground.to(logits.dtype), offsets.background.to(logits.dtype)
+    terms = torch.where(positive, num_classes * F.softplus(foreground - margin), F.softplus(background + margin))  # (P, C)
+    return terms.mean()
 
 
 def contestants(case: Case) -> dict[str, tuple[Loss, Loss | None]]:
@@ -125,7 +154,7 @@ def difference(case: Case, loss: Loss, reference: Loss) -> float:
     return float((gradients[0] - gradients[1]).abs().max() / gradients[1].abs().max())
 
 
-def seconds(run: Callable[[], None]) -> float:
+def seconds(run: Callable[[], object]) -> float:
     """Time one call on the device."""
     if DEVICE == "cpu":
         start = time.perf_counter()
@@ -140,44 +169,75 @@ def seconds(run: Callable[[], None]) -> float:
     return float(begin.elapsed_time(end)) / 1000
 
 
+def step(loss: Loss, logits: Tensor, target: Tensor) -> None:
+    """Run forward and backward once and drop the gradient."""
+    loss(logits, target).backward()  # type: ignore[no-untyped-call]
+    logits.grad = None
+
+
+def peak(run: Callable[[], None]) -> int:
+    """Bytes by which a call raises the memory in use."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    before = _high_water()
+    run()
+    return _high_water() - before
+
+
+def _high_water() -> int:
+    """Largest resident memory of this process in bytes; getrusage() would give that of the process that started it."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
+def peak_of(name: str, case: Case) -> float:
+    """Peak of memory of a loss beyond the logits, in multiples of these; on the CPU in a new process."""
+    if DEVICE == "cpu":
+        words = [sys.executable, __file__, "--peak-of", name, "--threads", str(torch.get_num_threads())]
+        words += ["--case", *map(str, (case.classes, *case.size, case.stride, str(case.dtype).removeprefix("torch.")))]
+        return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    return peak_here(name, case)
+
+
+def peak_here(name: str, case: Case) -> float:
+    """Measure `peak_of` in this process."""
+    loss, _ = contestants(case)[name]
+    small = Case(case.classes, (1, 8 * case.stride, 8 * case.stride), case.stride, case.dtype).inputs()
+    step(loss, *small)  # code and threads are there before
+    logits, target = case.inputs()
+    return peak(lambda: step(loss, logits, target)) / logits.nbytes
+
+
 def measure(case: Case, repeats: int) -> Iterator[str]:
     """Rows of one case: median of interleaved repeats, and the peak of memory beyond the logits."""
-    logits, target = case.inputs()
     losses = contestants(case)
     times: dict[str, list[float]] = {name: [] for name in losses}
     memory, wrong = dict.fromkeys(losses, "-"), dict.fromkeys(losses, "-")
-
-    def step(loss: Loss) -> None:
-        loss(logits, target).backward()  # type: ignore[no-untyped-call]
-        logits.grad = None
-
     failed: dict[str, str] = {}
     for name, (loss, reference) in losses.items():
         try:
             if reference is not None:
                 wrong[name] = f"{difference(case, loss, reference):.0e}"
-            step(loss)  # warm-up
-            if DEVICE == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-                step(loss)
-                memory[name] = f"{(torch.cuda.max_memory_allocated() - before) / logits.nbytes:.2f}"
+            if "compiled" not in name or DEVICE == "cuda":  # on the CPU the compiler's memory would be measured
+                memory[name] = f"{peak_of(name, case):.2f}"
         except Exception as error:  # a compiler that is missing, or too little memory, is a result as well
             failed[name] = type(error).__name__
-            logits.grad = None
             if DEVICE == "cuda":
                 torch.cuda.empty_cache()
+    logits, target = case.inputs()
+    for name, (loss, _) in losses.items():
+        if name not in failed:
+            step(loss, logits, target)  # warm-up
     source, copy = logits.detach(), torch.empty_like(logits)
     copies = []
-
-    def copying() -> None:
-        copy.copy_(source)
-
     for _ in range(repeats):
-        copies.append(seconds(copying))
+        copies.append(seconds(lambda: copy.copy_(source)))
         for name, (loss, _) in losses.items():
             if name not in failed:
-                times[name].append(seconds(lambda loss=loss: step(loss)))  # type: ignore[misc]
+                times[name].append(seconds(lambda loss=loss: step(loss, logits, target)))  # type: ignore[misc]
     per_byte = statistics.median(copies) / (2 * logits.nbytes)
     base = statistics.median(times["cross entropy"])
     for name in losses:
@@ -189,11 +249,59 @@ def measure(case: Case, repeats: int) -> Iterator[str]:
         yield f"| {name} | {1000 * found:.2f} | {found / base:.2f} | {memory[name]} | {share:.0%} | {wrong[name]} |"
 
 
+def measure_counts(case: Case, repeats: int) -> Iterator[str]:
+    """Rows of one case: predictions and confusion counts of logits, and of labels alone."""
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    logits, target = case.inputs()
+    logits = logits.detach()
+    classes, void = case.classes, case.ignore_index
+    preds = predicted_classes(logits, case.size[1:], Upsampling(*case.size[1:]) if case.stride > 1 else None)
+
+    def full() -> Tensor:
+        if case.stride == 1:
+            return logits
+        return F.interpolate(logits, case.size[1:], mode="bilinear", align_corners=True)
+
+    def bincount(found: Tensor) -> Tensor:
+        cell = torch.where(target == void, classes * classes, target * classes + found)
+        return torch.bincount(cell.flatten(), minlength=classes * classes + 1)[:-1].view(classes, classes)
+
+    ways = {
+        "argmax and bincount": lambda: bincount(full().argmax(1)),
+        "torchmetrics": lambda: multiclass_confusion_matrix(full(), target, classes, ignore_index=void, validate_args=False),
+        "ours": lambda: confusion_counts(predicted_classes(full()), target, classes, void)[0],
+    }
+    if case.stride > 1:
+        up = Upsampling(*case.size[1:])
+        ways["ours, from coarse logits"] = lambda: confusion_counts(
+            predicted_classes(logits, case.size[1:], up), target, classes, void
+        )[0]
+    ways["labels alone: bincount"] = lambda: bincount(preds)
+    ways["labels alone: ours"] = lambda: confusion_counts(preds, target, classes, void)[0]
+    expected = ways["argmax and bincount"]()
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            times[name].append(seconds(way))
+    base = statistics.median(times["argmax and bincount"])
+    for name, way in ways.items():
+        moved = int((way() - expected).abs().sum()) / 2 / target.numel()
+        if moved > 1e-5:
+            raise AssertionError(f"{name}: {moved:.1e} of the pixels are counted elsewhere")
+        found = statistics.median(times[name])
+        yield f"| {name} | {1000 * found:.2f} | {found / base:.2f} |"
+
+
 def machine() -> str:
     """Describe what the numbers depend on."""
-    name = (
-        torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU {platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    if DEVICE == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+        models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        name = f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True, cwd=Path(__file__).parent
@@ -216,11 +324,19 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=default)
     parser.add_argument("--strides", type=int, nargs="+", default=[1, 4, 8] if DEVICE == "cuda" else [1, 4])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"] if DEVICE == "cuda" else ["float32"])
-    parser.add_argument("--repeats", type=int, default=20 if DEVICE == "cuda" else 5)
+    parser.add_argument("--repeats", type=int, default=20 if DEVICE == "cuda" else 7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=6, help=argparse.SUPPRESS)
     parser.add_argument(
         "--output", default=str(Path(__file__).parent / "results" / f"kernels-{DEVICE}.md"), help='"" for none'
     )
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.peak_of:
+        classes, batch, height, width, stride = map(int, arguments.case[:5])
+        print(peak_here(arguments.peak_of, Case(classes, (batch, height, width), stride, getattr(torch, arguments.case[5]))))
+        return
     lines = ["# Losses, forward and backward", "", machine(), ""]
     lines += [
         "Time in ms, over that of cross entropy; peak of memory beyond the logits, in multiples of these; share of the"
@@ -232,10 +348,14 @@ def main() -> None:
             for stride in arguments.strides:
                 for dtype in arguments.dtypes:
                     case = Case(classes, size, stride, getattr(torch, dtype))
+                    if classes * math.prod(size) > LARGEST[DEVICE]:
+                        continue
                     torch.compiler.reset()
                     head = ["", f"## {case}", "", "| loss | ms | x cross entropy | extra | share | difference |"]
                     head += ["|---|---:|---:|---:|---:|---:|"]
                     part = [*head, *measure(case, arguments.repeats)]
+                    part += ["", "| counts | ms | x argmax and bincount |", "|---|---:|---:|"]
+                    part += measure_counts(case, arguments.repeats)
                     print("\n".join(part), flush=True)
                     lines += part
                     if arguments.output:  # after each case: a run that is cut off leaves what it has measured

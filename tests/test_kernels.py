@@ -1,6 +1,9 @@
 """The per-pixel loss: both backends against a loop written from the paper, and against each other."""
 
 import math
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcseg.kernels import fused, pixel_loss
+from mcseg.kernels.tiles import on_threads, tiles
 
 BACKENDS = ["fused", "reference"]
 VOID = 255
@@ -184,11 +188,11 @@ def test_tiles_change_nothing(monkeypatch, elements, shape):
     whole = run("fused", *case)
     monkeypatch.setattr(fused, "_TILE", elements)
     seen = torch.zeros(case[1].shape, dtype=torch.int64)
-    tiles = list(fused.tiles(case[0], elements))
-    for samples, rows in tiles:
+    parts = list(tiles(case[0], elements))
+    for samples, rows in parts:
         seen[samples, rows] += 1
     assert seen.eq(1).all()
-    assert len(tiles) > 1 or elements == 500
+    assert len(parts) > 1 or elements == 500
     # vector instructions and the scalar loop for what is left over differ in the last place
     torch.testing.assert_close(run("fused", *case), whole, rtol=1e-13, atol=1e-15)
 
@@ -324,3 +328,61 @@ def test_labels_outside_the_classes(backend):
 def test_unknown_backend():
     with pytest.raises(ValueError, match=r"backend: found 'triton2', expected one of 'auto', 'fused', 'reference'"):
         run("triton2", *draw((1, 2, 2)))
+
+
+def test_threads_have_each_part_once_and_their_operations_to_themselves():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        done = torch.zeros(7, dtype=torch.int64)
+        seen = []
+
+        def function(parts):
+            seen.append((len(parts), torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+            for part in parts:
+                done[part] += 1
+
+        on_threads(function, range(7))
+        assert done.eq(1).all()
+        assert sorted(seen) == [(2, 1, False, False), (2, 1, False, False), (3, 1, False, False)]
+        assert torch.get_num_threads() == 3
+        found = []
+        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))  # others are as they would have been
+        thread.start()
+        thread.join()
+        assert found == [3]
+        with torch.inference_mode():
+            on_threads(function, range(7))
+        assert seen[-1][3]
+        on_threads(function, [6])
+        assert seen[-1][:2] == (1, 3)
+        on_threads(function, [])
+        assert len(seen) == 7
+        with pytest.raises(ZeroDivisionError):
+            on_threads(lambda parts: 1 / (parts[0] - 1), range(7))
+    finally:
+        torch.set_num_threads(before)
+
+
+FORKED = """
+import os, torch
+from mcseg.kernels.tiles import on_threads
+torch.set_num_threads(2)
+found = torch.zeros(2, 4)
+def function(parts):
+    for part in parts:
+        found[1, part] = 1
+on_threads(function, range(4))
+child = os.fork()
+if child == 0:
+    found.zero_()
+    on_threads(function, range(4))
+    os._exit(int(found.sum()))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_threads_of_a_forked_process():
+    """It has none of its parent's; Lightning's strategy for notebooks forks after losses may have been computed."""
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "4"

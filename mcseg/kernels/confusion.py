@@ -1,9 +1,12 @@
 """Predicted classes, and counts of the pixels by target and prediction, a block at a time."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from .fused import largest, tiles
+from .fused import largest
+from .tiles import on_threads, tiles
 from .upsample import Strips, Upsampling
 
 _TILE = 2**18  # logits of a tile: with its copies it stays in the L2 cache
@@ -30,12 +33,16 @@ def _write(preds: Tensor, logits: Tensor) -> None:
     if logits.device.type != "cpu":
         preds.copy_(logits.argmax(1))
         return
-    for samples, rows in tiles(logits, _TILE):
-        part = logits[samples, :, rows]
-        part = part.to(torch.promote_types(part.dtype, torch.float32))
-        top, first = largest(part)
-        # argmax() handles one pixel at a time, but infinities and nan as well
-        preds[samples, rows] = first.squeeze(1) if top.isfinite().all() else part.argmax(1)
+
+    def some(parts: Sequence[tuple[slice, slice]]) -> None:
+        for samples, rows in parts:
+            part = logits[samples, :, rows]
+            part = part.to(torch.promote_types(part.dtype, torch.float32))
+            top, first = largest(part)
+            # argmax() handles one pixel at a time, but infinities and nan as well
+            preds[samples, rows] = first.squeeze(1) if top.isfinite().all() else part.argmax(1)
+
+    on_threads(some, list(tiles(logits, _TILE)))
 
 
 def counted(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:

@@ -13,16 +13,18 @@ A function of the counts has one upstream gradient for each class and kind of er
 Nothing of the size of the logits is kept between the passes: the probabilities are computed anew, a tile at a time.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .fused import tiles
+from .tiles import on_threads, tiles
 
 # elements per tile on the CPU; one pass makes a few tensors of this size
 _TILE = 2**18
+
+_Part = tuple[slice, slice, slice]
 
 
 def soft_error_counts(
@@ -53,10 +55,17 @@ class _ErrorCounts(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(logits, target, foreground, background)
         ctx.scalars = (power, ignore_index)
-        counts = torch.zeros(3, logits.shape[1], dtype=torch.float64, device=logits.device)
-        for part in _parts(logits):
-            counts += _counts(logits[part], target[part[0], *part[2:]], foreground, background, power, ignore_index)
-        return counts.to(torch.promote_types(logits.dtype, torch.float32))
+
+        parts = list(enumerate(_parts(logits)))
+        counts = torch.zeros(len(parts), 3, logits.shape[1], dtype=torch.float64, device=logits.device)
+
+        def some(parts: Sequence[tuple[int, _Part]]) -> None:
+            for index, part in parts:
+                pixels = (logits[part], target[part[0], *part[2:]])
+                counts[index] = _counts(*pixels, foreground, background, power, ignore_index)
+
+        on_threads(some, parts)
+        return counts.sum(0).to(torch.promote_types(logits.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -66,13 +75,17 @@ class _ErrorCounts(torch.autograd.Function):
         logits, target, foreground, background = ctx.saved_tensors
         power, ignore_index = ctx.scalars
         gradient = torch.empty_like(logits)
-        for part in _parts(logits):
-            pixels = (logits[part], target[part[0], *part[2:]])
-            gradient[part] = _gradient(*pixels, foreground, background, power, ignore_index, upstream)
+
+        def some(parts: Sequence[_Part]) -> None:
+            for part in parts:
+                pixels = (logits[part], target[part[0], *part[2:]])
+                gradient[part] = _gradient(*pixels, foreground, background, power, ignore_index, upstream)
+
+        on_threads(some, _parts(logits))
         return gradient, None, None, None, None, None
 
 
-def _parts(logits: Tensor) -> Iterable[tuple[slice, slice, slice]]:
+def _parts(logits: Tensor) -> list[_Part]:
     """Tiles on the CPU, where they stay in the cache; elsewhere the whole."""
     whole = slice(None)
     if logits.device.type != "cpu" or torch.compiler.is_compiling():
