@@ -9,8 +9,8 @@ from .fused import largest
 from .tiles import on_threads, tiles
 from .upsample import Strips, Upsampling
 
-_TILE = 2**18  # logits of a tile: with its copies it stays in the L2 cache
-_LABELS = 2**16  # pixels of a block that is counted
+_TILE = 2**19  # logits of a tile: with its copies it stays in a cache
+_LABELS = 2**17  # pixels of a block that is counted
 
 
 def predicted(logits: Tensor, size: torch.Size, upsampling: Upsampling | None) -> Tensor:
@@ -49,19 +49,24 @@ def counted(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int) 
     """Compute the counts (C * C,) of `mcseg.kernels.confusion_counts`, in cells of 16 bits where they suffice."""
     cells = num_classes * num_classes  # the last one is for void
     dtype = torch.int16 if cells < 2**15 else torch.int32
-    counts = torch.zeros(cells + 1, dtype=torch.int64, device=target.device)
     preds, target = preds.reshape(-1), target.reshape(-1)
-    for start in range(0, len(target), _LABELS):
-        part = slice(start, start + _LABELS)
-        void = target[part] == ignore_index
-        y, k = target[part].masked_fill(void, 0), preds[part].masked_fill(void, 0)
-        for name, ids in (("target", y), ("predictions", k)):
-            low, high = (int(extreme) for extreme in ids.aminmax())
-            if low < 0 or high >= num_classes:
-                raise ValueError(
-                    f"{name}: found class {low if low < 0 else high}, expected 0 to {num_classes - 1}, or {ignore_index} in "
-                    "the target for void"
-                )
-        cell = y.to(dtype).mul_(num_classes).add_(k).masked_fill_(void, cells)
-        counts += torch.bincount(cell, minlength=cells + 1)
-    return counts[:-1]
+    size = _LABELS if target.device.type == "cpu" else max(1, len(target))
+    blocks = [slice(start, start + size) for start in range(0, len(target), size)]
+    counts = torch.zeros(len(blocks), cells + 1, dtype=torch.int64, device=target.device)
+
+    def some(parts: Sequence[tuple[int, slice]]) -> None:
+        for index, part in parts:
+            void = target[part] == ignore_index
+            y, k = target[part].masked_fill(void, 0), preds[part].masked_fill(void, 0)
+            for name, ids in (("target", y), ("predictions", k)):
+                low, high = (int(extreme) for extreme in ids.aminmax())
+                if low < 0 or high >= num_classes:
+                    raise ValueError(
+                        f"{name}: found class {low if low < 0 else high}, expected 0 to {num_classes - 1}, or "
+                        f"{ignore_index} in the target for void"
+                    )
+            cell = y.to(dtype).mul_(num_classes).add_(k).masked_fill_(void, cells)
+            counts[index] = torch.bincount(cell, minlength=cells + 1)
+
+    on_threads(some, list(enumerate(blocks)))
+    return counts.sum(0)[:-1]
