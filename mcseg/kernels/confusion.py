@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .fused import largest
 from .tiles import on_threads, tiles
-from .upsample import Strips, Upsampling
+from .upsample import Strip, Strips, Upsampling
 
 _TILE = 2**19  # logits of a tile: with its copies it stays in a cache
 _LABELS = 2**17  # pixels of a block that is counted
@@ -19,8 +19,13 @@ def predicted(logits: Tensor, size: torch.Size, upsampling: Upsampling | None) -
     if upsampling is None:
         _write(preds, logits)
     else:
-        for rows, needed, interpolate in Strips(logits, size, upsampling):
-            _write(preds[:, rows], interpolate(logits[:, :, needed]))
+        strips = Strips(logits, size, upsampling)
+
+        def some(parts: Sequence[tuple[int, Strip]]) -> None:
+            for _, strip in parts:
+                _write(preds[:, strip.rows], strips.interpolate(logits[:, :, strip.needed], strip))
+
+        strips.run(some)
     return preds
 
 

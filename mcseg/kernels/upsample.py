@@ -5,14 +5,18 @@ gradient are the largest tensors of a training step. Here a strip is interpolate
 the backward pass interpolates it again and adds its gradient to that of the coarse logits. Memory is that of one strip.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# elements of a strip's logits, of which a few copies are alive at a time
-_STRIP = 2**22
+from .tiles import on_threads
+
+# elements of a strip's logits, of which a few copies are alive at a time: on the CPU in the cache of each thread
+_STRIP = 2**20
+_GPU_STRIP = 2**24
 
 
 class Upsampling(NamedTuple):
@@ -40,37 +44,49 @@ def neighbours(coarse: int, full: int, align_corners: bool, dtype: torch.dtype) 
     return lower.long(), (lower.long() + 1).clamp(max=coarse - 1), (place - lower).clamp(0, 1)
 
 
+class Strip(NamedTuple):
+    """Some rows of upsampled logits: which, the rows of coarse logits that they lie between, and how."""
+
+    rows: slice
+    needed: slice
+    lower: Tensor  # row above each of the rows, counted from the first one that is needed
+    upper: Tensor
+    weight: Tensor  # of the row below
+
+
 class Strips:
     """Upsampled logits (N, C, H', W'), a strip of rows at a time; ``size`` (H, W) of them, from the first row and column."""
 
     def __init__(self, coarse: Tensor, size: torch.Size, upsampling: Upsampling) -> None:
-        self.device = coarse.device
-        dtype = torch.promote_types(coarse.dtype, torch.float32)
-        height, width = size
-        self.height = height
-        self.rows, columns = (
-            [part[:kept] for part in neighbours(size, full, upsampling.align_corners, dtype)]
-            for size, full, kept in zip(coarse.shape[-2:], upsampling[:2], (height, width), strict=True)
-        )
-        self.columns = [part.to(coarse.device) for part in columns]
-        self.step = max(1, _STRIP // max(1, coarse.shape[0] * coarse.shape[1] * width))
-        self.dtype = dtype
+        self.dtype = torch.promote_types(coarse.dtype, torch.float32)
+        self.on_cpu = coarse.device.type == "cpu"
+        self.upsampling, self.width = upsampling, size[1]
+        rows = neighbours(coarse.shape[2], upsampling.height, upsampling.align_corners, self.dtype)
+        elements = _STRIP if self.on_cpu else _GPU_STRIP
+        step = max(1, elements // max(1, coarse.shape[0] * coarse.shape[1] * upsampling.width))
+        self.strips = []
+        for start in range(0, size[0], step):
+            part = slice(start, min(start + step, size[0]))
+            lower, upper, weight = (values[part] for values in rows)
+            first = int(lower[0])
+            local = (values.to(coarse.device) for values in (lower - first, upper - first, weight))
+            self.strips.append(Strip(part, slice(first, int(upper[-1]) + 1), *local))
 
-    def __iter__(self) -> Iterator[tuple[slice, slice, Callable[[Tensor], Tensor]]]:
-        """Give rows, the rows of coarse logits that they need, and how the former come from the latter."""
-        for start in range(0, self.height, self.step):
-            rows = slice(start, min(start + self.step, self.height))
-            lower, upper, weight = (part[rows] for part in self.rows)
-            needed = slice(int(lower[0]), int(upper[-1]) + 1)
-            local = [part.to(self.device) for part in (lower - needed.start, upper - needed.start, weight)]
-            yield rows, needed, lambda part, local=local: self._interpolated(part, local)  # type: ignore[misc]
+    def run(self, function: Callable[[Sequence[tuple[int, Strip]]], None]) -> None:
+        """Call a function with some of the strips and their numbers, until it has had all; on the CPU in several threads."""
+        numbered = list(enumerate(self.strips))
+        if self.on_cpu:
+            on_threads(function, numbered)
+        else:
+            function(numbered)
 
-    def _interpolated(self, part: Tensor, rows: list[Tensor]) -> Tensor:
+    def interpolate(self, part: Tensor, strip: Strip) -> Tensor:
+        """Upsample the coarse logits that a strip needs."""
         part = part.to(self.dtype)
-        for dim, (lower, upper, weight) in ((3, self.columns), (2, rows)):
-            weight = weight.view(-1, *[1] * (3 - dim))
-            part = part.index_select(dim, lower) * (1 - weight) + part.index_select(dim, upper) * weight
-        return part
+        rows = torch.lerp(part[:, :, strip.lower], part[:, :, strip.upper], strip.weight[:, None])
+        size = (rows.shape[2], self.upsampling.width)
+        align = self.upsampling.align_corners
+        return F.interpolate(rows, size, mode="bilinear", align_corners=align)[..., : self.width]
 
 
 def upsampled(
@@ -105,10 +121,16 @@ class _Upsampled(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(logits, target)
         ctx.how = (function, upsampling, per_pixel)
-        parts = [
-            function(interpolate(logits[:, :, needed]), target[:, rows])
-            for rows, needed, interpolate in Strips(logits, target.shape[-2:], upsampling)
-        ]
+        strips = Strips(logits, target.shape[-2:], upsampling)
+        found: dict[int, Tensor] = {}
+
+        def some(parts: Sequence[tuple[int, Strip]]) -> None:
+            for index, strip in parts:
+                part = strips.interpolate(logits[:, :, strip.needed], strip)
+                found[index] = function(part, target[:, strip.rows])
+
+        strips.run(some)
+        parts = [found[index] for index in range(len(strips.strips))]
         return torch.cat(parts, dim=1) if per_pixel else torch.stack(parts).sum(0, dtype=torch.float64).to(parts[0].dtype)
 
     @staticmethod
@@ -117,12 +139,19 @@ class _Upsampled(torch.autograd.Function):
             raise RuntimeError("create_graph=True: errors of upsampled logits have no second derivative")
         logits, target = ctx.saved_tensors
         function, upsampling, per_pixel = ctx.how
-        # strips share a row of cells, and many are added up: in float32
+        strips = Strips(logits, target.shape[-2:], upsampling)
+        found: dict[int, Tensor] = {}
+
+        def some(parts: Sequence[tuple[int, Strip]]) -> None:
+            for index, strip in parts:
+                with torch.enable_grad():
+                    part = logits[:, :, strip.needed].detach().requires_grad_()
+                    value = function(strips.interpolate(part, strip), target[:, strip.rows])
+                (found[index],) = torch.autograd.grad(value, part, upstream[:, strip.rows] if per_pixel else upstream)
+
+        strips.run(some)
+        # strips share a row of cells, and many are added up: in float32, and in their order
         gradient = torch.zeros_like(logits, dtype=torch.promote_types(logits.dtype, torch.float32))
-        for rows, needed, interpolate in Strips(logits, target.shape[-2:], upsampling):
-            with torch.enable_grad():
-                part = logits[:, :, needed].detach().requires_grad_()
-                value = function(interpolate(part), target[:, rows])
-            (found,) = torch.autograd.grad(value, part, upstream[:, rows] if per_pixel else upstream)
-            gradient[:, :, needed] += found
+        for index, strip in enumerate(strips.strips):
+            gradient[:, :, strip.needed] += found.pop(index)
         return gradient.to(logits.dtype), None, None, None, None
