@@ -17,10 +17,10 @@ bfloat16 that is 138 bytes a pixel, for 150 classes 924. Upsampled, backward kee
 four coarse cells around it evaluate each class: 4 C evaluations a pixel, each of about 6 special functions. Predictions read
 b C P (coarse: b C P / stride^2) and write P bytes; counts read 9 P and add once or twice for each run of equal pixels.
 
-Registers of a thread by `cuobjdump --dump-resource-usage`, compiled by Triton 3.8 for compute capability 9.0, 19 / 300 classes
-(8 elements a thread, 256 threads a block; 65536 registers of a multiprocessor let 3 blocks of up to 85 run, 2 of up to 128):
-forward 93 / 106, upsampled 117 / 119; backward 70 / 104, upsampled 76 / 107; gather 48; predictions 31 / 39, upsampled 64 / 75;
-counts 60. No stack, so nothing spills, and 1 KiB of shared memory at most.
+Registers of a thread by `cuobjdump --dump-resource-usage`, compiled by Triton 3.8 for compute capability 9.0, for 19 / 300
+classes (8 elements a thread, 256 threads a block; the 65536 registers of a multiprocessor let 3 blocks of up to 85 run, 2 of
+up to 128): forward 93 / 106, upsampled 117 / 119; backward 70 / 104, upsampled 76 / 107; gather 48; predictions 31 / 39,
+upsampled 64 / 75; counts 60. No stack, so nothing spills, and 1 KiB of shared memory at most.
 """
 
 import argparse

@@ -167,10 +167,10 @@ class SegmentationModule(pl.LightningModule):
             aux = self._loss(self._aux_objective, aux_logits, target)
             loss, terms = self._loss(self.objective, logits, target), {"aux": aux.detach()}
             loss = loss + self.hparams["aux_weight"] * aux
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(target))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(target), sync_dist=True)
         terms |= getattr(self.objective, "terms", {})  # of a sum of objectives
         for name, term in terms.items():
-            self.log(f"train/loss/{name}", term, batch_size=len(target))
+            self.log(f"train/loss/{name}", term, batch_size=len(target), sync_dist=True)
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:

@@ -67,6 +67,26 @@ def summed_over_processes(counts: Tensor) -> Tensor:
     return counts
 
 
+def mean_over_processes(total: Tensor, number: Tensor) -> Tensor:
+    """Divide a sum by what it is a sum of, 0 by nothing; in training the number is that of all processes of a group.
+
+    The mean over processes that DDP takes of the gradients is then that of the mean over all their pixels, also where one
+    process has more labelled ones than another, or none; and so is the mean of the losses.
+
+    Args:
+        total: scalar, this process's sum.
+        number: scalar, pixels or the sum of their weights, no gradient is wanted of it.
+    """
+    processes = 1
+    number = number.detach().to(torch.promote_types(total.dtype, torch.float32))
+    # a loss that has no gradient may be one process's own affair, and the others would be waited for in vain
+    if total.requires_grad and torch.distributed.is_available() and torch.distributed.is_initialized():
+        processes = torch.distributed.get_world_size()
+        number = number.clone()
+        torch.distributed.all_reduce(number)
+    return total / (number.where(number > 0, 1.0) / processes)
+
+
 class Objective(nn.Module):
     """What the objectives share: checked inputs, settings in their representation, constants that stay float64.
 

@@ -16,7 +16,7 @@ from mcseg.kernels import (
     pixel_errors,
     pixel_loss,
 )
-from mcseg.losses.base import Objective, check_choice, check_inputs, check_range
+from mcseg.losses.base import Objective, check_choice, check_inputs, check_range, mean_over_processes
 from mcseg.losses.family import (
     Aggregation,
     Classes,
@@ -270,16 +270,17 @@ class MarginCalibrationLoss(Objective):
         """
         corner = (self.margin, self.surrogate, self.aggregation, self.false_alarm_weight) == ("hard", "log", "sum", 1.0)
         if corner and self.weighting != "iou":  # the paper's, which has kernels
-            return margin_calibration_loss(
+            total = margin_calibration_loss(
                 logits,
                 target,
                 self.offsets,
                 foreground_weight=1.0 if self.weighting == "uniform" else self.foreground_weight,
                 ignore_index=self.ignore_index,
-                reduction=self.reduction,
+                reduction="sum" if self.reduction == "mean" else self.reduction,
                 backend=self.backend,
                 upsample=upsample,
             )
+            return self._reduced(total, target)
         upsampling = _upsampling(upsample, target)
         _check_inputs(logits, target, self.offsets, upsampling)
         target = target.long()
@@ -295,8 +296,10 @@ class MarginCalibrationLoss(Objective):
         pixels = pixel_errors(logits, target, *self.offsets, *weights, kind, self.backend, upsampling)
         if self.reduction == "none":
             return pixels
-        total = pixels.sum()
-        return total if self.reduction == "sum" else total / (target != self.ignore_index).sum().clamp(min=1)
+        return self._reduced(pixels.sum(), target)
+
+    def _reduced(self, total: Tensor, target: Tensor) -> Tensor:
+        return mean_over_processes(total, (target != self.ignore_index).sum()) if self.reduction == "mean" else total
 
     def _error_weights(self, logits: Tensor, target: Tensor, upsampling: Upsampling | None) -> tuple[Tensor, Tensor]:
         """``(C,)`` weights of misses and of false alarms."""

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcseg.losses.base import CountedLoss, Objective, check_choice, check_range
+from mcseg.losses.base import CountedLoss, Objective, check_choice, check_range, mean_over_processes
 from mcseg.margins import ClassPixels
 
 Weighting = Literal["none", "inverse", "median_frequency", "effective_number", "enet"]
@@ -90,9 +90,8 @@ class CrossEntropyLoss(CountedLoss):
             label_smoothing=self.label_smoothing,
         )
         if weights is None:
-            return total / labelled.sum().clamp(min=1)
-        norm = (weights[target.masked_fill(~labelled, 0)] * labelled).sum()
-        return total / norm.where(norm > 0, 1.0)
+            return mean_over_processes(total, labelled.sum())
+        return mean_over_processes(total, (weights[target.masked_fill(~labelled, 0)] * labelled).sum())
 
     @property
     def calibrate(self) -> Callable[[ClassPixels], Self]:
@@ -160,7 +159,7 @@ class FocalLoss(Objective):
             pixels = others.clamp(min=torch.finfo(others.dtype).tiny) ** self.gamma * pixels
         if self.alpha is not None:
             pixels = self.class_alpha.to(logits.dtype).to(logits.device)[labels] * pixels
-        return (pixels * labelled).sum() / labelled.sum().clamp(min=1)
+        return mean_over_processes((pixels * labelled).sum(), labelled.sum())
 
     def _reset_buffers(self) -> None:
         if self.alpha is not None:
@@ -201,7 +200,7 @@ class LogitAdjustmentLoss(CountedLoss):
     def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
         shift = self._terms_for(logits).view(-1, *[1] * (logits.ndim - 2))
         total = F.cross_entropy(logits + shift, target, ignore_index=self.ignore_index, reduction="sum")
-        return total / labelled.sum().clamp(min=1)
+        return mean_over_processes(total, labelled.sum())
 
     def _terms(self, n: Tensor) -> Tensor:
         return self.tau * (n.clamp(min=1) / n.sum()).log()
@@ -263,7 +262,7 @@ class LDAMLoss(CountedLoss):
         margins = self._terms_for(logits)[labels]
         logits = self.scale * logits.scatter_add(1, labels[:, None], -margins[:, None])
         total = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction="sum")
-        return total / labelled.sum().clamp(min=1)
+        return mean_over_processes(total, labelled.sum())
 
     def _terms(self, n: Tensor) -> Tensor:
         present = n > 0

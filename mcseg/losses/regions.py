@@ -14,7 +14,7 @@ Lovász-softmax cannot be had from sums and is taken over the batch of each proc
 import torch
 from torch import Tensor
 
-from mcseg.losses.base import Objective, check_choice, check_range, summed_over_processes
+from mcseg.losses.base import Objective, check_choice, check_range, mean_over_processes, summed_over_processes
 from mcseg.losses.family import Classes
 
 _TINY = 1e-30  # least denominator; only absent classes without smoothing come near
@@ -72,7 +72,9 @@ class RegionLoss(Objective):
         if self.classes == "all":
             counted = counted.any(1, keepdim=True).expand_as(losses)
         images = (losses * counted).sum(1) / counted.sum(1).clamp(min=1)
-        return images.sum() / counted.any(1).sum().clamp(min=1)
+        if not self.per_image:  # of the whole batch, and of all processes
+            return images.sum()
+        return mean_over_processes(images.sum(), counted.any(1).sum())
 
 
 class SmoothedLoss(RegionLoss):
@@ -232,7 +234,8 @@ class LovaszSoftmaxLoss(RegionLoss):
 
         loss_c = sum_i m_i (J_i - J_{i-1}),    J_i = Jaccard loss of class c if exactly the pixels 1..i were wrong,  J_0 = 0
 
-    After Berman et al., "The Lovász-Softmax loss", CVPR 2018, arXiv 1705.08790, algorithm 1.
+    After Berman et al., "The Lovász-Softmax loss", CVPR 2018, arXiv 1705.08790, algorithm 1. With several processes each
+    sorts the errors of its own pixels: over the batch, the loss is not that of one process with all of them.
 
     Args:
         per_image: Losses per image, then their mean; False is losses over the whole batch.

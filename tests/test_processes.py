@@ -1,0 +1,185 @@
+"""Several processes compute what one does: losses, gradients, and a whole training with its scores."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcseg import SyntheticData
+from mcseg.losses import (
+    BalancedSoftmaxLoss,
+    CrossEntropyLoss,
+    DiceLoss,
+    FocalLoss,
+    JaccardLoss,
+    LDAMLoss,
+    LogitAdjustmentLoss,
+    LovaszSoftmaxLoss,
+    MarginCalibrationLoss,
+    SumLoss,
+)
+
+PIXELS = [9000, 700, 250, 50]
+DICE = {"class_path": "mcseg.losses.DiceLoss"}
+POWER = {"margin": "soft", "surrogate": "sigmoid", "power": 0.5, "aggregation": "dice", "classes": "all"}
+OBJECTIVES = {
+    "cross entropy": CrossEntropyLoss,
+    "weighted cross entropy": lambda: CrossEntropyLoss(4, weighting="median_frequency"),
+    "label smoothing": lambda: CrossEntropyLoss(label_smoothing=0.1),
+    "focal": lambda: FocalLoss(gamma=2.0),
+    "LDAM": lambda: LDAMLoss(4),
+    "logit adjustment": lambda: LogitAdjustmentLoss(4),
+    "balanced softmax": lambda: BalancedSoftmaxLoss(4),
+    "margin calibration": lambda: MarginCalibrationLoss(4),
+    "soft log": lambda: MarginCalibrationLoss(4, "miou", margin="soft"),
+    "running IoU": lambda: MarginCalibrationLoss(4, "none", margin="soft", surrogate="sigmoid", weighting="iou"),
+    "power Dice": lambda: MarginCalibrationLoss(4, "none", **POWER),
+    "Dice": DiceLoss,
+    "Jaccard per image": lambda: JaccardLoss(per_image=True),
+    "Lovász per image": lambda: LovaszSoftmaxLoss(per_image=True),
+    "sum": lambda: SumLoss(4, [DICE, {"class_path": "mcseg.losses.CrossEntropyLoss", "weight": 0.3}], 1, 2),
+}
+
+
+def made(name):
+    loss = OBJECTIVES[name]()
+    return loss.calibrate(PIXELS) if hasattr(loss, "calibrate") else loss
+
+
+def batch():
+    """Six images: all labelled, half of them, a quarter, one pixel, none, none."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(6, 4, 4, 5, generator=generator, dtype=torch.float64)
+    target = torch.randint(4, (6, 4, 5), generator=generator)
+    target[1, :2] = target[2, :3] = target[4:] = 255
+    target[3].view(-1)[1:] = 255
+    return logits, target
+
+
+def objectives_as_rank(rank, world, folder):
+    store = torch.distributed.FileStore(f"{folder}/store", world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    logits, target = batch()
+    share = slice(rank * 6 // world, (rank + 1) * 6 // world)
+    results = {}
+    for name in OBJECTIVES:
+        loss = made(name)
+        steps = []
+        for _ in range(2):  # the second step of what runs along
+            z = logits[share].clone().requires_grad_()
+            value = loss(z, target[share])
+            value.backward()
+            steps.append([float(value.detach()), (z.grad / world).flatten().tolist()])  # as DDP averages it
+        results[name] = steps
+    if rank == 0:
+        with torch.no_grad():  # one process's own affair: nobody else takes part
+            results["alone"] = float(made("cross entropy")(logits[:1], target[:1]))
+    torch.distributed.barrier()
+    Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_losses_are_those_of_one_process_with_all_pixels(world, tmp_path):
+    torch.multiprocessing.spawn(objectives_as_rank, (world, str(tmp_path)), nprocs=world)
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
+    logits, target = batch()
+    for name in OBJECTIVES:
+        loss = made(name)
+        for step in range(2):
+            z = logits.clone().requires_grad_()
+            value = loss(z, target)
+            value.backward()
+            values, gradients = zip(*(results[name][step] for results in found), strict=True)
+            assert sum(values) / world == pytest.approx(float(value.detach()), rel=1e-6), name
+            gradient = torch.cat([torch.tensor(part, dtype=torch.float64) for part in gradients])
+            torch.testing.assert_close(gradient, z.grad.flatten(), rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+    assert found[0]["alone"] == pytest.approx(float(made("cross entropy")(logits[:1], target[:1])), rel=1e-12)
+
+
+TRAIN = """
+import json, sys, warnings
+from functools import partial
+import pytorch_lightning as pl
+import torch
+from mcseg import JaccardCallback, SegmentationModule, SyntheticData
+from mcseg.losses import MarginCalibrationLoss
+
+warnings.filterwarnings("ignore")
+processes, folder = int(sys.argv[1]), sys.argv[2]
+pl.seed_everything(0)
+# no random crop, flip or colour: the images of a step are the same in whatever process
+data = SyntheticData(
+    train_scenes=12, val_scenes=7, size=(64, 96), total_batch_size=6, num_workers=0, crop_size=(64, 96), scale_range=(1, 1),
+    flip=False, color_jitter=0.0,
+)
+module = SegmentationModule(
+    "unet", "tu-test_resnet.r160_in1k", num_classes=data.num_classes, network_options={"decoder_channels": [8] * 5}, frozen_batch_norm=True,
+    objective=MarginCalibrationLoss(data.num_classes, "none", weighting="iou"),
+    optimizer=partial(torch.optim.SGD, lr=1e-3),
+)
+start = torch.cat([p.detach().double().flatten() for p in module.network.parameters()])
+scores = JaccardCallback()
+trainer = pl.Trainer(
+    max_epochs=2, accelerator="cpu", devices=processes, strategy="ddp", callbacks=[scores],
+    default_root_dir=folder, logger=pl.loggers.CSVLogger(folder, "", ""), enable_checkpointing=False,
+    enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1, precision="32-true",
+)
+trainer.fit(module, data)
+weights = torch.cat([p.detach().double().flatten() for p in module.network.parameters()])
+everywhere = [torch.empty_like(weights) for _ in range(processes)]
+torch.distributed.all_gather(everywhere, weights)
+counts = scores.scores["val"].confusion
+if trainer.is_global_zero:
+    torch.save({"start": start, "weights": everywhere, "confusion": counts, "shares": module.objective.running_shares}, folder + "/found.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What a training found, by its number of processes."""
+    found = {}
+
+    def run(processes):
+        if processes not in found:
+            folder = tmp_path_factory.mktemp(f"processes{processes}")
+            script = folder / "train.py"
+            script.write_text(TRAIN)
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            words = [sys.executable, str(script), str(processes), str(folder)]
+            done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=environment)
+            assert done.returncode == 0, done.stderr[-3000:]
+            found[processes] = (
+                torch.load(folder / "found.pt", weights_only=True),
+                list(csv.DictReader((folder / "metrics.csv").read_text().splitlines())),
+            )
+        return found[processes]
+
+    return run
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_training_is_that_of_one_process(trained, processes):
+    (alone, one_log), (together, log) = trained(1), trained(processes)
+    first, *others = together["weights"]
+    assert len(others) == processes - 1
+    assert all(torch.equal(first, weights) for weights in others)
+    assert torch.equal(together["start"], alone["start"])
+    moved = (alone["weights"][0] - alone["start"]).abs()
+    assert float((first - alone["weights"][0]).abs().max()) < 1e-4 * float(moved.max())
+    # seven images on two or three processes: repeated ones must not count
+    assert torch.equal(together["confusion"], alone["confusion"])
+    data = SyntheticData(val_scenes=7, size=(64, 96), num_workers=0)
+    labelled = sum(int((data.reader.mask(sample) != 255).sum()) for sample in data.samples("val"))
+    assert int(alone["confusion"].sum()) == labelled
+    torch.testing.assert_close(together["shares"], alone["shares"], rtol=1e-5, atol=1e-9)
+    assert len(log) == len(one_log)  # one process writes, and what it writes is that of all
+    for row, one_row in zip(log, one_log, strict=True):
+        for name, value in row.items():
+            if name != "val/loss":  # a mean over batches, of which repeated images are a part
+                assert (float(value or 0), name) == (pytest.approx(float(one_row[name] or 0), rel=1e-4, abs=1e-7), name)
