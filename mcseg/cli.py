@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,13 +15,16 @@ from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from lightning_fabric.plugins import CheckpointIO
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from mcseg.callbacks import ConfusionPicture, JaccardCallback, PredictionPanel, PredictionWriter, TrainingCurves
+from mcseg.checkpoints import CheckpointFile, CheckpointOnSignal, ContinuedCSVLogger, steps_done
 from mcseg.data import IGNORE_INDEX, DataError, SegmentationData
 from mcseg.data.benchmark import benchmark_facts, benchmark_names
 from mcseg.data.files import Sample
@@ -38,6 +42,7 @@ _RUN_FOLDER = "MCSEG_RUN_FOLDER"
 _HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE ...]
 
   fit       train; writes checkpoints, metrics.csv, curves and panels into runs/<recipe>/<time>
+            (--resume RUN_FOLDER goes on with a run that was stopped)
   validate  score a checkpoint on the validation split       (--ckpt_path)
   test      score a checkpoint on the test split             (--ckpt_path)
   bound     what a held-out split promises for unseen images (--ckpt_path, --split val --level 0.95)
@@ -85,8 +90,9 @@ def _loggers(config: Namespace) -> list[Namespace]:
 class SegmentationCLI(LightningCLI):
     """LightningCLI for one module class and any data module, with mcseg's callbacks and run folder."""
 
-    def __init__(self, recipe: str, args: Sequence[str], run: bool = True) -> None:
+    def __init__(self, recipe: str, args: Sequence[str], run: bool = True, resume: Path | None = None) -> None:
         self.recipe = recipe
+        self.resume = resume
         super().__init__(
             SegmentationModule,
             SegmentationData,
@@ -95,7 +101,7 @@ class SegmentationCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            save_config_callback=SaveConfig,
+            save_config_callback=None if resume else SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"exit_on_error": False, **{verb: {"exit_on_error": False} for verb in self.subcommands()}},
         )
@@ -161,6 +167,10 @@ class SegmentationCLI(LightningCLI):
         for logger in _loggers(config):
             if logger.get("init_args.save_dir", "") in (None, "."):
                 logger.init_args.save_dir = trainer.default_root_dir
+            if self.resume and logger.class_path.endswith(".CSVLogger"):
+                kind = f"{ContinuedCSVLogger.__module__}.{ContinuedCSVLogger.__qualname__}"
+                done = steps_done(Path(config.ckpt_path)) if config.ckpt_path else 0
+                logger.class_path, logger.init_args.step = kind, done
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         if trainer.precision is None:
@@ -173,6 +183,10 @@ class SegmentationCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add ``last.ckpt`` of every epoch, and the learning rate where there is something to log it to."""
+        plugins = self._get(self.config_init, "trainer.plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, CheckpointFile()]
         trainer = super().instantiate_trainer(**kwargs)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             # Not by ModelCheckpoint's save_last, which writes only when there is a new best.
@@ -180,6 +194,7 @@ class SegmentationCLI(LightningCLI):
             trainer.callbacks.append(  # type: ignore[attr-defined]
                 ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
             )
+            trainer.callbacks.append(CheckpointOnSignal(Path(folder) / "last.ckpt"))  # type: ignore[attr-defined]
             if trainer.loggers:
                 trainer.callbacks.insert(0, LearningRateMonitor("step"))  # type: ignore[attr-defined]
         return trainer
@@ -194,7 +209,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command; ``args`` are those behind ``mcseg``, by default the process's own.
 
     Raises:
-        SystemExit: 1 after an error, told in one line; 2 where the arguments cannot be read.
+        SystemExit: 1 after an error, told in one line; 2 where the arguments cannot be read; 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if args is None else args)
     if "LOCAL_RANK" not in os.environ:
@@ -211,6 +226,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if words[0] == "download":
             download(words[1:])
             return
+        words, resume = _resumed(words)
         recipe, words = find_recipes(in_full(words))
         own = {"stats": stats, "check": check, "show": show, "bound": bound, "compare": compare}
         with warnings.catch_warnings():
@@ -218,7 +234,9 @@ def main(args: Sequence[str] | None = None) -> None:
             if words[0] in own:
                 own[words[0]](recipe, words[1:])
             else:
-                SegmentationCLI(recipe, words)
+                SegmentationCLI(recipe, words, resume=resume)
+    except SIGTERMException:  # an exit without a code, as if all had been done
+        sys.exit(128 + signal.SIGTERM)
     except ArgumentError as error:
         _fail(str(error), 2)
     except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:
@@ -226,6 +244,23 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("MCSEG_TRACEBACK"):
             raise
         _fail(last_line(error), 1)
+
+
+def _resumed(words: list[str]) -> tuple[list[str], Path | None]:
+    """Spell out ``fit --resume RUN_FOLDER``: the run's settings, its folder, and its last checkpoint if there is one."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("--resume")
+    chosen, rest = options.parse_known_args(words)
+    if chosen.resume is None:
+        return words, None
+    if rest[0] != "fit":
+        raise ValueError(f"--resume: found with {rest[0]!r}, expected mcseg fit --resume RUN_FOLDER")
+    folder = Path(chosen.resume)
+    settings, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    if not settings.is_file():
+        raise FileNotFoundError(f"--resume: no {settings}; expected the folder of a run, such as runs/camvid/<time>")
+    words = ["fit", "--config", str(settings), "--trainer.default_root_dir", str(folder), *rest[1:]]
+    return words + (["--ckpt_path", str(last)] if last.is_file() else []), folder
 
 
 def download(args: Sequence[str]) -> None:

@@ -19,6 +19,7 @@ from mcseg.inference import Inference, labels_at
 from mcseg.kernels import predicted_classes
 from mcseg.losses import CrossEntropyLoss, MarginCalibrationLoss, Upsampling
 from mcseg.networks import SegmentationNetwork
+from mcseg.seeds import seed_of, seeded
 
 
 class SegmentationModule(pl.LightningModule):
@@ -157,7 +158,16 @@ class SegmentationModule(pl.LightningModule):
             )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Compute the objective of one batch of crops."""
+        """Compute the objective of one batch of crops.
+
+        Random numbers, of dropout for example, follow from the seed, the epoch, the batch and the process alone, so that a
+        run that goes on from a checkpoint draws what it would have drawn.
+        """
+        seed = seed_of(torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank)
+        with seeded(seed, self.device):
+            return self._training_step(batch)
+
+    def _training_step(self, batch: dict[str, Any]) -> Tensor:
         target = batch["mask"]
         if self.network.aux_head is None:
             loss, terms = self._training_loss(batch["image"], target), {}
@@ -281,20 +291,18 @@ class SegmentationModule(pl.LightningModule):
         rank_zero_info(f"network initialised from {path}{head}")
 
     def _polynomial(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
-        steps, warmup, power = (
-            self.trainer.estimated_stepping_batches,
-            self.hparams["warmup_steps"],
-            self.hparams["lr_power"],
-        )
-        if steps == float("inf"):
+        trainer, warmup, power = self.trainer, self.hparams["warmup_steps"], self.hparams["lr_power"]
+        if trainer.max_epochs == -1 and trainer.max_steps == -1:
             raise ValueError(
                 "the polynomial schedule needs the length of the run; set trainer.max_epochs or trainer.max_steps, or "
                 "give model.scheduler"
             )
 
         def factor(step: int) -> float:
+            # Not before the first step: the Trainer would make the loader's iterator before it knows that a run goes on
+            done = step / max(1, trainer.estimated_stepping_batches) if step else 0.0
             rise = (step + 1) / (warmup + 1) if step < warmup else 1.0
-            return float(rise * max(0.0, 1 - step / max(1, steps)) ** power)
+            return float(rise * max(0.0, 1 - done) ** power)
 
         return LambdaLR(optimizer, factor)
 

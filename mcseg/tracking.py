@@ -73,7 +73,7 @@ class ObjectiveMonitor(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the constants: the objective is calibrated by now, or was loaded."""
         constants = getattr(getattr(pl_module, "objective", None), "class_constants", {})
-        if not constants or not trainer.is_global_zero:
+        if not constants or not trainer.is_global_zero or trainer.global_step > 0:  # a run that goes on has them already
             return
         self._log(trainer, "objective", constants)
         names = class_names(trainer, self.class_names)

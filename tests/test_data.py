@@ -380,7 +380,7 @@ def test_unknown_value_in_a_training_mask_stops_the_count(photo_folder):
 @pytest.mark.parametrize(("processes", "share"), [(1, 8), (2, 4), (8, 1)])
 def test_a_step_takes_as_many_images_on_any_number_of_processes(processes, share):
     data = SyntheticData(train_scenes=16, num_workers=0, total_batch_size=8, batch_size=3)
-    data.trainer = SimpleNamespace(world_size=processes, state=SimpleNamespace(status="finished"))
+    data.trainer = SimpleNamespace(world_size=processes, global_rank=0, state=SimpleNamespace(status="finished"))
     assert data.train_dataloader().batch_size == share
 
 

@@ -18,8 +18,10 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from mcseg.data.files import FileReader, Reader, Sample, Window, keep_freed_memory
 from mcseg.data.labels import Color, DataError, LabelTable, MissingFileError
+from mcseg.data.order import Draw, TrainingOrder
 from mcseg.data.statistics import count_class_pixels, default_cache_dir
 from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
+from mcseg.seeds import seeded
 
 Batch = dict[str, Any]
 SPLITS = ("train", "val", "test")
@@ -228,7 +230,8 @@ class SegmentationData(pl.LightningDataModule):
             self.train_transform.class_weights = torch.where(pixels > 0, 1 / pixels.clamp(min=1), 0.0)
         dataset = TrainingCrops(self.reader, self._prepared("train"), self.train_transform)
         batch_size = self._share_of_batch()
-        return self._loader(dataset, batch_size, shuffle=True, drop_last=len(dataset) >= batch_size)
+        order = TrainingOrder(dataset, batch_size, self.trainer)
+        return self._loader(dataset, batch_size, sampler=order, drop_last=len(order) >= batch_size)
 
     def _share_of_batch(self) -> int:
         if self.total_batch_size is None:
@@ -297,7 +300,13 @@ class TrainingCrops(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, key: int | Draw) -> Batch:
+        if not isinstance(key, Draw):
+            return self._crop(key)
+        with seeded(key.seed):
+            return self._crop(key.image)
+
+    def _crop(self, index: int) -> Batch:
         drawn: dict[str, Any] = {}
 
         def choose(mask: Tensor) -> Window:

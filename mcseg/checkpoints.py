@@ -1,0 +1,106 @@
+"""Checkpoints that a crash cannot damage, and runs that go on from them."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+
+class CheckpointFile(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it: there is a whole one at every moment. Unpickles nothing."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: it could not be written; what was at its place before is still there.
+        """
+        if storage_options is not None or "://" in str(path):  # not a file
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        place = Path(path)
+        temporary = place.with_name(f".{place.name}.tmp")  # what a killed process has left is written over
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(place)
+        except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
+            temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            before = "the checkpoint that was there before is whole" if place.exists() else "there is none"
+            raise OSError(f"{place}: the checkpoint cannot be written ({reason}); {before}") from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; one that holds other objects than tensors and plain types is refused, unless told otherwise."""
+        return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
+
+
+class CheckpointOnSignal(Callback):
+    """Writes a checkpoint when a training is told to end, by SIGTERM or from the keyboard.
+
+    Args:
+        path: where; a run that goes on from it has the next batch that it would have had.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Write it, unless the last epoch's validation was under way: that is done again."""
+        # between two batches all counters agree; Lightning looks for SIGTERM there
+        if isinstance(exception, SIGTERMException) and trainer.training:
+            trainer.save_checkpoint(self.path, weights_only=False)
+            rank_zero_info(f"told to end; to go on: mcseg fit --resume {trainer.default_root_dir}")
+
+
+class ContinuedCSVLogger(CSVLogger):
+    """Lightning's CSV logger, which goes on with the file that is there instead of deleting it.
+
+    Args:
+        step: training steps that are done: rows of later ones are left out, as they will come again.
+        save_dir: folder of ``metrics.csv``.
+        **options: of the CSV logger.
+    """
+
+    def __init__(self, step: int, save_dir: str | Path, **options: Any) -> None:
+        super().__init__(save_dir, **options)
+        self._step = step
+
+    @property
+    def experiment(self) -> Any:
+        """The writer; its first use takes the rows over."""
+        if self._experiment is None:
+            path = Path(self.log_dir) / "metrics.csv"
+            kept = path.with_suffix(".kept")
+            if path.is_file() and not kept.exists():
+                path.replace(kept)  # out of the way of the writer, which would delete it
+            writer: Any = super().experiment
+            if kept.is_file():
+                with kept.open(newline="", encoding="utf-8") as file:
+                    reader = csv.DictReader(file)
+                    keys = list(reader.fieldnames or [])
+                    # the last row may have been cut off
+                    rows = [row for row in reader if (row["step"] or "").isdigit() and int(row["step"]) < self._step]
+                with path.open("w", newline="", encoding="utf-8") as file:
+                    output = csv.DictWriter(file, keys)
+                    output.writeheader()
+                    output.writerows(rows)
+                writer.metrics_keys = keys
+                kept.unlink()
+        return super().experiment
+
+
+def steps_done(path: Path) -> int:
+    """Training steps that are behind a checkpoint."""
+    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])

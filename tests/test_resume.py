@@ -1,0 +1,195 @@
+"""A run that is killed and goes on ends as one that was never stopped: weights, optimiser, scores and rows, bit by bit."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mcseg.checkpoints import CheckpointFile
+
+# Imports once and forks for each attempt; the parent computes nothing, so that no thread is missing in its children.
+ATTEMPTS = """
+import json, os, signal, sys
+import pytorch_lightning as pl
+from mcseg import checkpoints
+from mcseg.cli import main
+
+class Killer(pl.Callback):
+    def __init__(self, moment):
+        self.kind, self.place = moment.split()
+        self.place = int(self.place)
+        if self.kind == "checkpoint":  # half of the file is written
+            save = checkpoints.torch.save
+            def half(checkpoint, file):
+                if checkpoint["global_step"] == self.place and "last.ckpt" in file.name:
+                    file.write(b"half")
+                    file.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                save(checkpoint, file)
+            checkpoints.torch.save = half
+
+    def on_before_zero_grad(self, trainer, module, optimizer):  # in the middle of a step
+        if trainer.global_step == self.place and self.kind in ("step", "term"):
+            os.kill(os.getpid(), signal.SIGKILL if self.kind == "step" else signal.SIGTERM)
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, *_):
+        if trainer.global_step == self.place and self.kind == "validation":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+folder, moments, words = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
+fresh = ["fit", *words, "--trainer.default_root_dir", folder]
+codes, going = [], fresh
+for moment in [*moments, None]:
+    child = os.fork()
+    if child == 0:
+        if moment:
+            make = pl.Trainer.__init__
+            def init(self, *args, callbacks=None, **options):
+                make(self, *args, callbacks=[*(callbacks or []), Killer(moment)], **options)
+            pl.Trainer.__init__ = init
+        try:
+            main(going)
+        except SystemExit as error:
+            os._exit(error.code)
+        os._exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    if os.path.exists(folder + "/config.yaml"):
+        going = ["fit", "--resume", folder]
+print("CODES", json.dumps(codes))
+"""
+WORDS = [
+    "--config",
+    "synthetic",
+    "--data.train_scenes",
+    "20",
+    "--data.val_scenes",
+    "3",
+    "--data.size",
+    "[64,96]",
+    "--data.crop_size",
+    "[48,64]",
+    "--data.batch_size",
+    "4",
+    "--data.num_workers",
+    "0",
+    "--trainer.max_epochs",
+    "4",
+    "--model.encoder",
+    "tu-test_resnet.r160_in1k",
+    "--model.arch",
+    "fpn",
+    "--model.network_options",
+    '{"decoder_dropout":0.3}',
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.log_every_n_steps",
+    "1",
+    "--panel.every_n_epochs",
+    "9",
+    "--confusion.every_n_epochs",
+    "9",
+    "--trainer.enable_progress_bar",
+    "false",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Folder of a run of 20 steps that was killed at moments, and the exit codes of its attempts."""
+
+    def made(*moments):
+        folder = tmp_path_factory.mktemp("run") / "run"
+        script = folder.with_name("attempts.py")
+        script.write_text(ATTEMPTS)
+        words = [sys.executable, str(script), str(folder), json.dumps(moments), *WORDS]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=500, check=True, env=environment, cwd=folder.parent
+        )
+        codes = next((line for line in done.stdout.splitlines() if line.startswith("CODES")), None)
+        assert codes, done.stderr[-3000:]
+        return folder, json.loads(codes.removeprefix("CODES")), done.stdout + done.stderr
+
+    return made
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def test_a_run_that_was_killed_ends_like_one_that_was_not(run):
+    """In a step before there is a checkpoint, in validation, while a checkpoint is written, in a step, by SIGTERM in a step."""
+    whole, codes, told = run()
+    assert codes == [0], told[-3000:]
+    # five steps an epoch: before the first checkpoint, in the second validation, in the third checkpoint, and in steps
+    folder, codes, told = run("step 3", "validation 10", "checkpoint 15", "step 12", "term 13", "step 17")
+    assert codes == [-9, -9, -9, -9, 128 + 15, -9, 0], told[-3000:]
+    assert "mcseg fit --resume" in told
+    one, other = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (whole, folder))
+    assert one["global_step"] == other["global_step"] == 20
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for name, weights in one["state_dict"].items():
+        assert torch.equal(weights, other["state_dict"][name]), name
+    for first, second in zip(one["optimizer_states"], other["optimizer_states"], strict=True):
+        assert str(first) == str(second)
+    assert rows(whole) == rows(folder)
+    assert {int(row["step"]) for row in rows(folder) if "train/loss" in row} == set(range(20))
+    left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert left == {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    place = tmp_path / "checkpoints" / "last.ckpt"
+    writer = CheckpointFile()
+    writer.save_checkpoint({"global_step": 1, "weights": torch.ones(3)}, place)
+
+    def full(checkpoint, file):
+        file.write(b"some bytes")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        OSError, match=r"last.ckpt: the checkpoint cannot be written \(No space left on device\); .*is whole"
+    ):
+        writer.save_checkpoint({"global_step": 2}, place)
+    with pytest.raises(OSError, match="there is none"):
+        writer.save_checkpoint({"global_step": 2}, place.with_name("other.ckpt"))
+    monkeypatch.undo()
+    assert writer.load_checkpoint(place)["global_step"] == 1
+    assert [path.name for path in place.parent.iterdir()] == ["last.ckpt"]
+
+
+class Malicious:
+    """What a pickle can do when it is read."""
+
+    def __reduce__(self):
+        return Path.write_text, (Path("owned"), "")
+
+
+def test_a_checkpoint_with_a_malicious_pickle_is_refused(tmp_path):
+    path = tmp_path / "bad.ckpt"
+    torch.save({"state_dict": {}, "payload": Malicious()}, path)
+    with pytest.raises(Exception, match="weights_only"):
+        CheckpointFile().load_checkpoint(path)
+    assert not Path("owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["validate", "--resume", "runs"], "--resume: found with 'validate', expected mcseg fit --resume RUN_FOLDER"),
+        (["fit", "--resume", "nowhere"], "no nowhere/config.yaml; expected the folder of a run"),
+    ],
+)
+def test_what_cannot_go_on(words, message, capsys):
+    from mcseg.cli import main
+
+    with pytest.raises(SystemExit):
+        main(words)
+    assert message in capsys.readouterr().err
