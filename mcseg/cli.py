@@ -446,6 +446,7 @@ def quieten() -> None:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda r: not r.getMessage().startswith(chatter))
     logging.getLogger("lightning_fabric.utilities.seed").setLevel(logging.WARNING)
     for message in (
+        ".*`training_step` returned `None`.*",  # model.on_nonfinite skip; the module tells of it at the end
         ".*does not have many workers.*",  # data.num_workers is set from the machine's cores
         ".*intended to run from within Python.*",
         ".*exists and is not empty.*",  # the checkpoint folder of a run folder that is used again

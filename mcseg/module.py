@@ -6,12 +6,13 @@ import pkgutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
@@ -57,6 +58,9 @@ class SegmentationModule(pl.LightningModule):
             objective then does a strip of rows at a time: less memory, the same loss within rounding. Where the network or
             the objective cannot (only :class:`~mcseg.losses.MarginCalibrationLoss` can, in training without an auxiliary
             head), or the masks have another size than the images, nothing changes.
+        on_nonfinite: what to do about a loss that is NaN or infinite: ``"stop"`` ends the training with the names of the
+            batch's images, one step later, so that no GPU waits for the check; ``"skip"`` leaves the batch out on all
+            processes, tells at the end how many there were, and makes the host wait for each step.
 
     Attributes:
         inference: how validation, test and prediction label whole images, an :class:`~mcseg.inference.Inference`; by default
@@ -88,10 +92,13 @@ class SegmentationModule(pl.LightningModule):
         aux_weight: float = 0.0,
         aux_channels: int = 256,
         fused_upsample: bool = False,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         if aux_weight < 0:
             raise ValueError(f"aux_weight: found {aux_weight}, expected a weight >= 0")
+        if on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"on_nonfinite: found {on_nonfinite!r}, expected 'stop' or 'skip'")
         with warnings.catch_warnings():  # Lightning warns of the module among the arguments, which the next lines make plain
             warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
             self.save_hyperparameters()
@@ -116,6 +123,8 @@ class SegmentationModule(pl.LightningModule):
         self.scheduler = scheduler
         self.has_weights = False  # set by training and by loading a checkpoint; test and predict refuse without
         self._resumed = False  # set while a Trainer restores a run that it goes on with
+        self._last_loss: tuple[Tensor, list[str], int] | None = None  # with the batch's names and its step
+        self._skipped: list[str] = []
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits (N,C,H,W) of an image (N,3,H,W), uint8 0..255 or floating point 0..1, RGB."""
@@ -157,15 +166,63 @@ class SegmentationModule(pl.LightningModule):
                 "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before fit"
             )
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Compute the objective of one batch of crops.
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
+        """Compute the objective of one batch of crops; None leaves the batch out.
 
         Random numbers, of dropout for example, follow from the seed, the epoch, the batch and the process alone, so that a
         run that goes on from a checkpoint draws what it would have drawn.
         """
         seed = seed_of(torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank)
+        self._stop_if_not_finite()
         with seeded(seed, self.device):
-            return self._training_step(batch)
+            loss = self._training_step(batch)
+        names = list(batch.get("name", []))
+        if self.hparams["on_nonfinite"] == "stop":
+            self._last_loss = (loss.detach(), names, self.global_step)
+        elif self._is_skipped(loss.detach(), names):
+            return None
+        return loss
+
+    def _stop_if_not_finite(self) -> None:
+        last, self._last_loss = self._last_loss, None
+        if last is None or last[0].isfinite():
+            return
+        value, names, step = last
+        raise RuntimeError(
+            f"train/loss is {float(value)} in step {step}, of the images {', '.join(names) or '(without names)'}; the "
+            "weights are lost, those of the last checkpoint are whole. Lower the learning rate or clip gradients "
+            "(trainer.gradient_clip_val), look at these images (mcseg check), or set model.on_nonfinite to skip"
+        )
+
+    def _is_skipped(self, loss: Tensor, names: list[str]) -> bool:
+        """Whether any process has a loss that is not finite: then all leave the step out."""
+        found = (~loss.isfinite()).float()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(found)
+        if not found:
+            return False
+        self._skipped.append(", ".join(names) or "(without names)")
+        return True
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the norm of the gradient, before it is clipped."""
+        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def on_train_epoch_end(self) -> None:
+        """Look at the last loss, before its weights go into a checkpoint."""
+        self._stop_if_not_finite()
+
+    def on_validation_epoch_start(self) -> None:
+        """Look at the last loss, before its weights go into a checkpoint."""
+        self._stop_if_not_finite()
+
+    def on_fit_end(self) -> None:
+        """Tell which batches were left out."""
+        if self._skipped:
+            shown = "; ".join(self._skipped[:10]) + ("; ..." if len(self._skipped) > 10 else "")
+            rank_zero_warn(f"{len(self._skipped)} steps were skipped, as the loss was not finite, of the images: {shown}")
+        self._skipped = []
 
     def _training_step(self, batch: dict[str, Any]) -> Tensor:
         target = batch["mask"]

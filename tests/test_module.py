@@ -1,5 +1,7 @@
 """SegmentationModule: it learns, keeps the void out, and its checkpoints rebuild it without data or network."""
 
+import csv
+import math
 from functools import partial
 
 import pytest
@@ -465,3 +467,66 @@ def test_moving_average_of_the_weights_is_validated_and_kept(tmp_path):
     again = SegmentationModule.load_from_checkpoint(path, weights_only=True)
     scored = trainer(tmp_path).validate(again, data(), verbose=False)[0]["val/miou"]
     assert scored == pytest.approx(float(run.callback_metrics["val/miou"]), abs=1e-6)
+
+
+class Poisoned(KeepsItsArguments):
+    """Cross entropy that is NaN in its call number `weight`."""
+
+    calls = 0
+
+    def forward(self, logits, target):
+        self.calls += self.training
+        value = super().forward(logits, target) / self.weight
+        return value * math.nan if self.calls == self.weight else value
+
+
+def fit_poisoned(tmp_path, call, **options):
+    torch.manual_seed(0)
+    module = SegmentationModule(**TINY, num_classes=8, objective=Poisoned(call), **options)
+    # four steps an epoch
+    run = trainer(tmp_path, max_epochs=2, enable_checkpointing=True, logger=pl.loggers.CSVLogger(tmp_path, "", ""))
+    run.fit(module, data(train_scenes=8))
+    return module, run
+
+
+@pytest.mark.parametrize("call", [2, 4, 7])  # also the last of an epoch, which has no step behind it
+def test_a_loss_that_is_not_finite_stops_with_the_images(tmp_path, call):
+    with pytest.raises(RuntimeError, match=rf"train/loss is nan in step {call - 1}, of the images train-\d+, train-\d+; "):
+        fit_poisoned(tmp_path, call)
+    for path in tmp_path.rglob("*.ckpt"):
+        weights = torch.load(path, weights_only=True)["state_dict"].values()
+        assert all(value.isfinite().all() for value in weights)
+    assert len(list(tmp_path.rglob("*.ckpt"))) == (call > 4)
+
+
+@pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
+def test_a_loss_that_is_not_finite_can_be_skipped(tmp_path):
+    with pytest.warns(
+        UserWarning, match=r"1 steps were skipped, as the loss was not finite, of the images: train-\d+, train"
+    ):
+        fit_poisoned(tmp_path, 3, on_nonfinite="skip")
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    assert [math.isnan(loss) for loss in losses] == [False, False, True, *[False] * 5]
+    norms = [float(row["train/grad_norm"]) for row in rows if row["train/grad_norm"]]
+    assert norms[2] == 0  # nothing moved
+    assert min(norms[:2] + norms[3:]) > 0
+
+
+def test_norm_of_the_gradient_is_logged_before_it_is_clipped(tmp_path):
+    torch.manual_seed(0)
+    module = SegmentationModule(**TINY, num_classes=8, objective=KeepsItsArguments())
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_after_backward(self, trainer, module):
+            seen.append(math.sqrt(sum(float(p.grad.double().square().sum()) for p in module.parameters())))
+
+    log = pl.loggers.CSVLogger(tmp_path, "", "")
+    trainer(tmp_path, logger=log, callbacks=[Watch()], gradient_clip_val=1e-3, enable_checkpointing=False).fit(
+        module, data()
+    )
+    rows = csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines())
+    logged = [float(row["train/grad_norm"]) for row in rows if row["train/grad_norm"]]
+    assert logged == pytest.approx(seen, rel=1e-4)
+    assert min(seen) > 1e-2
