@@ -19,7 +19,7 @@ b C P (coarse: b C P / stride^2) and write P bytes; counts read 9 P and add once
 
 Registers of a thread by `cuobjdump --dump-resource-usage`, compiled by Triton 3.8 for compute capability 9.0, for 19 / 300
 classes (8 elements a thread, 256 threads a block; the 65536 registers of a multiprocessor let 3 blocks of up to 85 run, 2 of
-up to 128): forward 93 / 106, upsampled 117 / 119; backward 70 / 104, upsampled 76 / 107; gather 48; predictions 31 / 39,
+up to 128): forward 93 / 106, upsampled 115 / 113; backward 70 / 104, upsampled 76 / 108; gather 48; predictions 31 / 39,
 upsampled 64 / 75; counts 60. No stack, so nothing spills, and 1 KiB of shared memory at most.
 """
 
@@ -262,7 +262,8 @@ def measure_counts(case: Case, repeats: int) -> Iterator[str]:
     logits, target = case.inputs()
     logits = logits.detach()
     classes, void = case.classes, case.ignore_index
-    preds = predicted_classes(logits, case.size[1:], Upsampling(*case.size[1:]) if case.stride > 1 else None)
+    up = Upsampling(*case.size[1:]) if case.stride > 1 else None
+    preds = predicted_classes(logits, case.size[1:], up)
 
     def full() -> Tensor:
         if case.stride == 1:
@@ -278,8 +279,7 @@ def measure_counts(case: Case, repeats: int) -> Iterator[str]:
         "torchmetrics": lambda: multiclass_confusion_matrix(full(), target, classes, ignore_index=void, validate_args=False),
         "ours": lambda: confusion_counts(predicted_classes(full()), target, classes, void)[0],
     }
-    if case.stride > 1:
-        up = Upsampling(*case.size[1:])
+    if up is not None:
         ways["ours, from coarse logits"] = lambda: confusion_counts(
             predicted_classes(logits, case.size[1:], up), target, classes, void
         )[0]

@@ -1,5 +1,6 @@
 """Checkpoints that a crash cannot damage, and runs that go on from them."""
 
+import argparse
 import csv
 import os
 from pathlib import Path
@@ -47,7 +48,7 @@ class CheckpointFile(TorchCheckpointIO):
 
 
 class CheckpointOnSignal(Callback):
-    """Writes a checkpoint when a training is told to end, by SIGTERM or from the keyboard.
+    """Writes a checkpoint when a training is told to end by SIGTERM.
 
     Args:
         path: where; a run that goes on from it has the next batch that it would have had.
@@ -104,3 +105,20 @@ class ContinuedCSVLogger(CSVLogger):
 def steps_done(path: Path) -> int:
     """Training steps that are behind a checkpoint."""
     return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+
+
+def resumed(words: list[str]) -> tuple[list[str], Path | None]:
+    """Spell out ``fit --resume RUN_FOLDER``: the run's settings, its folder, and its last checkpoint if there is one."""
+    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    options.add_argument("--resume")
+    chosen, rest = options.parse_known_args(words)
+    if chosen.resume is None:
+        return words, None
+    if rest[0] != "fit":
+        raise ValueError(f"--resume: found with {rest[0]!r}, expected mcseg fit --resume RUN_FOLDER")
+    folder = Path(chosen.resume)
+    settings, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    if not settings.is_file():
+        raise FileNotFoundError(f"--resume: no {settings}; expected the folder of a run, such as runs/camvid/<time>")
+    words = ["fit", "--config", str(settings), "--trainer.default_root_dir", str(folder), *rest[1:]]
+    return words + (["--ckpt_path", str(last)] if last.is_file() else []), folder

@@ -24,7 +24,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from mcseg.callbacks import ConfusionPicture, JaccardCallback, PredictionPanel, PredictionWriter, TrainingCurves
-from mcseg.checkpoints import CheckpointFile, CheckpointOnSignal, ContinuedCSVLogger, steps_done
+from mcseg.checkpoints import CheckpointFile, CheckpointOnSignal, ContinuedCSVLogger, resumed, steps_done
 from mcseg.data import IGNORE_INDEX, DataError, SegmentationData
 from mcseg.data.benchmark import benchmark_facts, benchmark_names
 from mcseg.data.files import Sample
@@ -226,7 +226,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if words[0] == "download":
             download(words[1:])
             return
-        words, resume = _resumed(words)
+        words, resume = resumed(words)
         recipe, words = find_recipes(in_full(words))
         own = {"stats": stats, "check": check, "show": show, "bound": bound, "compare": compare}
         with warnings.catch_warnings():
@@ -244,23 +244,6 @@ def main(args: Sequence[str] | None = None) -> None:
         if os.environ.get("MCSEG_TRACEBACK"):
             raise
         _fail(last_line(error), 1)
-
-
-def _resumed(words: list[str]) -> tuple[list[str], Path | None]:
-    """Spell out ``fit --resume RUN_FOLDER``: the run's settings, its folder, and its last checkpoint if there is one."""
-    options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    options.add_argument("--resume")
-    chosen, rest = options.parse_known_args(words)
-    if chosen.resume is None:
-        return words, None
-    if rest[0] != "fit":
-        raise ValueError(f"--resume: found with {rest[0]!r}, expected mcseg fit --resume RUN_FOLDER")
-    folder = Path(chosen.resume)
-    settings, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
-    if not settings.is_file():
-        raise FileNotFoundError(f"--resume: no {settings}; expected the folder of a run, such as runs/camvid/<time>")
-    words = ["fit", "--config", str(settings), "--trainer.default_root_dir", str(folder), *rest[1:]]
-    return words + (["--ckpt_path", str(last)] if last.is_file() else []), folder
 
 
 def download(args: Sequence[str]) -> None:

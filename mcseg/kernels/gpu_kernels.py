@@ -88,6 +88,21 @@ def _merge(top, first, second, other, sum_r, z, c):
 
 
 @triton.jit
+def _scan(
+    z_ptr, place, right, below, to_right, to_below, c, classes, valid, zc,
+    UP: tl.constexpr, ONE: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Last chunk of logits, which is all where one holds them, and what `_two_largest` says of all."""
+    z = _load(z_ptr, place, right, below, to_right, to_below, c, classes, valid, zc, UP)
+    top, first, second, other, sum_r = _two_largest(z, c)
+    if not ONE:
+        for start in range(BC, classes, BC):
+            z = _load(z_ptr, place, right, below, to_right, to_below, start + c, classes, valid, zc, UP)
+            top, first, second, other, sum_r = _merge(top, first, second, other, sum_r, z, start + c)
+    return z, top, first, second, other, sum_r
+
+
+@triton.jit
 def _errors(
     z, c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power,
     SOFT: tl.constexpr, LOG: tl.constexpr, POWER: tl.constexpr,
@@ -194,21 +209,33 @@ def _cells(row, column, inside, rows_ptr, down_ptr, columns_ptr, across_ptr, hei
 
 
 @triton.jit
-def _block(
-    block, blocks, y_ptr, rows_ptr, down_ptr, columns_ptr, across_ptr,
-    pixels, width, height, breadth, classes, zn, zh, zw, ignore, FLAT: tl.constexpr, UP: tl.constexpr, BP: tl.constexpr,
+def _pixels(
+    block, blocks, rows_ptr, down_ptr, columns_ptr, across_ptr,
+    pixels, width, height, breadth, zn, zh, zw, FLAT: tl.constexpr, UP: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """A block of pixels: sample, pixels in it, which exist, rows, columns, where their logits are, and their labels."""
+    """A block of pixels: sample, pixels in it, which exist, rows, columns, and where their logits are."""
     sample = (block // blocks).to(tl.int64)
     p = (block % blocks).to(tl.int64) * BP + tl.arange(0, BP)
     inside = p < pixels
-    label, valid, factor = _labels(y_ptr, sample * pixels + p, inside, classes, ignore)
     # where all pixels of a sample lie at one stride, the compiler must see it, or it will not read them in vectors
     row, column = (0 * p, p) if FLAT else (p // width, p % width)
     place, right, below, to_right, to_below = _cells(
         row, column, inside, rows_ptr, down_ptr, columns_ptr, across_ptr, height, breadth, zh, zw, UP
     )
-    place += sample * zn
+    return sample, p, inside, row, column, place + sample * zn, right, below, to_right, to_below
+
+
+@triton.jit
+def _block(
+    block, blocks, y_ptr, rows_ptr, down_ptr, columns_ptr, across_ptr,
+    pixels, width, height, breadth, classes, zn, zh, zw, ignore, FLAT: tl.constexpr, UP: tl.constexpr, BP: tl.constexpr,
+):  # fmt: skip
+    """A block of pixels as `_pixels` gives it, and their labels."""
+    sample, p, inside, row, column, place, right, below, to_right, to_below = _pixels(
+        block, blocks, rows_ptr, down_ptr, columns_ptr, across_ptr,
+        pixels, width, height, breadth, zn, zh, zw, FLAT, UP, BP,
+    )  # fmt: skip
+    label, valid, factor = _labels(y_ptr, sample * pixels + p, inside, classes, ignore)
     return sample, p, inside, row, column, place, right, below, to_right, to_below, label, valid, factor
 
 
@@ -233,12 +260,9 @@ def forward(
             pixels, width, height, breadth, classes, zn, zh, zw, ignore, FLAT, UP, BP,
         )  # fmt: skip
         c = tl.arange(0, BC)
-        z = _load(z_ptr, place, right, below, to_right, to_below, c, classes, valid, zc, UP)
-        top, first, second, other, sum_r = _two_largest(z, c)
-        if not ONE:
-            for start in range(BC, classes, BC):
-                z = _load(z_ptr, place, right, below, to_right, to_below, start + c, classes, valid, zc, UP)
-                top, first, second, other, sum_r = _merge(top, first, second, other, sum_r, z, start + c)
+        z, top, first, second, _other, sum_r = _scan(
+            z_ptr, place, right, below, to_right, to_below, c, classes, valid, zc, UP, ONE, BC
+        )
         loss = tl.zeros([BP], tl.float32)
         for start in range(0, 1 if ONE else classes, BC):
             if not ONE:
@@ -289,12 +313,9 @@ def backward(
         pixels, width, height, breadth, classes, zn, zh, zw, ignore, FLAT, UP, BP,
     )  # fmt: skip
     c = tl.arange(0, BC)
-    z = _load(z_ptr, place, right, below, to_right, to_below, c, classes, valid, zc, UP)
-    top, first, second, other, sum_r = _two_largest(z, c)
-    if not ONE:
-        for start in range(BC, classes, BC):
-            z = _load(z_ptr, place, right, below, to_right, to_below, start + c, classes, valid, zc, UP)
-            top, first, second, other, sum_r = _merge(top, first, second, other, sum_r, z, start + c)
+    z, top, first, second, other, sum_r = _scan(
+        z_ptr, place, right, below, to_right, to_below, c, classes, valid, zc, UP, ONE, BC
+    )
     of_others, of_top = tl.zeros([BP], tl.float32), tl.zeros([BP], tl.float32)
     for start in range(0, 1 if ONE else classes, BC):
         if not ONE:
@@ -404,14 +425,10 @@ def predict(
     FLAT: tl.constexpr, UP: tl.constexpr, ONE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Write the class of the largest logit of every pixel, of equal ones the lowest."""
-    sample = (tl.program_id(0) // blocks).to(tl.int64)
-    p = (tl.program_id(0) % blocks).to(tl.int64) * BP + tl.arange(0, BP)
-    inside = p < pixels
-    row, column = (0 * p, p) if FLAT else (p // width, p % width)
-    place, right, below, to_right, to_below = _cells(
-        row, column, inside, rows_ptr, down_ptr, columns_ptr, across_ptr, height, breadth, zh, zw, UP
-    )
-    place += sample * zn
+    sample, p, inside, _row, _column, place, right, below, to_right, to_below = _pixels(
+        tl.program_id(0), blocks, rows_ptr, down_ptr, columns_ptr, across_ptr,
+        pixels, width, height, breadth, zn, zh, zw, FLAT, UP, BP,
+    )  # fmt: skip
     c = tl.arange(0, BC)
     z = _load(z_ptr, place, right, below, to_right, to_below, c, classes, inside, zc, UP)
     top, first = tl.max(z, axis=0, return_indices=True)
