@@ -124,16 +124,16 @@ class JaccardCallback(EvaluationCallback):
     def take(self, trainer: pl.Trainer, outputs: Any, batch: Any, batch_idx: int, split: str) -> None:
         """Count a batch."""
         assert self._metric is not None
-        loader: Any = trainer.val_dataloaders if split == "val" else trainer.test_dataloaders
         target = outputs["target"]
         if trainer.world_size > 1:
+            loader: Any = trainer.val_dataloaders if split == "val" else trainer.test_dataloaders
+            dropped = batch.get("dropped", ())  # places of images that were skipped
+            places = [place for place in range(len(target) + len(dropped)) if place not in dropped]
             # Lightning's sampler deals image j to rank j % world_size and fills up with repeated images at the end.
-            position = (
-                self._seen + torch.arange(len(target), device=target.device)
-            ) * trainer.world_size + trainer.global_rank
+            position = (self._seen + torch.tensor(places)) * trainer.world_size + trainer.global_rank
             repeated = (position >= len(loader.dataset)).view(-1, *[1] * (target.ndim - 1))
-            target = target.masked_fill(repeated, IGNORE_INDEX)
-        self._seen += len(target)
+            target = target.masked_fill(repeated.to(target.device), IGNORE_INDEX)
+            self._seen += len(target) + len(dropped)
         self._metric.update(outputs["preds"], target)
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:

@@ -177,12 +177,6 @@ def test_folder_classes_from_a_list(photo_folder):
         FolderData(photo_folder)
 
 
-def test_two_images_of_one_name(photo_folder):
-    write_png(photo_folder / "images" / "photo 1.png", np.zeros((24, 32, 3), dtype=np.uint8))
-    with pytest.raises(DataError, match="more than one image is named photo 1"):
-        FolderData(photo_folder).samples("train")
-
-
 def test_check_names_every_fault(photo_folder):
     assert check(FolderData(photo_folder, num_workers=0), progress=False).problems == []
     break_three(photo_folder)

@@ -32,24 +32,32 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
     pixels: dict[str, Tensor] = {}
     problems: list[str] = []
     for split in SPLITS:
-        samples = data.samples(split)
-        images[split] = len(samples)
+        images[split] = 0
         pixels[split] = torch.zeros(data.num_classes, dtype=torch.int64)
+        try:
+            samples = data.samples(split)
+            problems += data.remarks(split)
+        except DataError as error:  # lists and folders that do not fit; the other splits may
+            problems.append(str(error))
+            continue
+        images[split] = len(samples)
         if not samples and split != "test":
             problems.append(f"the {split} split is empty")
-        problems += data.remarks(split)
         decoded = _Decoded(data.reader, samples, split not in data.withheld)
         loader = DataLoader(decoded, batch_size=None, num_workers=min(data.num_workers, len(samples)))
         for found, counts in tqdm(loader, f"Checking {split}", unit=" images", disable=not progress, leave=False):
             pixels[split] += counts
             problems += found
     if images["train"]:
+        # Masks of tools that save a shape in white hold 255, which is void.
+        shape = data.num_classes == 2 and not problems
+        hint = "; if it has the value 255 in the masks, say so in classes.toml (id = 255)" if shape else ""
         problems += [
-            f"class {name} (train id {index}) has no pixel in the training labels"
+            f"class {name} (train id {index}) has no pixel in the training labels{hint}"
             for index, name in enumerate(data.class_names)
             if pixels["train"][index] == 0
         ]
-    return Report(images, pixels, problems)
+    return Report(images, pixels, list(dict.fromkeys(problems)))
 
 
 class _Decoded(Dataset[tuple[list[str], Tensor]]):

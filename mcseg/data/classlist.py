@@ -29,9 +29,9 @@ def table_from_file(path: Path, by_color: bool) -> LabelTable:
         DataError: missing or malformed file; colours wanted and missing.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the class list cannot be read ({error})") from None
+        raise DataError(f"{path}: the class list cannot be read ({error}); expected text in UTF-8") from None
     if path.suffix.lower() == ".toml":
         try:
             content = tomllib.loads(text)
@@ -89,7 +89,10 @@ def table_from_toml(
     ]
     raw_ids = dict.fromkeys([*listed, *(() if by_color else void)], IGNORE_INDEX)
     raw_ids |= {value: train for train, values in enumerate(raw) for value in values}
-    return LabelTable(names, palette, raw_ids, by_color)
+    try:
+        return LabelTable(names, palette, raw_ids, by_color)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
 
 
 def _ids(value: object, where: str) -> list[int]:

@@ -2,21 +2,22 @@
 
 import fnmatch
 import os
+import unicodedata
+import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from mcseg.data.files import FileReader, Reader, Sample, Window, keep_freed_memory
+from mcseg.data.files import FileReader, Reader, Sample, Window, image_extensions, keep_freed_memory
 from mcseg.data.labels import Color, DataError, LabelTable, MissingFileError
 from mcseg.data.order import Draw, TrainingOrder
 from mcseg.data.statistics import count_class_pixels, default_cache_dir
@@ -25,6 +26,7 @@ from mcseg.seeds import seeded
 
 Batch = dict[str, Any]
 SPLITS = ("train", "val", "test")
+_EMPTY = (32, 32)  # height and width of a batch without images, which has to pass a network all the same
 
 
 class SegmentationData(pl.LightningDataModule):
@@ -61,6 +63,8 @@ class SegmentationData(pl.LightningDataModule):
         held_out: glob patterns of names of training images, for example ``0006R0_*`` for one of CamVid's sequences. Images
             that match one are left out of training and take the place of the validation split, so that settings can be
             chosen without a look at that split.
+        on_error: what to do about an image or mask that cannot be used: ``"stop"`` ends the run with its name; ``"skip"``
+            takes the next image in training, goes on without it in evaluation, and lists at the end what was left out.
         cache_dir: folder for the counts of label pixels; None is the user's cache folder.
     """
 
@@ -84,6 +88,7 @@ class SegmentationData(pl.LightningDataModule):
         predict_root: str | os.PathLike[str] | None = None,
         predict_split: Literal["train", "val", "test"] = "test",
         held_out: Sequence[str] = (),
+        on_error: Literal["stop", "skip"] = "stop",
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
@@ -105,6 +110,8 @@ class SegmentationData(pl.LightningDataModule):
         for name, value in {"color_jitter": color_jitter, "rare_crop_share": rare_crop_share}.items():
             if not 0 <= value <= 1:
                 raise DataError(f"data.{name}: found {value}, expected 0 to 1")
+        if on_error not in ("stop", "skip"):
+            raise DataError(f"data.on_error: found {on_error!r}, expected stop or skip")
         self.reader: Reader = FileReader(table)
         self.root = Path(root).expanduser() if root is not None else None
         self.batch_size = batch_size
@@ -127,6 +134,8 @@ class SegmentationData(pl.LightningDataModule):
         self.predict_split = predict_split
         self.held_out = tuple(held_out)
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+        self.skips = on_error == "skip"
+        self._skipped: dict[str, str] = {}  # why, by the sample's name
         self._splits: dict[str, list[Sample]] = {}
         self._class_pixels: Tensor | None = None
 
@@ -192,12 +201,39 @@ class SegmentationData(pl.LightningDataModule):
             raise DataError(f"{type(self).__name__}: the {split} split of {self.root} is empty; expected at least one image")
         for remark in self.remarks(source):
             rank_zero_warn(remark)
+        usable = [sample for sample in samples if self._is_usable(sample, source, masks=split != "predict")]
+        if not usable:
+            raise DataError(
+                f"{type(self).__name__}: no image of the {split} split of {self.root} can be used; run mcseg check"
+            )
+        return usable
+
+    def _is_usable(self, sample: Sample, split: str, masks: bool) -> bool:
+        """Whether the headers say so; where they do not, raise DataError or note that the sample is skipped."""
         try:
-            for sample in samples:
-                self.reader.verify(sample, masks=split != "predict")
-        except MissingFileError as error:
-            raise DataError("; ".join(part for part in (str(error), self.expected(source)) if part)) from None
-        return samples
+            self.reader.verify(sample, masks)
+        except DataError as error:
+            if not self.skips:
+                expected = self.expected(split) if isinstance(error, MissingFileError) else ""
+                raise DataError("; ".join(part for part in (str(error), expected) if part)) from None
+            if self.trainer is None or self.trainer.is_global_zero:  # each process finds the same
+                self._note({sample.name: str(error)})
+            return False
+        return True
+
+    def _note(self, skipped: Mapping[str, str]) -> None:
+        """Tell of samples that are skipped, each once."""
+        for name, why in skipped.items():
+            if name not in self._skipped:
+                _warn_skipped(why)
+        self._skipped |= skipped
+
+    def teardown(self, stage: str) -> None:
+        """List what was skipped."""
+        if self._skipped:
+            told = "\n  ".join(self._skipped.values())
+            warnings.warn(f"images that were skipped (data.on_error): {len(self._skipped)}\n  {told}", stacklevel=1)
+        self._skipped = {}
 
     def _samples_in_use(self, split: str) -> list[Sample]:
         """Samples of a split, after training images that are held out have taken the place of the validation split."""
@@ -220,7 +256,9 @@ class SegmentationData(pl.LightningDataModule):
             (C,) int64.
         """
         if self._class_pixels is None:  # objective, scores and crops ask for them, and finding the cache stats every file
-            self._class_pixels = count_class_pixels(self.reader, self._prepared("train"), self.num_workers, self.cache_dir)
+            self._class_pixels = count_class_pixels(
+                self.reader, self._prepared("train"), self.num_workers, self.cache_dir, skip=self.skips
+            )
         return self._class_pixels.clone()
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -228,7 +266,7 @@ class SegmentationData(pl.LightningDataModule):
         if self.train_transform.rare_crop_share:
             pixels = self.class_pixels().double()
             self.train_transform.class_weights = torch.where(pixels > 0, 1 / pixels.clamp(min=1), 0.0)
-        dataset = TrainingCrops(self.reader, self._prepared("train"), self.train_transform)
+        dataset = TrainingCrops(self.reader, self._prepared("train"), self.train_transform, self.skips)
         batch_size = self._share_of_batch()
         order = TrainingOrder(dataset, batch_size, self.trainer)
         return self._loader(dataset, batch_size, sampler=order, drop_last=len(order) >= batch_size)
@@ -259,13 +297,14 @@ class SegmentationData(pl.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Make masks int64, which every loss takes, where they are cheap to widen and need not travel any more."""
+        self._note(batch.pop("skipped", {}))
         return batch | {"mask": batch["mask"].long()} if "mask" in batch else batch
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
         return self._loader(self._whole_images(self.reader, split), self.eval_batch_size)
 
     def _whole_images(self, reader: Reader, split: str, masks: bool = True) -> "WholeImages":
-        return WholeImages(reader, self._prepared(split), self.image_scale, self.max_side, masks)
+        return WholeImages(reader, self._prepared(split), self.image_scale, self.max_side, masks, self.skips)
 
     def _loader(self, dataset: Dataset[Batch], batch_size: int, **options: Any) -> DataLoader[Batch]:
         # In a Trainer's run masks travel as bytes and are widened on the device, see on_after_batch_transfer.
@@ -290,23 +329,38 @@ def _cores() -> int:
 
 
 class TrainingCrops(Dataset[Batch]):
-    """Augmented training crops."""
+    """Augmented training crops; with ``skip`` the next image that can be used stands in for one that cannot."""
 
-    def __init__(self, reader: Reader, samples: Sequence[Sample], transform: TrainingTransform) -> None:
+    def __init__(self, reader: Reader, samples: Sequence[Sample], transform: TrainingTransform, skip: bool = False) -> None:
         self.reader = reader
         self.samples = samples
         self.transform = transform
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, key: int | Draw) -> Batch:
         if not isinstance(key, Draw):
-            return self._crop(key)
+            return self._usable_crop(key)
         with seeded(key.seed):
-            return self._crop(key.image)
+            return self._usable_crop(key.image)
 
-    def _crop(self, index: int) -> Batch:
+    def _usable_crop(self, index: int) -> Batch:
+        skipped: dict[str, str] = {}
+        for place in range(index, index + len(self)):
+            sample = self.samples[place % len(self)]
+            try:
+                crop = self._crop(sample)
+            except DataError as error:
+                if not self.skip:
+                    raise
+                skipped[sample.name] = str(error)
+            else:
+                return crop | {"skipped": skipped} if skipped else crop
+        raise DataError(f"no training image can be used any more; the first: {next(iter(skipped.values()))}")
+
+    def _crop(self, sample: Sample) -> Batch:
         drawn: dict[str, Any] = {}
 
         def choose(mask: Tensor) -> Window:
@@ -314,7 +368,6 @@ class TrainingCrops(Dataset[Batch]):
             window: Window = drawn["window"]
             return window
 
-        sample = self.samples[index]
         image, mask = self.reader.pair(sample, choose)
         return {
             "image": self.transform.finish_image(image, drawn),
@@ -324,7 +377,10 @@ class TrainingCrops(Dataset[Batch]):
 
 
 class WholeImages(Dataset[Batch]):
-    """Whole images resized by ``image_scale``, with the mask at its own size or, for prediction, without."""
+    """Whole images resized by ``image_scale``, with the mask at its own size or, for prediction, without.
+
+    With ``skip`` an image that cannot be used is an item without ``image`` that says why.
+    """
 
     def __init__(
         self,
@@ -333,18 +389,28 @@ class WholeImages(Dataset[Batch]):
         image_scale: float,
         max_side: int | None = None,
         masks: bool = True,
+        skip: bool = False,
     ) -> None:
         self.reader = reader
         self.samples = samples
         self.image_scale = image_scale
         self.max_side = max_side
         self.masks = masks
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Batch:
         sample = self.samples[index]
+        try:
+            return self._whole(sample)
+        except DataError as error:
+            if not self.skip:
+                raise
+            return {"skipped": {sample.name: str(error)}}
+
+    def _whole(self, sample: Sample) -> Batch:
         item: Batch = {"name": sample.name}
         if self.masks:
             image, item["mask"] = self.reader.pair(sample)
@@ -360,14 +426,32 @@ class _WideningLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
+            batch.pop("dropped", None)
+            for why in batch.pop("skipped", {}).values():
+                _warn_skipped(why)
             if "mask" in batch:
                 # By numpy: torch's threads would go on spinning on the cores that the workers need.
                 batch["mask"] = torch.from_numpy(batch["mask"].numpy().astype(np.int64))
             yield batch
 
 
+def _warn_skipped(why: str) -> None:
+    warnings.warn(f"skipped: {why}", stacklevel=2)
+
+
 def collate(items: Sequence[Batch]) -> Batch:
-    """Stack items to a batch."""
+    """Stack items to a batch, which is empty where none has an image.
+
+    Where samples were skipped, ``skipped`` has the reason by their names, and ``dropped`` the places of the items without.
+    """
+    told: Batch = {}
+    if skipped := {name: why for item in items for name, why in item.get("skipped", {}).items()}:
+        told = {"skipped": skipped, "dropped": [place for place, item in enumerate(items) if "image" not in item]}
+        items = [item for item in items if "image" in item]
+    if not items:
+        height, width = _EMPTY
+        image, mask = torch.zeros(0, 3, height, width, dtype=torch.uint8), torch.zeros(0, height, width, dtype=torch.uint8)
+        return {"image": image, "mask": mask, "name": [], "size": []} | told
     sizes = sorted({tuple(item["mask" if "mask" in item else "image"].shape[-2:]) for item in items})
     if len(sizes) > 1:
         raise DataError(
@@ -376,13 +460,26 @@ def collate(items: Sequence[Batch]) -> Batch:
         )
     # torch's collation stacks tensors where the main process reads them
     stacked = {key: default_collate([item[key] for item in items]) for key in ("image", "mask") if key in items[0]}
-    return stacked | {key: [item[key] for item in items] for key in ("name", "size") if key in items[0]}
+    return stacked | {key: [item[key] for item in items] for key in ("name", "size") if key in items[0]} | told
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List the files directly in ``folder`` whose extension Pillow can read, sorted by name."""
-    readable = {extension for extension, form in Image.registered_extensions().items() if form in Image.OPEN}
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in readable and not path.name.startswith("."))
+    """List the files directly in ``folder`` that have the extension of an image, sorted by name; hidden ones are left out.
+
+    Raises:
+        DataError: the folder cannot be listed, or a name could not be printed or written to a file.
+    """
+    try:
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}); expected a folder of images") from None
+    files = [path for path in entries if path.suffix.lower() in image_extensions()]
+    for path in files:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path.name):
+            raise DataError(
+                f"{folder}: a file is named {path.name!r}; expected letters in UTF-8 and no line break, rename it"
+            )
+    return files
 
 
 def _images_below(root: Path) -> list[Sample]:

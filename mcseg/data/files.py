@@ -1,6 +1,7 @@
 """Reading image and mask files, with errors that name the file."""
 
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -10,13 +11,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
 from mcseg.data.labels import IGNORE_INDEX, DataError, LabelTable, MissingFileError
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap height and width
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNED = (5, 6, 7, 8)  # its values that swap height and width
+# Those that hold images of 8 or 16 bits. Pillow knows more; some of them start other programs (EPS), or are other data.
+_FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,12 @@ class FileReader:
         mask = self.mask(sample)
         with _upright(sample.image) as file:
             self._compare(sample, (file.height, file.width), (mask.shape[0], mask.shape[1]))
+            picture = _of_8_bits(file, sample.image)
             if choose is None:
-                return _pixels(file), mask
+                return _pixels(picture), mask
             window = choose(mask)
             # Cut by Pillow: turning all of a decoded photo into a tensor takes a third as long as decoding it.
-            return _pixels(file.crop((window.left, window.top, window.right, window.bottom))), window.cut(mask)
+            return _pixels(picture.crop((window.left, window.top, window.right, window.bottom))), window.cut(mask)
 
     def verify(self, sample: Sample, masks: bool = True) -> None:
         """Open the headers: readable, and of one size. The pixels are not decoded."""
@@ -125,8 +130,9 @@ class FileReader:
 
     def _histogram(self, path: Path) -> NDArray[np.int64] | None:
         """(256,) pixels of each value in a mask of 8 bits, in less time than an array of it takes; None for others."""
-        with _opened(path) as file:
-            return np.array(file.histogram(), dtype=np.int64) if file.mode in ("L", "P") else None
+        with _upright(path) as file:
+            plain = file.mode in ("L", "P") and file.format == "PNG"  # others have more to be looked at, see read_mask
+            return np.array(file.histogram(), dtype=np.int64) if plain else None
 
     @staticmethod
     def _compare(sample: Sample, image: tuple[int, int], mask: tuple[int, int]) -> None:
@@ -150,37 +156,65 @@ def count_labels(mask: Tensor, num_classes: int) -> Tensor:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     """Open with Pillow; whatever goes wrong while open becomes one line that names the file."""
     try:
-        with Image.open(path) as file:
+        if not path.is_file() and path.exists():  # opening a pipe would wait for ever
+            raise DataError(f"{path}: is not a file; expected an image, remove or rename it")
+        with Image.open(path, formats=_readable_formats()) as file:
+            images = getattr(file, "n_frames", 1)
+            if images > 1 and file.format != "MPO":  # a photo with other versions of itself
+                raise DataError(f"{path}: holds {images} images; expected one, save each as a file of its own")
             yield file
     except FileNotFoundError:
         raise MissingFileError(f"{path}: no such file") from None
     except DataError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        detail = " ".join(str(error).split()).replace(f" '{path}'", "") or type(error).__name__
-        raise DataError(f"{path}: cannot be read ({detail}); replace or remove the file") from None
+        detail = " ".join(str(getattr(error, "strerror", None) or error).split()).replace(f" '{path}'", "")
+        raise DataError(f"{path}: cannot be read ({detail or type(error).__name__}); replace or remove the file") from None
+
+
+@functools.cache
+def _readable_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(form for form in _FORMATS if form in Image.OPEN)  # as Pillow was built
+
+
+@functools.cache
+def image_extensions() -> frozenset[str]:
+    """Extensions of the image files that can be read, such as ``.png``, in lower case."""
+    formats = _readable_formats()
+    return frozenset(ending for ending, form in Image.registered_extensions().items() if form in formats)
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) as displayed, from the header alone. Raises DataError where the header cannot be read."""
     with _opened(path) as file:
         width, height = file.size
-        turned = "exif" in file.info and file.getexif().get(_ORIENTATION, 1) >= 5
+        turned = "exif" in file.info and file.getexif().get(_ORIENTATION) in _TURNED
         return (width, height) if turned else (height, width)
 
 
+def image_mode(path: Path) -> str:
+    """Pillow's mode of a file, such as ``RGB``, from the header alone. Raises DataError where it cannot be read."""
+    with _opened(path) as file:
+        return file.mode
+
+
 def read_image(path: Path) -> Tensor:
-    """Read an image as (3,H,W) uint8 RGB, turned upright by its EXIF orientation. Raises DataError."""
+    """Read an image as (3,H,W) uint8 RGB, turned upright by its EXIF orientation. Raises DataError.
+
+    Values of 16 bits are divided by 257; floating-point values and whole numbers of 32 bits have no such scale and are
+    refused.
+    """
     with _upright(path) as file:
-        return _pixels(file)
+        return _pixels(_of_8_bits(file, path))
 
 
 @contextmanager
-def _upright(path: Path) -> Iterator[Image.Image]:
-    """Open an image as it is displayed."""
+def _upright(path: Path) -> Iterator[ImageFile.ImageFile]:
+    """Open an image or a mask as it is displayed."""
     with _opened(path) as file:
         if "exif" in file.info:
             ImageOps.exif_transpose(file, in_place=True)
@@ -188,8 +222,21 @@ def _upright(path: Path) -> Iterator[Image.Image]:
 
 
 def _pixels(picture: Image.Image) -> Tensor:
-    """(3,H,W) uint8 RGB."""
+    """(3,H,W) uint8 RGB; transparency is left out."""
+    if picture.mode == "P":
+        picture = picture.convert("RGBA")  # Pillow warns of some palettes with transparency otherwise
     return torch.from_numpy(np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))).permute(2, 0, 1)
+
+
+def _of_8_bits(file: Image.Image, path: Path) -> Image.Image:
+    """The image, its values brought to 0..255 where they have 16 bits: Pillow would cut them off at 255."""
+    # Grey images of 16 bits have the mode I in some versions of Pillow.
+    if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
+        return Image.fromarray((np.array(file) // 257).astype(np.uint8))
+    if file.mode in ("I", "F"):
+        kind = "whole" if file.mode == "I" else "floating-point"
+        raise DataError(f"{path}: an image of {kind} numbers of 32 bits; expected 8 or 16 bits, save it as such")
+    return file
 
 
 def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
@@ -205,15 +252,17 @@ def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
     Raises:
         DataError: unreadable, lossy (JPEG) or floating-point file.
     """
-    with _opened(path) as file:
-        if file.format == "JPEG":
+    with _upright(path) as file:
+        if "JPEG" in (file.format, str(file.info.get("compression")).upper()):
             raise DataError(f"{path}: JPEG changes label values; expected a lossless mask such as PNG")
         if file.mode in ("F", "CMYK", "YCbCr", "LAB", "HSV"):
             raise DataError(f"{path}: mask of mode {file.mode}; expected integer indices or RGB colours")
+        if any(";16" in str(tile.args) for tile in file.tile) and file.mode in ("RGB", "RGBA", "LA"):
+            raise DataError(f"{path}: a mask of 16 bits in several channels; expected one channel, or 8 bits of each colour")
         if by_color or file.mode in ("RGB", "RGBA"):
             return np.array(file.convert("RGB"))
-        if file.mode == "LA":
-            return np.array(file.getchannel("L"))
+        if file.mode in ("LA", "PA"):
+            return np.array(file.getchannel(0))
         values = np.array(file)
         return values.astype(np.uint8) if values.dtype == np.bool_ else values
 

@@ -2,15 +2,16 @@
 
 import os
 import random
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
-
 from mcseg.data.classlist import table_from_file, table_from_names
 from mcseg.data.datamodule import SegmentationData, image_files
-from mcseg.data.files import Sample
+from mcseg.data.files import Sample, image_mode
 from mcseg.data.labels import DataError, LabelTable
 
 Split = Literal["auto", "folder", "list", "fraction"]
@@ -78,40 +79,78 @@ class FolderData(SegmentationData):
 
     def samples(self, split: str) -> list[Sample]:
         """List the pairs of a split, sorted by name."""
+        folders = self._folders(split)
+        pairs = self._pairs(*folders) if folders else []
         if self.split == "folder":
-            inner = self.folder / self.images_dir / split
-            if inner.is_dir():
-                return self._pairs(inner, self.folder / self.masks_dir / split)
-            outer = self.folder / split
-            return self._pairs(outer / self.images_dir, outer / self.masks_dir) if outer.is_dir() else []
-        pairs = self._pairs(self.folder / self.images_dir, self.folder / self.masks_dir)
+            return pairs
         return self._listed(pairs, split) if self.split == "list" else self._drawn(pairs, split)
+
+    def remarks(self, split: str) -> list[str]:
+        """Files of the split that are not used, and images that are listed for training as well."""
+        folders = self._folders(split)
+        lines = self._unused(*folders) if folders and (self.split == "folder" or split == "train") else []
+        if self.split == "list" and split != "train":
+            trained = {sample.name for sample in self.samples("train")}
+            if both := [sample.name for sample in self.samples(split) if sample.name in trained]:
+                lines.append(
+                    f"{self.folder / split}.txt: {_some(both)} in train.txt as well; scores of images that were trained on "
+                    "promise too much, list each image once"
+                )
+        return lines
+
+    def _folders(self, split: str) -> tuple[Path, Path] | None:
+        """Where images and masks of a split lie; None where there is no such split."""
+        images, masks = self.folder / self.images_dir, self.folder / self.masks_dir
+        if self.split != "folder":
+            return images, masks
+        if (images / split).is_dir():
+            return images / split, masks / split
+        outer = self.folder / split
+        return (outer / self.images_dir, outer / self.masks_dir) if outer.is_dir() else None
 
     def _pairs(self, images: Path, masks: Path) -> list[Sample]:
         for folder in (images, masks):
             if not folder.is_dir():
                 raise DataError(f"{folder}: no such folder; expected the {'images' if folder == images else 'masks'} there")
-        by_name = {path.stem: path for path in image_files(masks)}
-        found = image_files(images)
-        stems = [path.stem for path in found]
-        if len(set(stems)) < len(stems):
-            twice = next(stem for stem in stems if stems.count(stem) > 1)
-            raise DataError(f"{images}: more than one image is named {twice}; expected different names, rename one")
-        return [Sample(path.stem, path, by_name.get(path.stem + self.mask_suffix)) for path in found]
+        by_stem = _by_stem(masks)
+        return [Sample(path.stem, path, by_stem.get(stem + self.mask_suffix)) for stem, path in _by_stem(images).items()]
+
+    def _unused(self, images: Path, masks: Path) -> list[str]:
+        """A line about masks without an image, and one about each folder with other files."""
+        wanted = {stem + self.mask_suffix for stem in _by_stem(images)}
+        lines = []
+        if alone := [path.name for stem, path in _by_stem(masks).items() if stem not in wanted]:
+            lines.append(
+                f"{masks}: {_some(alone)} without an image of this name; expected the image's name, upper and lower case "
+                f"alike, and data.mask_suffix ({self.mask_suffix!r}) behind it"
+            )
+        for folder in (images, masks):
+            known = set(image_files(folder))
+            if other := sorted(path.name for path in folder.iterdir() if path not in known and _is_meant(path)):
+                lines.append(f"{folder}: {_some(other)} left out; expected images such as .jpg, .png or .tif, convert them")
+        return lines
 
     def _listed(self, pairs: list[Sample], split: str) -> list[Sample]:
         path = self.folder / f"{split}.txt"
         if not path.is_file():
             return []
         by_name = {sample.name: sample for sample in pairs} | {sample.image.name: sample for sample in pairs}
-        names = [Path(line.strip()).name for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        by_name = {_composed(name): sample for name, sample in by_name.items()}
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); expected an image name per line in UTF-8") from None
+        names = [_composed(Path(line.strip()).name) for line in lines if line.strip()]
         missing = [name for name in names if name not in by_name]
         if missing:
             raise DataError(
                 f"{path}: lists {missing[0]} ({len(missing)} such names), which is not in "
                 f"{self.folder / self.images_dir}; expected names of images there"
             )
-        return [by_name[name] for name in names]
+        listed = [by_name[name] for name in names]
+        if twice := [sample.name for sample, count in Counter(listed).items() if count > 1]:
+            raise DataError(f"{path}: {_some(twice)} more than once; expected each image once, remove the others")
+        return listed
 
     def _drawn(self, pairs: list[Sample], split: str) -> list[Sample]:
         order = list(range(len(pairs)))
@@ -144,11 +183,8 @@ class FolderData(SegmentationData):
             self.folder / "train" / self.masks_dir,
         ):
             for path in image_files(masks) if masks.is_dir() else []:
-                try:
-                    with Image.open(path) as file:
-                        return file.mode in ("RGB", "RGBA")
-                except OSError:
-                    continue
+                with suppress(DataError):  # of a broken file; the next one tells as well
+                    return image_mode(path) in ("RGB", "RGBA")
         return False
 
 
@@ -156,3 +192,30 @@ def _detect_split(root: Path, images_dir: str) -> Split:
     if (root / "train.txt").is_file():
         return "list"
     return "folder" if (root / images_dir / "train").is_dir() or (root / "train").is_dir() else "fraction"
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    """Image files by their name without extension."""
+    files: dict[str, Path] = {}
+    for path in image_files(folder):
+        stem = _composed(path.stem)
+        if stem in files:
+            both = f"{files[stem].name} and {path.name}"
+            raise DataError(f"{folder}: {both} have one name; expected different ones, rename or remove one")
+        files[stem] = path
+    return files
+
+
+def _composed(name: str) -> str:
+    """A name as other systems write it: macOS may keep an umlaut as two characters."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _is_meant(path: Path) -> bool:
+    """Whether someone put this file into a folder of images, and not their system."""
+    return path.is_file() and path.name[0] != "." and path.name not in ("Thumbs.db", "desktop.ini")
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names for a message: the first, and how many there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mcseg.data.files import Reader, Sample, keep_freed_memory
+from mcseg.data.labels import DataError, MissingFileError
 
 
 def default_cache_dir() -> Path:
@@ -22,7 +23,12 @@ def default_cache_dir() -> Path:
 
 
 def count_class_pixels(
-    reader: Reader, samples: Sequence[Sample], num_workers: int, cache_dir: Path | None, progress: bool = True
+    reader: Reader,
+    samples: Sequence[Sample],
+    num_workers: int,
+    cache_dir: Path | None,
+    progress: bool = True,
+    skip: bool = False,
 ) -> Tensor:
     """Count the labelled pixels of each class over ``samples``.
 
@@ -35,6 +41,7 @@ def count_class_pixels(
         num_workers: processes that decode; 0 counts in this one.
         cache_dir: folder of the cache; None counts every time.
         progress: show a bar (on rank 0).
+        skip: leave out masks that cannot be used, without a word: whoever reads them for training tells of them.
 
     Returns:
         (C,) int64, void left out.
@@ -59,7 +66,7 @@ def count_class_pixels(
     workers = min(num_workers, len(share))
     # Several masks to a message, as each costs as much as counting a small mask; few enough to keep all workers busy.
     together = max(1, min(16, len(share) // (8 * max(1, workers))))
-    masks = _MaskCounts(reader, share)
+    masks = _MaskCounts(reader, share, skip)
     loader = DataLoader(
         masks,
         together,
@@ -87,15 +94,21 @@ def count_class_pixels(
 
 
 class _MaskCounts(Dataset[Tensor]):
-    def __init__(self, reader: Reader, samples: Sequence[Sample]) -> None:
+    def __init__(self, reader: Reader, samples: Sequence[Sample], skip: bool) -> None:
         self.reader = reader
         self.samples = samples
+        self.skip = skip
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> Tensor:
-        return self.reader.counts(self.samples[index])
+        try:
+            return self.reader.counts(self.samples[index])
+        except DataError:
+            if not self.skip:
+                raise
+            return torch.zeros(self.reader.table.num_classes, dtype=torch.int64)
 
 
 def _sum_up(counts: list[Tensor]) -> tuple[Tensor, int]:
@@ -108,7 +121,10 @@ def _fingerprint(reader: Reader, samples: Sequence[Sample]) -> str:
         digest.update(f"\n{sample.name}".encode())
         for path in (sample.mask, *sample.more_masks):
             if path is not None:
-                state = path.stat()
+                try:
+                    state = path.stat()
+                except OSError as error:
+                    raise MissingFileError(f"{path}: cannot be found any more ({error.strerror})") from None
                 digest.update(f"|{path.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode())
     return digest.hexdigest()
 

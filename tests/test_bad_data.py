@@ -1,0 +1,607 @@
+"""Broken and unusual files in a folder of the user's own: each is one line that names it, or what a person would expect."""
+
+import io
+import os
+import shutil
+import struct
+import sys
+import tempfile
+import unicodedata
+import warnings
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from conftest import write_png
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from mcseg.callbacks import JaccardCallback
+from mcseg.cli import main
+from mcseg.data import DataError, FolderData
+from mcseg.data.check import check
+from mcseg.module import SegmentationModule
+
+NAME = "photo 3"
+
+
+def image_file(root: Path, suffix: str = ".jpg") -> Path:
+    return root / "images" / f"{NAME}{suffix}"
+
+
+def mask_file(root: Path, suffix: str = ".png") -> Path:
+    return root / "masks" / f"{NAME}{suffix}"
+
+
+def photo(root: Path) -> Image.Image:
+    return Image.open(image_file(root)).convert("RGB")
+
+
+def mask(root: Path) -> np.ndarray:
+    return np.array(Image.open(mask_file(root)))
+
+
+def png_bytes(picture: Image.Image, **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def raw_png(width: int, height: int, depth: int, color_type: int, rows) -> bytes:
+    """A PNG of bits that Pillow does not write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    pack = zlib.compressobj(9)
+    data = b"".join(pack.compress(b"\0" + row) for row in rows) + pack.flush()
+    header = struct.pack(">IIBBBBB", width, height, depth, color_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def replace_image(root: Path, content: bytes | Image.Image, suffix: str, **options) -> None:
+    image_file(root).unlink()
+    if isinstance(content, bytes):
+        image_file(root, suffix).write_bytes(content)
+    else:
+        content.save(image_file(root, suffix), **options)
+
+
+def replace_mask(root: Path, content: bytes | Image.Image | np.ndarray, suffix: str = ".png", **options) -> None:
+    mask_file(root).unlink()
+    if isinstance(content, bytes):
+        mask_file(root, suffix).write_bytes(content)
+    else:
+        picture = Image.fromarray(content) if isinstance(content, np.ndarray) else content
+        picture.save(mask_file(root, suffix), **options)
+
+
+def frames(picture: Image.Image) -> dict:
+    return {"save_all": True, "append_images": [picture.rotate(90), picture.rotate(180)]}
+
+
+def exif(orientation: int) -> Image.Exif:
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return found
+
+
+def bomb(side: int) -> bytes:
+    """A few kilobytes that unpack to side x side pixels."""
+    return raw_png(side, side, 1, 0, [b"\0" * (side // 8 + 1)] * side)
+
+
+def broken_crc(root: Path) -> None:
+    content = bytearray(png_bytes(photo(root)))
+    content[60] ^= 0xFF
+    replace_image(root, bytes(content), ".png")
+
+
+def text_bomb(root: Path) -> None:
+    comment = PngInfo()
+    comment.add_text("comment", "x" * 70_000_000, zip=True)
+    replace_image(root, png_bytes(photo(root), pnginfo=comment), ".png")
+
+
+def to_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def to_link(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def to_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def sixteen_bit_colours(root: Path) -> None:
+    rows = [np.repeat(row, 3).astype(">u2").tobytes() for row in mask(root)]
+    replace_mask(root, raw_png(32, 24, 16, 2, rows))
+
+
+def four_bit_mask(root: Path) -> None:
+    values = np.minimum(mask(root), 2)
+    rows = [bytes(int(a) << 4 | int(b) for a, b in zip(row[::2], row[1::2], strict=True)) for row in values]
+    replace_mask(root, raw_png(32, 24, 4, 0, rows))
+
+
+def changed(values: np.ndarray, dtype, **places) -> np.ndarray:
+    values = values.astype(dtype)
+    values[0, 1:4] = places["to"]
+    return values
+
+
+# (what is done to the folder, what the line says about which file). Training stops and `check` goes on with the same line.
+REFUSED = {
+    "empty image": (lambda r: image_file(r).write_bytes(b""), "photo 3.jpg: cannot be read"),
+    "text as image": (lambda r: image_file(r).write_text("hello"), "photo 3.jpg: cannot be read"),
+    "web page as image": (lambda r: image_file(r).write_text("<!DOCTYPE html><html>"), "photo 3.jpg: cannot be read"),
+    "pointer of Git LFS": (
+        lambda r: image_file(r).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "photo 3.jpg: cannot be read",
+    ),
+    "truncated JPEG": (lambda r: image_file(r).write_bytes(image_file(r).read_bytes()[:-300]), "truncated"),
+    "truncated header": (lambda r: image_file(r).write_bytes(image_file(r).read_bytes()[:30]), "photo 3.jpg: cannot be read"),
+    "truncated PNG": (lambda r: replace_image(r, png_bytes(photo(r))[:-200], ".png"), "photo 3.png: cannot be read"),
+    "wrong checksum": (broken_crc, "photo 3.png: cannot be read"),
+    "image of 32-bit floats": (
+        lambda r: replace_image(r, Image.fromarray(np.linspace(0, 1, 768, dtype=np.float32).reshape(24, 32)), ".tif"),
+        "photo 3.tif: an image of floating-point numbers",
+    ),
+    "image of 32-bit integers": (
+        lambda r: replace_image(r, Image.fromarray(np.arange(768, dtype=np.int32).reshape(24, 32)), ".tif"),
+        "photo 3.tif: an image of whole numbers of 32 bits",
+    ),
+    "animated GIF": (lambda r: replace_image(r, photo(r), ".gif", **frames(photo(r))), "photo 3.gif: holds 3 images"),
+    "animated PNG": (lambda r: replace_image(r, photo(r), ".png", **frames(photo(r))), "photo 3.png: holds 3 images"),
+    "animated WebP": (lambda r: replace_image(r, photo(r), ".webp", **frames(photo(r))), "photo 3.webp: holds 3 images"),
+    "TIFF of several pages": (lambda r: replace_image(r, photo(r), ".tif", **frames(photo(r))), "photo 3.tif: holds 3 images"),
+    "decompression bomb": (lambda r: replace_image(r, bomb(30_000), ".png"), "photo 3.png: cannot be read (Image size"),
+    "bomb in a comment": (text_bomb, "photo 3.png: cannot be read"),
+    "folder named as an image": (lambda r: to_folder(image_file(r)), "photo 3.jpg: is not a file"),
+    "pipe": (lambda r: to_pipe(image_file(r)), "photo 3.jpg: is not a file"),
+    "dangling link": (lambda r: to_link(image_file(r), "nowhere.jpg"), "photo 3.jpg: no such file"),
+    "link to itself": (lambda r: to_link(image_file(r), f"{NAME}.jpg"), "photo 3.jpg: cannot be read"),
+    "image turned by EXIF, its mask not": (
+        lambda r: photo(r).save(image_file(r), exif=exif(6)),
+        "photo 3.png: the mask is 32x24 pixels",
+    ),
+    "two images of one name": (lambda r: photo(r).save(image_file(r, ".png")), "photo 3.jpg and photo 3.png have one name"),
+    "no mask": (lambda r: mask_file(r).unlink(), "photo 3.jpg: has no mask"),
+    "two masks of one name": (lambda r: write_png(mask_file(r, ".tif"), mask(r)), "photo 3.png and photo 3.tif have one name"),
+    "empty mask": (lambda r: mask_file(r).write_bytes(b""), "photo 3.png: cannot be read"),
+    "truncated mask": (lambda r: mask_file(r).write_bytes(mask_file(r).read_bytes()[:60]), "photo 3.png: cannot be read"),
+    "mask as JPEG": (lambda r: replace_mask(r, mask(r), ".jpg"), "photo 3.jpg: JPEG changes label values"),
+    "mask as JPEG named PNG": (lambda r: replace_mask(r, mask(r), format="JPEG"), "photo 3.png: JPEG changes label values"),
+    "mask as TIFF with JPEG inside": (
+        lambda r: replace_mask(r, mask(r), ".tif", compression="jpeg"),
+        "photo 3.tif: JPEG changes label values",
+    ),
+    "mask as lossy WebP": (
+        lambda r: replace_mask(r, Image.fromarray(40 * mask(r)).convert("RGB"), ".webp", quality=20),
+        "photo 3.webp: ",
+    ),
+    "mask of floats": (lambda r: replace_mask(r, mask(r).astype(np.float32), ".tif"), "photo 3.tif: mask of mode F"),
+    "mask in CMYK": (
+        lambda r: replace_mask(r, Image.fromarray(mask(r)).convert("CMYK"), ".tif"),
+        "photo 3.tif: mask of mode CMYK",
+    ),
+    "mask of colours for a list of names": (
+        lambda r: replace_mask(r, np.stack([mask(r), 0 * mask(r), 0 * mask(r)], axis=-1)),
+        "photo 3.png: the mask is coloured",
+    ),
+    "mask of 16 bits in three channels": (sixteen_bit_colours, "photo 3.png: a mask of 16 bits in several channels"),
+    "mask of 4 bits, which all readers widen": (four_bit_mask, "the unknown values 17, 34"),
+    "animated mask": (
+        lambda r: replace_mask(r, mask(r), **frames(Image.fromarray(mask(r)))),
+        "photo 3.png: holds 3 images",
+    ),
+    "label above 255": (
+        lambda r: replace_mask(r, changed(mask(r), np.uint16, to=300)),
+        "photo 3.png: 3 pixels of the mask have the unknown values 300",
+    ),
+    "negative label": (
+        lambda r: replace_mask(r, changed(mask(r), np.int32, to=-1), ".tif"),
+        "photo 3.tif: 3 pixels of the mask have the unknown values -1",
+    ),
+    "labels from 1": (
+        lambda r: replace_mask(r, np.where(mask(r) < 255, mask(r) + 1, 255).astype(np.uint8)),
+        "photo 3.png: 6 pixels of the mask have the unknown values 3",
+    ),
+    "mask of another size": (lambda r: replace_mask(r, mask(r)[:12]), "photo 3.png: the mask is 32x12 pixels"),
+    "transposed mask": (lambda r: replace_mask(r, mask(r).T.copy()), "photo 3.png: the mask is 24x32 pixels"),
+    "folder named as a mask": (lambda r: to_folder(mask_file(r)), "photo 3.png: is not a file"),
+    "mask as a dangling link": (lambda r: to_link(mask_file(r), "nowhere.png"), "photo 3.png: no such file"),
+    "no image folder": (lambda r: shutil.rmtree(r / "images"), "images: no such folder"),
+    "no mask folder": (lambda r: shutil.rmtree(r / "masks"), "masks: no such folder"),
+    "list of unknown names": (lambda r: write_lists(r, "photo 1\nphoto 99\n"), "train.txt: lists photo 99"),
+    "list with a name twice": (lambda r: write_lists(r, "photo 1\nphoto 1\n"), "train.txt: photo 1 more than once"),
+    "list in Latin-1": (lambda r: write_lists(r, "phöto\n".encode("latin-1")), "train.txt: cannot be read"),
+    "empty list": (lambda r: write_lists(r, ""), "the train split"),
+    "no validation list": (lambda r: (r / "train.txt").write_text("photo 1\n"), "the val split"),
+}  # fmt: skip
+
+
+def write_lists(root: Path, train: str | bytes) -> None:
+    (root / "train.txt").write_bytes(train if isinstance(train, bytes) else train.encode())
+    (root / "val.txt").write_text("photo 2\n")
+
+
+def folder_data(root: Path, **options) -> FolderData:
+    # All but one image are for training, so that a fault in photo 3 is met whichever image that one is.
+    return FolderData(root, num_workers=0, crop_size=(16, 16), batch_size=2, val_fraction=0.1, **options)
+
+
+def read_everything(root: Path) -> None:
+    data = folder_data(root)
+    data.setup("fit")
+    data.class_pixels()
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        for _ in loader:
+            pass
+
+
+@pytest.mark.filterwarnings("error")  # a fault is told once, and not by Pillow as well
+@pytest.mark.parametrize("kind", REFUSED)
+def test_check_and_training_name_the_fault_in_one_line(photo_folder, kind):
+    damage, expected = REFUSED[kind]
+    damage(photo_folder)
+    problems = check(folder_data(photo_folder), progress=False).problems
+    told = [problem for problem in problems if expected in problem]
+    assert len(told) == 1, problems
+    assert "\n" not in told[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks about the same, such as a mask that has lost its image
+        with pytest.raises(DataError) as stopped:
+            read_everything(photo_folder)
+    assert expected in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+
+
+def rename(root: Path, image: str, mask: str) -> None:
+    image_file(root).rename(root / "images" / image)
+    mask_file(root).rename(root / "masks" / mask)
+
+
+def through_links(root: Path) -> None:
+    image_file(root).rename(root / "elsewhere.jpg")
+    image_file(root).symlink_to(root / "elsewhere.jpg")
+
+
+def system_files(root: Path) -> None:
+    (root / "images" / f"._{NAME}.jpg").write_bytes(b"\0\5\x16\7")
+    (root / "images" / ".DS_Store").write_bytes(b"\0")
+    (root / "masks" / "Thumbs.db").write_bytes(b"\0")
+
+
+def palette_with_transparency(root: Path) -> None:
+    replace_image(root, photo(root).quantize(256), ".png", transparency=b"\0\1\2")
+
+
+def sixteen_bit_photo(root: Path) -> None:
+    grey = np.array(photo(root).convert("L")).astype(np.uint16) * 257
+    replace_image(root, Image.fromarray(grey), ".png")
+
+
+def alpha(root: Path) -> Image.Image:
+    picture = photo(root).convert("RGBA")
+    picture.putalpha(100)
+    return picture
+
+
+def grey_and_alpha(root: Path) -> Image.Image:
+    return Image.fromarray(mask(root)).convert("LA")
+
+
+def palette_and_alpha(root: Path) -> Image.Image:
+    picture = Image.fromarray(mask(root))
+    picture.putpalette(list(range(256)) * 3)
+    return picture.convert("PA")
+
+
+# Unusual files that mean what they show: the photo and the mask are those of the sound folder. Grey photos are grey ones.
+ACCEPTED = {
+    "PNG named JPEG": lambda r: image_file(r).write_bytes(png_bytes(photo(r))),
+    "upper-case extension": lambda r: image_file(r).rename(image_file(r, ".JPG")),
+    "CMYK": lambda r: photo(r).convert("CMYK").save(image_file(r), quality=95),
+    "alpha channel": lambda r: replace_image(r, alpha(r), ".png"),
+    "palette with transparency": palette_with_transparency,
+    "several views in one JPEG": lambda r: photo(r).save(
+        image_file(r), "MPO", quality=95, save_all=True, append_images=[photo(r).resize((8, 6))]
+    ),
+    "turned by EXIF": lambda r: photo(r).rotate(90, expand=True).save(image_file(r), exif=exif(6), quality=95),
+    "EXIF without sense": lambda r: photo(r).save(image_file(r), exif=b"Exif\0\0garbage", quality=95),
+    "unknown EXIF orientation": lambda r: photo(r).save(image_file(r), exif=exif(99), quality=95),
+    "colour profile without sense": lambda r: photo(r).save(image_file(r), icc_profile=b"xx" * 50, quality=95),
+    "link": through_links,
+    "files of the system": system_files,
+    "BMP": lambda r: replace_image(r, photo(r), ".bmp"),
+    "WebP": lambda r: replace_image(r, photo(r), ".webp", lossless=True),
+    "grey": lambda r: photo(r).convert("L").save(image_file(r), quality=95),
+    "grey of 16 bits": sixteen_bit_photo,
+    "mask of 16 bits": lambda r: replace_mask(r, mask(r).astype(np.uint16)),
+    "mask of 16 bits, large byte first": lambda r: replace_mask(
+        r, Image.frombytes("I;16B", (32, 24), mask(r).astype(">u2").tobytes()), ".tif"
+    ),
+    "mask of 32 bits": lambda r: replace_mask(r, mask(r).astype(np.int32), ".tif"),
+    "mask in three equal channels": lambda r: replace_mask(r, np.stack([mask(r)] * 3, axis=-1)),
+    "mask in four channels": lambda r: replace_mask(r, np.stack([*[mask(r)] * 3, 0 * mask(r) + 255], axis=-1)),
+    "mask with alpha channel": lambda r: replace_mask(r, grey_and_alpha(r)),
+    "mask with palette and alpha channel": lambda r: replace_mask(r, palette_and_alpha(r), ".tif"),
+    "mask as lossless WebP": lambda r: replace_mask(r, Image.fromarray(mask(r)).convert("RGB"), ".webp", lossless=True),
+    "mask turned by EXIF": lambda r: replace_mask(r, np.rot90(mask(r)).copy(), exif=exif(6)),
+    "umlauts and spaces": lambda r: rename(r, "Straße ü 3.jpg", "Straße ü 3.png"),
+    "umlauts in two spellings": lambda r: rename(
+        r, unicodedata.normalize("NFC", "ü 3.jpg"), unicodedata.normalize("NFD", "ü 3.png")
+    ),
+    "dots in the name": lambda r: rename(r, "a.b.3.jpg", "a.b.3.png"),
+    "lists of paths from Windows": lambda r: write_lists(
+        r, "\ufeff" + "\r\n".join(f"images/photo {i}.jpg" for i in range(10) if i != 2) + "\r\n"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", ACCEPTED)
+def test_unusual_files_are_what_they_show(photo_folder, kind):
+    picture, labels = photo(photo_folder), mask(photo_folder)
+    picture = np.asarray(picture.convert("L").convert("RGB") if kind.startswith("grey") else picture).astype(int)
+    ACCEPTED[kind](photo_folder)
+    data = folder_data(photo_folder)
+    assert check(data, progress=False).problems == []
+    samples = data.samples("train") + data.samples("val")
+    sample = next(sample for sample in samples if "3" in sample.name)
+    image, found = data.reader.pair(sample)
+    assert np.array_equal(found, labels)
+    # JPEG is compressed once more, with less of colour; an image turned, cut or scaled wrongly is off by some 30
+    assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - picture).mean() < 10
+    read_everything(photo_folder)
+
+
+def as_binary(root: Path) -> None:
+    (root / "classes.txt").write_text("background\nthing\n")
+    for path in (root / "masks").iterdir():
+        write_png(path, np.where(np.array(Image.open(path)) == 1, 255, 0).astype(np.uint8))
+
+
+def with_suffix(root: Path) -> None:
+    for path in (root / "masks").iterdir():
+        path.rename(path.with_name(f"{path.stem}_mask.png"))
+
+
+REMARKED = {
+    "format that cannot be read": (lambda r: image_file(r, ".heic").write_bytes(b"\0"), "images: photo 3.heic left out"),
+    "array as mask": (lambda r: np.save(mask_file(r, ".npy"), mask(r)), "masks: photo 3.npy left out"),
+    "picture that starts a program": (lambda r: photo(r).save(image_file(r, ".eps")), "images: photo 3.eps left out"),
+    "mask without image": (lambda r: image_file(r).unlink(), "masks: photo 3.png without an image of this name"),
+    "masks with a suffix": (with_suffix, "masks: photo 0_mask.png and 9 more without an image of this name"),
+    "mask in other letters": (lambda r: mask_file(r).rename(r / "masks/Photo 3.png"), "masks: Photo 3.png without an image"),
+    "image in two lists": (lambda r: write_lists(r, "photo 1\nphoto 2\n"), "val.txt: photo 2 in train.txt as well"),
+    "masks of 0 and 255": (
+        as_binary,
+        "class thing (train id 1) has no pixel in the training labels; if it has the value 255",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REMARKED)
+def test_check_tells_of_what_is_not_used(photo_folder, kind):
+    damage, expected = REMARKED[kind]
+    damage(photo_folder)
+    problems = check(folder_data(photo_folder), progress=False).problems
+    assert len([problem for problem in problems if expected in problem]) == 1, problems
+
+
+CLASSES = {
+    "none": (lambda path: path.unlink(), "no class list"),
+    "empty": (lambda path: path.write_text(""), "classes.txt: found 0 classes"),
+    "Latin-1": (
+        lambda path: path.write_bytes("Straße\nB\n".encode("latin-1")),
+        "classes.txt: the class list cannot be read",
+    ),
+    "UTF-16": (lambda path: path.write_bytes("Weg\nB\n".encode("utf-16")), "classes.txt: the class list cannot be read"),
+    "a name twice": (lambda path: path.write_text("a\na\nb\n"), "classes.txt: class names must differ"),
+    "TOML cut off": (lambda path: path.with_suffix(".toml").write_text("classes = ["), "classes.toml: not a valid TOML"),
+    "a folder": (to_folder, "no class list"),
+}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_class_lists_that_cannot_be_used(photo_folder, kind):
+    damage, expected = CLASSES[kind]
+    damage(photo_folder / "classes.txt")
+    with pytest.raises(DataError, match=expected):
+        folder_data(photo_folder)
+
+
+def test_class_list_with_a_byte_order_mark(photo_folder):
+    (photo_folder / "classes.txt").write_bytes(b"\xef\xbb\xbfbackground\r\nground\r\nthing\r\n")
+    assert folder_data(photo_folder).class_names == ("background", "ground", "thing")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
+@pytest.mark.parametrize("name", [b"\xfc 3.jpg", b"a\nb.jpg"])
+def test_names_that_nothing_could_be_named_after(photo_folder, name):
+    os.rename(image_file(photo_folder), os.fsencode(photo_folder / "images") + b"/" + name)
+    problems = check(folder_data(photo_folder), progress=False).problems
+    assert any("images: a file is named '" in problem and "rename it" in problem for problem in problems)
+    assert all(problem.isprintable() for problem in problems)
+
+
+@pytest.fixture
+def stranger():
+    """A folder below which this process is nobody in particular, also where the tests are run by root."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    root = os.geteuid() == 0
+    yield folder, (lambda: os.seteuid(65534)) if root else (lambda: None)
+    if root:
+        os.seteuid(0)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs Unix permissions")
+@pytest.mark.parametrize(
+    ("locked", "expected"),
+    [
+        (f"images/{NAME}.jpg", "photo 3.jpg: cannot be read (Permission denied)"),
+        (f"masks/{NAME}.png", "photo 3.png: cannot be read (Permission denied)"),
+        ("images", "images: cannot be listed (Permission denied)"),
+    ],
+)
+def test_files_without_permission(photo_folder, stranger, locked, expected):
+    folder, leave = stranger
+    root = Path(shutil.copytree(photo_folder, folder / "photos"))
+    for path in root.rglob("*"):
+        path.chmod(0o755)
+    (root / locked).chmod(0)
+    data = folder_data(root, cache_dir=folder / "cache")
+    leave()
+    assert expected in "\n".join(check(data, progress=False).problems)
+
+
+# --- one bad file in the middle of a run -----------------------------------------------------------------------------
+
+
+class Vanish(pl.Callback):
+    """Takes an image away once training has begun; its header was sound before."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer, pl_module):
+        self.path.unlink()
+
+
+class Seen(pl.Callback):
+    """Keeps the names of the training batches."""
+
+    def __init__(self) -> None:
+        self.names: list[list[str]] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.names.append(list(batch["name"]))
+
+
+def run(data, callbacks, folder, epochs=1):
+    torch.manual_seed(0)
+    module = SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=3, warmup_steps=1)
+    trainer = pl.Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, callbacks=[JaccardCallback(), *callbacks],
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return trainer
+
+
+def options(root):
+    held = [f"photo {i}" for i in (7, 8, 9)]
+    return {"num_workers": 2, "crop_size": (32, 32), "batch_size": 2, "held_out": held, "val_fraction": 0.1}
+
+
+def test_a_file_that_vanishes_stops_the_run_with_its_name(photo_folder, tmp_path):
+    trained = FolderData(photo_folder, **{**options(photo_folder), "held_out": ()}).samples("train")
+    data = FolderData(photo_folder, **{**options(photo_folder), "held_out": [trained[0].name]})
+    with pytest.raises(DataError) as stopped:
+        run(data, [Vanish(trained[1].image)], tmp_path, epochs=2)
+    assert f"{trained[1].image}: no such file" in str(stopped.value)
+
+
+def test_bad_files_are_skipped_and_listed_on_demand(photo_folder, tmp_path):
+    """One mask whose header is bad, two images whose pixels are, in training and validation, and one that vanishes."""
+    names = sorted(sample.name for sample in folder_data(photo_folder).samples("train"))
+    vanishing, cut, headless, val_cut, val_sound = names[:5]
+    for name in (cut, val_cut):
+        path = photo_folder / "images" / f"{name}.jpg"
+        path.write_bytes(path.read_bytes()[:-300])
+    (photo_folder / "masks" / f"{headless}.png").write_bytes(b"")
+    data = FolderData(
+        photo_folder, num_workers=2, crop_size=(32, 32), batch_size=2, val_fraction=0.1,
+        held_out=[val_cut, val_sound], on_error="skip",
+    )  # fmt: skip
+    sound = set(names[5:])
+    seen = Seen()
+    with pytest.warns(UserWarning, match="skipped") as told:
+        trainer = run(data, [Vanish(photo_folder / "images" / f"{vanishing}.jpg"), seen], tmp_path, epochs=2)
+    batches = seen.names
+    assert all(len(batch) == 2 for batch in batches)  # the next image takes the place: batches keep their size
+    assert {name for batch in batches for name in batch} <= sound | {vanishing}
+    assert sound <= {name for batch in batches for name in batch}
+    last = [str(warning.message) for warning in told if "images that were skipped" in str(warning.message)]
+    assert [text.splitlines()[0] for text in last] == ["images that were skipped (data.on_error): 4"]
+    assert all(f"{name}." in last[0] for name in (vanishing, cut, headless, val_cut))
+    assert val_sound not in last[0]
+    # The scores are those of the one validation image that is left.
+    labels = np.array(Image.open(photo_folder / "masks" / f"{val_sound}.png"))
+    confusion = next(c for c in trainer.callbacks if isinstance(c, JaccardCallback)).scores["val"].confusion
+    assert int(confusion.sum()) == int((labels < 255).sum())
+    # Counted masks: those of the sound images, of the one that vanished later and of the one whose image is cut.
+    expected = sum(
+        np.bincount(np.array(Image.open(photo_folder / "masks" / f"{name}.png")).ravel(), minlength=256)[:3]
+        for name in sound | {vanishing, cut}
+    )
+    assert data.class_pixels().tolist() == expected.tolist()
+
+
+def test_nothing_is_skipped_without_a_word_in_a_loop_of_ones_own(photo_folder):
+    path = image_file(photo_folder)
+    path.write_bytes(path.read_bytes()[:-300])
+    data = folder_data(photo_folder, on_error="skip")
+    data.setup("fit")
+    loader = data.train_dataloader()
+    batches = []
+    with pytest.warns(UserWarning, match="skipped: .*photo 3.jpg: cannot be read"):
+        batches += [*loader, *loader]  # two epochs, as the last image of an odd number is left out of each
+    assert NAME not in {name for batch in batches for name in batch["name"]}
+    assert all(set(batch) == {"image", "mask", "name"} for batch in batches)
+
+
+def test_repeated_images_do_not_count_where_one_before_them_is_skipped():
+    """Process 1 of 2 has images 1, 3 and, as five do not divide by two, 0 once more; the second of them is skipped."""
+    data = SimpleNamespace(class_names=("a", "b"))
+    trainer = SimpleNamespace(world_size=2, global_rank=1, datamodule=data)
+    trainer.val_dataloaders = SimpleNamespace(dataset=range(5))
+    callback = JaccardCallback(["a", "b"])
+    callback.start(trainer, SimpleNamespace(device=torch.device("cpu")), "val")
+    labels = torch.zeros(2, 4, 4, dtype=torch.int64)
+    outputs = {"preds": labels.to(torch.uint8), "target": labels}
+    callback.take(trainer, outputs, {"name": ["1", "0"], "dropped": [1]}, 0, "val")
+    assert callback._metric.scores().confusion.tolist() == [[16, 0], [0, 0]]
+
+
+def test_skipping_everything_is_an_error(photo_folder):
+    for path in (photo_folder / "images").iterdir():
+        path.write_bytes(b"")
+    data = folder_data(photo_folder, on_error="skip")
+    with (
+        pytest.warns(UserWarning, match="cannot be read"),
+        pytest.raises(DataError, match="no image of the train split of .* can be used"),
+    ):
+        data.setup("fit")
+
+
+def test_prediction_goes_on_behind_a_bad_file(photo_folder, tmp_path, capsys):
+    settings = ["--data.root", str(photo_folder), "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
+    settings += ["--model.encoder", "tu-test_resnet.r160_in1k", "--trainer.default_root_dir", str(tmp_path / "run")]
+    main(["fit", "folder", *settings, "--trainer.max_epochs", "1", "--model.encoder_weights", "null"])
+    path = image_file(photo_folder)
+    path.write_bytes(path.read_bytes()[:-300])
+    settings += ["--ckpt_path", str(tmp_path / "run/checkpoints/last.ckpt"), "--writer.output_dir", str(tmp_path / "out")]
+    settings += ["--data.predict_root", str(photo_folder / "images")]
+    with pytest.raises(SystemExit):
+        main(["predict", "folder", *settings, "--data.on_error", "stop"])
+    assert "photo 3.jpg: cannot be read" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.warns(UserWarning, match="skipped") as told:
+        main(["predict", "folder", *settings, "--data.on_error", "skip"])
+    assert "skipped (data.on_error): 1\n" in str(told[-1].message)
+    assert sorted(path.stem for path in (tmp_path / "out/masks").iterdir()) == [f"photo {i}" for i in range(10) if i != 3]
