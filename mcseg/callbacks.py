@@ -187,6 +187,12 @@ class JaccardCallback(EvaluationCallback):
             rank_zero_info("\n" + score_table(self.scores[split], class_names(trainer, self.class_names), split))
 
 
+def score_names(split: str, names: Sequence[str]) -> list[str]:
+    """Under which names :class:`JaccardCallback` logs the scores of a split with classes of these names."""
+    whole = ("miou", "miou_tail", "pixel_accuracy", "classes_averaged")
+    return [f"{split}/{name}" for name in (*whole, *(f"iou/{name}" for name in names))]
+
+
 def score_table(scores: Scores, names: Sequence[str], split: str) -> str:
     """Lay the scores out as text: a row per class with its share of the pixels, IoU, precision and recall in percent."""
     width = max(len("class"), *map(len, names))

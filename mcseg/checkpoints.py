@@ -3,6 +3,11 @@
 import argparse
 import csv
 import os
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +49,9 @@ class CheckpointFile(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint; one that holds other objects than tensors and plain types is refused, unless told otherwise."""
-        return super().load_checkpoint(path, map_location, True if weights_only is None else weights_only)
+        plain = True if weights_only is None else weights_only
+        with _refusing(path):
+            return super().load_checkpoint(path, map_location, plain)
 
 
 class CheckpointOnSignal(Callback):
@@ -102,9 +109,44 @@ class ContinuedCSVLogger(CSVLogger):
         return super().experiment
 
 
+@contextmanager
+def _refusing(path: Any) -> Iterator[None]:
+    """Say in one line why a file is no checkpoint."""
+    is_file = "://" not in str(path) and Path(path).is_file()
+    if is_file and not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: not a checkpoint, or one that was cut off; expected a .ckpt file as mcseg fit writes it")
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        kind = f" ({found[1]})" if found else ""
+        raise ValueError(
+            f"{path}: holds other objects than tensors and plain types{kind}, which are not loaded (weights_only), as they "
+            "could run any code; expected a .ckpt file as mcseg fit writes it"
+        ) from None
+
+
+def read_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
+    """Read a checkpoint of this package to the CPU.
+
+    Args:
+        path: a file.
+        **options: of ``torch.load``.
+
+    Raises:
+        ValueError: not a checkpoint, or one with other objects than tensors and plain types.
+        FileNotFoundError: no such file.
+    """
+    with _refusing(path):
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, **options)
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path}: holds no state_dict; expected a .ckpt file as mcseg fit writes it")
+    return checkpoint
+
+
 def steps_done(path: Path) -> int:
     """Training steps that are behind a checkpoint."""
-    return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    return int(read_checkpoint(path, mmap=True)["global_step"])
 
 
 def resumed(words: list[str]) -> tuple[list[str], Path | None]:

@@ -23,15 +23,24 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from mcseg.callbacks import ConfusionPicture, JaccardCallback, PredictionPanel, PredictionWriter, TrainingCurves
-from mcseg.checkpoints import CheckpointFile, CheckpointOnSignal, ContinuedCSVLogger, resumed, steps_done
+from mcseg.callbacks import (
+    ConfusionPicture,
+    JaccardCallback,
+    PredictionPanel,
+    PredictionWriter,
+    TrainingCurves,
+    score_names,
+)
+from mcseg.checkpoints import CheckpointFile, CheckpointOnSignal, ContinuedCSVLogger, read_checkpoint, resumed, steps_done
 from mcseg.data import IGNORE_INDEX, DataError, SegmentationData
 from mcseg.data.benchmark import benchmark_facts, benchmark_names
+from mcseg.data.datamodule import SPLITS
 from mcseg.data.files import Sample
 from mcseg.heldout import HeldOutBounds
 from mcseg.inference import Inference
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import MarginOffsets, margin_offsets
+from mcseg.messages import one_line
 from mcseg.module import SegmentationModule
 from mcseg.recipes import find_recipes, in_full, recipe_names
 from mcseg.tracking import ObjectiveMonitor, log_configuration
@@ -93,6 +102,7 @@ class SegmentationCLI(LightningCLI):
     def __init__(self, recipe: str, args: Sequence[str], run: bool = True, resume: Path | None = None) -> None:
         self.recipe = recipe
         self.resume = resume
+        strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             SegmentationModule,
             SegmentationData,
@@ -103,7 +113,7 @@ class SegmentationCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=None if resume else SaveConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"exit_on_error": False, **{verb: {"exit_on_error": False} for verb in self.subcommands()}},
+            parser_kwargs=strict | {verb: strict for verb in self.subcommands()},
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -139,7 +149,7 @@ class SegmentationCLI(LightningCLI):
     @property
     def verb(self) -> str:
         """The word behind ``mcseg``."""
-        return self.subcommand or ""
+        return str(self.config.get("subcommand") or "")
 
     @property
     def verb_config(self) -> Namespace:
@@ -147,13 +157,18 @@ class SegmentationCLI(LightningCLI):
         config: Namespace = self.config[self.subcommand] if self.subcommand else self.config
         return config
 
-    def before_instantiate_classes(self) -> None:
-        """Refuse to score without weights; choose the run folder and the precision."""
-        config = self.verb_config
-        if self.subcommand in ("validate", "test", "predict") and not config.ckpt_path:
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse to score without weights, and what is no checkpoint before Lightning takes settings from it."""
+        super().parse_arguments(parser, args)
+        verb = self.config.get("subcommand")
+        if verb and self.config[verb].ckpt_path:
+            _check_checkpoint(Path(self.config[verb].ckpt_path))
+        elif verb in ("validate", "test", "predict"):
             raise ValueError(f"mcseg {self.verb} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt")
-        if self.subcommand and config.ckpt_path and not Path(config.ckpt_path).exists():
-            raise FileNotFoundError(f"--ckpt_path: no checkpoint {config.ckpt_path}; expected the path of a .ckpt file")
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run folder and the precision."""
+        config = self.verb_config
         if config.model.objective is None:
             raise ValueError("model.objective: found null, expected a class path such as mcseg.losses.MarginCalibrationLoss")
         if self.subcommand in ("validate", "test"):
@@ -178,8 +193,28 @@ class SegmentationCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make everything, and give the module the way in which it labels whole images."""
+        objective = self.verb_config.model.objective
         super().instantiate_classes()
         self.model.inference = self._get(self.config_init, "inference")
+        classes = objective.get("init_args.num_classes") if isinstance(objective, Namespace) else None
+        if classes not in (None, self.datamodule.num_classes) and not self.verb_config.ckpt_path:  # which has its own
+            raise ValueError(
+                f"model.objective.init_args.num_classes: found {classes}, but the data have {self.datamodule.num_classes} "
+                "classes; leave it out, it is taken from them"
+            )
+        if self.subcommand == "fit":
+            self._check_monitors()
+
+    def _check_monitors(self) -> None:
+        """Refuse to wait for a score that nobody logs; Lightning would find out behind the first epoch."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(not type(callback).__module__.startswith(("mcseg.", "pytorch_lightning.")) for callback in callbacks):
+            return  # one of the user's own, which may log anything
+        known = ["val/loss", *score_names("val", self.datamodule.class_names)]
+        for callback in callbacks:
+            monitor = getattr(callback, "monitor", None)
+            if monitor and monitor.startswith("val/") and monitor not in known:
+                raise ValueError(f"{type(callback).__name__}: no score {monitor}; expected one of {', '.join(known)}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add ``last.ckpt`` of every epoch, and the learning rate where there is something to log it to."""
@@ -229,6 +264,8 @@ def main(args: Sequence[str] | None = None) -> None:
         words, resume = resumed(words)
         recipe, words = find_recipes(in_full(words))
         own = {"stats": stats, "check": check, "show": show, "bound": bound, "compare": compare}
+        if words[0] not in (verbs := [*SegmentationCLI.subcommands(), *own, "download"]):
+            raise ValueError(f"found the verb {words[0]!r}, expected one of {', '.join(verbs)}; see mcseg --help")
         with warnings.catch_warnings():
             quieten()
             if words[0] in own:
@@ -238,12 +275,12 @@ def main(args: Sequence[str] | None = None) -> None:
     except SIGTERMException:  # an exit without a code, as if all had been done
         sys.exit(128 + signal.SIGTERM)
     except ArgumentError as error:
-        _fail(str(error), 2)
+        _fail(one_line(error), 2)
     except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:
         _remove_if_empty(os.environ.get(_RUN_FOLDER))
         if os.environ.get("MCSEG_TRACEBACK"):
             raise
-        _fail(last_line(error), 1)
+        _fail(one_line(error), 1)
 
 
 def download(args: Sequence[str]) -> None:
@@ -268,6 +305,10 @@ def show(recipe: str, args: Sequence[str]) -> None:
     from mcseg import pictures
 
     config, data = _data(recipe, args, images=12, split="train")
+    if config.split not in SPLITS or config.images < 1:
+        raise ValueError(
+            f"found --split {config.split} and --images {config.images}; expected {', '.join(SPLITS)}, and at least 1 image"
+        )
     for remark in data.remarks(config.split):
         print(remark)
     samples = data.samples(config.split)
@@ -389,6 +430,15 @@ def _offsets(config: Namespace, pixels: torch.Tensor) -> MarginOffsets:
     return margin_offsets(pixels, **{key: settings[key] for key in keys if key in settings})
 
 
+def _check_checkpoint(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"--ckpt_path: no checkpoint {path}; expected the path of a .ckpt file")
+    if path.is_file():
+        read_checkpoint(path, mmap=True)
+    elif not (path / ".metadata").is_file():  # which a checkpoint in several files has
+        raise ValueError(f"--ckpt_path: {path} is a folder; expected a file such as {path}/checkpoints/best.ckpt")
+
+
 def _run_folder(recipe: str, verb: str) -> Path:
     """runs/<recipe>/<time>, the same on all processes of a run and new for each run."""
     if "LOCAL_RANK" in os.environ and _RUN_FOLDER in os.environ:
@@ -441,14 +491,6 @@ def quieten() -> None:
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning on a newer torch
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-def last_line(error: BaseException) -> str:
-    """What a person needs of an error: a worker process puts its traceback in front of the message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if "worker process" not in lines[0]:
-        return " ".join(lines)
-    return lines[-1].partition("Error: ")[2] or lines[-1]
 
 
 def _fail(message: str, code: int) -> None:

@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from mcseg.checkpoints import read_checkpoint
 from mcseg.inference import Inference, labels_at
 from mcseg.kernels import predicted_classes
 from mcseg.losses import CrossEntropyLoss, MarginCalibrationLoss, Upsampling
@@ -267,12 +268,40 @@ class SegmentationModule(pl.LightningModule):
         self.has_weights = True
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note that the weights are trained ones; take over what only the checkpoint knows in plain types."""
+        """Note that the weights are trained ones; take over what only the checkpoint knows in plain types.
+
+        Raises:
+            ValueError: the checkpoint has another number of classes.
+        """
+        stored = checkpoint.get("hyper_parameters", {}).get("num_classes", self.hparams["num_classes"])
+        if stored != self.hparams["num_classes"]:
+            raise ValueError(
+                f"the checkpoint is of a network for {stored} classes, the data have {self.hparams['num_classes']}; give "
+                "the data that it was trained on, or start a training from it by model.init_from"
+            )
+        self._compare_classes(checkpoint.get("class_names"))
         self.has_weights = True
         self._resumed = self._trainer is not None and self._trainer.state.fn == "fit"
         for name in self._not_plain:  # this module was made from the checkpoint, from objects that keep no record
             self.hparams[name] = checkpoint["hyper_parameters"][name]
         self._not_plain = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the names of the classes, so that weights are not taken for those of other classes unnoticed."""
+        if names := self._class_names():
+            checkpoint["class_names"] = names
+
+    def _class_names(self) -> list[str]:
+        return list(getattr(getattr(self._trainer, "datamodule", None), "class_names", ()))
+
+    def _compare_classes(self, stored: list[str] | None) -> None:
+        names = self._class_names()
+        if stored and names and stored != names:
+            there, here = next((a, b) for a, b in zip(stored, names, strict=True) if a != b)
+            rank_zero_warn(
+                f"the checkpoint was trained on other classes ({there} where the data have {here}): predictions are taken "
+                "for the classes of the data by their order"
+            )
 
     def on_test_start(self) -> None:
         """Refuse to score random weights."""
@@ -331,7 +360,7 @@ class SegmentationModule(pl.LightningModule):
 
     def _init_from(self, path: str) -> None:
         """Copy the network of another run's checkpoint."""
-        state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        state = read_checkpoint(path)["state_dict"]
         found = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
         own = self.network.state_dict()
         other = [name for name in own if name not in found or found[name].shape != own[name].shape]

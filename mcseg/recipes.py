@@ -1,7 +1,10 @@
 """Recipes: the YAML files that come with mcseg, by name, and what a person may say short on the command line."""
 
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 RECIPES = Path(__file__).parent / "configs"
 
@@ -55,13 +58,23 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
 def recipe_path(name: str) -> Path:
     """Find a recipe: a file of that path, or a packaged one of that name; FileNotFoundError where neither exists."""
     if Path(name).is_file():
+        _check_syntax(Path(name))
         return Path(name)
     packaged = RECIPES / f"{name}.yaml"
     if not packaged.is_file():
-        raise FileNotFoundError(
-            f"--config {name}: neither a file nor a recipe of mcseg; the recipes are {', '.join(recipe_names())}"
-        )
+        close = difflib.get_close_matches(name, recipe_names()) or recipe_names()
+        raise FileNotFoundError(f"--config {name}: neither a file nor a recipe of mcseg, such as {', '.join(close)}")
     return packaged
+
+
+def _check_syntax(path: Path) -> None:
+    """The parser of the command line has forgotten the file's name by the time it reads it."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: not a YAML file ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: found {type(content).__name__}, expected keys with values, such as `data:`")
 
 
 def _layer(recipe: Path) -> list[str]:

@@ -488,43 +488,6 @@ def test_a_bad_file_found_by_a_worker_is_one_line(arguments, photo_folder, capsy
     assert said.startswith("mcseg: error: " + str(photo_folder))
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "expected"),
-    [
-        (
-            ["fit", "--config", "cityscape"],
-            1,
-            "--config cityscape: neither a file nor a recipe of mcseg; the recipes are bdd100k, camvid, cityscapes,",
-        ),
-        (["fit", "--config", "camvid"], 1, "data.root is not set"),
-        (
-            ["fit", "pascal_voc", "--root", "nowhere"],
-            1,
-            "nowhere: no such folder; expected VOCdevkit/VOC2012/JPEGImages/<id>.jpg, "
-            "VOCdevkit/VOC2012/SegmentationClass/<id>.png and VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt below the "
-            "root; `mcseg download pascal_voc --root DIR` fetches them",
-        ),
-        (["download", "voc", "--root", "x"], 1, "found the benchmark voc, expected one of bdd100k, camvid, cityscapes,"),
-        (["download", "pascal_voc"], 2, "root"),
-        (["fit", "--model.init_from", "nowhere.ckpt"], 1, "model.init_from: no checkpoint nowhere.ckpt"),
-        (["fit", "--config", "folder", "--data.root", "nowhere"], 1, "data.root: no folder nowhere"),
-        (["test", "--config", "synthetic"], 1, "mcseg test needs trained weights: give --ckpt_path"),
-        (["predict"], 1, "mcseg predict needs trained weights"),
-        (["validate", "--ckpt_path", "nowhere.ckpt"], 1, "nowhere.ckpt"),
-        (["fit", "--model.encodr", "x"], 2, "model.encodr"),
-        (["fit", "--trainer.max_epochs", "many"], 2, "trainer.max_epochs"),
-        (["fit", "--model.arch", "unett"], 1, "network unett"),
-        (["fit", "--model.objective.tau", "-1"], 1, "tau: found -1.0, expected a finite number > 0"),
-        (["fit", "--model.objective", "null"], 1, "model.objective: found null"),
-        (["frobnicate"], 2, "frobnicate"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_errors_are_one_line(capsys, words, code, expected):
-    assert expected in fails(capsys, words, code)
-    assert not Path("runs").exists()
-
-
 def test_help_lists_verbs_and_recipes(capsys):
     main(["--help"])
     out = capsys.readouterr().out

@@ -25,9 +25,10 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from mcseg.callbacks import ConfusionPicture, PredictionPanel, PredictionWriter, TrainingCurves
-from mcseg.cli import SegmentationCLI, last_line, quieten
+from mcseg.cli import SegmentationCLI, quieten
 from mcseg.compare.record import EvaluationRecord, TrainingRecord
 from mcseg.compare.schedule import save_text
+from mcseg.messages import one_line
 from mcseg.metrics import Scores, rarest_third
 from mcseg.pictures import atomically
 from mcseg.tracking import ObjectiveMonitor
@@ -202,7 +203,7 @@ def main(folder: Path) -> None:
             run(folder)
     except Exception as error:
         traceback.print_exc()
-        save_text(folder / "error.txt", f"{type(error).__name__}: {last_line(error)}\n")
+        save_text(folder / "error.txt", f"{type(error).__name__}: {one_line(error)}\n")
         raise SystemExit(1) from None
 
 
