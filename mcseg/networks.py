@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Self, cast
@@ -241,6 +242,11 @@ def _build(arch: str, encoder: str, num_classes: int, weights: str | bool | None
     import segmentation_models_pytorch as smp  # at first use: it loads timm and torchvision, which takes seconds
 
     try:
+        if arch.lower() in smp.MODEL_ARCHITECTURES_MAPPING and not encoder.startswith(("tu-", "timm-")):
+            # SMP hands whatever it does not know to the encoder, and its own encoders take anything without a word.
+            known = list(inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[arch.lower()]).parameters)
+            if unknown := sorted(set(options or {}) - set(known)):
+                raise ValueError(f"unknown network_options {', '.join(unknown)}; expected some of {', '.join(known)}")
         return smp.create_model(arch, encoder, encoder_weights=weights, classes=num_classes, **(options or {}))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"network {arch} with encoder {encoder}: {_one_line(error)}") from None
