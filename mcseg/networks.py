@@ -244,7 +244,8 @@ def _build(arch: str, encoder: str, num_classes: int, weights: str | bool | None
     try:
         if arch.lower() in smp.MODEL_ARCHITECTURES_MAPPING and not encoder.startswith(("tu-", "timm-")):
             # SMP hands whatever it does not know to the encoder, and its own encoders take anything without a word.
-            known = list(inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[arch.lower()]).parameters)
+            named = inspect.signature(smp.MODEL_ARCHITECTURES_MAPPING[arch.lower()]).parameters.values()
+            known = [parameter.name for parameter in named if parameter.kind is not parameter.VAR_KEYWORD]
             if unknown := sorted(set(options or {}) - set(known)):
                 raise ValueError(f"unknown network_options {', '.join(unknown)}; expected some of {', '.join(known)}")
         return smp.create_model(arch, encoder, encoder_weights=weights, classes=num_classes, **(options or {}))
