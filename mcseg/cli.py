@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import pkgutil
 import shutil
 import signal
 import sys
@@ -38,7 +39,7 @@ from mcseg.data.datamodule import SPLITS
 from mcseg.data.files import Sample
 from mcseg.heldout import HeldOutBounds
 from mcseg.inference import Inference
-from mcseg.losses import MarginCalibrationLoss
+from mcseg.losses import POWER_DICE, MarginCalibrationLoss
 from mcseg.margins import MarginOffsets, margin_offsets
 from mcseg.messages import one_line
 from mcseg.module import SegmentationModule
@@ -133,7 +134,7 @@ class SegmentationCLI(LightningCLI):
         parser.add_class_arguments(Inference, "inference")
         parser.set_defaults(
             {
-                "model.objective": {"class_path": "mcseg.losses.MarginCalibrationLoss"},
+                "model.objective": {"class_path": "mcseg.losses.MarginCalibrationLoss", "init_args": dict(POWER_DICE)},
                 "trainer.logger": {
                     "class_path": "CSVLogger",
                     "init_args": {"save_dir": ".", "name": "", "version": ""},
@@ -422,11 +423,11 @@ def _data(recipe: str, args: Sequence[str], **options: Any) -> tuple[Namespace, 
 
 
 def _offsets(config: Namespace, pixels: torch.Tensor) -> MarginOffsets:
-    """Offsets of the configured objective, where it is margin calibration; the paper's otherwise."""
+    """Offsets of the configured objective, where it has such; the paper's otherwise."""
     objective = config.model.objective
-    own = f"{MarginCalibrationLoss.__module__}.{MarginCalibrationLoss.__qualname__}"
-    settings = objective.init_args.as_dict() if objective.class_path == own else {}
-    keys = ("scheme", "tau", "upsilon", "max_margin")
+    own = pkgutil.resolve_name(objective.class_path) is MarginCalibrationLoss  # the parser may have changed the path
+    settings = objective.init_args.as_dict() if own else {}
+    keys = [key for key in ("scheme", "tau", "upsilon", "max_margin") if settings.get(key) != "none"]
     return margin_offsets(pixels, **{key: settings[key] for key in keys if key in settings})
 
 

@@ -3,10 +3,12 @@
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 RECIPES = Path(__file__).parent / "configs"
+_NO_OBJECTIVE = "--model.objective=null"
 
 
 def recipe_names() -> list[str]:
@@ -40,7 +42,7 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
             names.append(word)
             found += _layer(recipe_path(word))
         elif word not in ("--config", "-c"):
-            found.append(word)
+            found += [_NO_OBJECTIVE, word] if flag == "--model.objective" else [word]
         after_config = word in ("--config", "-c")
     if after_config:
         found.append("--config")  # without a name: the parser says so
@@ -58,7 +60,6 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
 def recipe_path(name: str) -> Path:
     """Find a recipe: a file of that path, or a packaged one of that name; FileNotFoundError where neither exists."""
     if Path(name).is_file():
-        _check_syntax(Path(name))
         return Path(name)
     packaged = RECIPES / f"{name}.yaml"
     if not packaged.is_file():
@@ -67,21 +68,25 @@ def recipe_path(name: str) -> Path:
     return packaged
 
 
-def _check_syntax(path: Path) -> None:
-    """The parser of the command line has forgotten the file's name by the time it reads it."""
+def _content(path: Path) -> dict[str, Any]:
+    """A recipe's keys; the parser of the command line has forgotten the file's name by the time it reads it."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--config {path}: not a YAML file ({' '.join(str(error).split())})") from None
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: found {type(content).__name__}, expected keys with values, such as `data:`")
+    return content
 
 
 def _layer(recipe: Path) -> list[str]:
     """Words that lay a recipe over those before it.
 
-    The recipe of an objective replaces the objective. Without the null before it, an objective of another class would keep
-    those of the old one's arguments that it knows as well, and one of the same class all that it does not name.
+    A recipe that names the class of an objective replaces the objective. Without the null before it, an objective of another
+    class would keep those of the old one's arguments that it knows as well, and one of the same class all that it does not
+    name.
     """
-    replaces = recipe.resolve().parent == (RECIPES / "objectives").resolve()
-    return [*(["--model.objective=null"] if replaces else []), "--config", str(recipe)]
+    model = _content(recipe).get("model")
+    objective = model.get("objective") if isinstance(model, dict) else None
+    replaces = isinstance(objective, str) or (isinstance(objective, dict) and "class_path" in objective)
+    return [*([_NO_OBJECTIVE] if replaces else []), "--config", str(recipe)]

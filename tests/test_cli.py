@@ -2,6 +2,7 @@
 
 import csv
 import os
+import pkgutil
 import tarfile
 import warnings
 import zipfile
@@ -21,6 +22,7 @@ from mcseg.cli import main
 from mcseg.compare.study import _ParseOnly
 from mcseg.data import CamVidData
 from mcseg.inference import Inference
+from mcseg.losses import POWER_DICE, MarginCalibrationLoss
 from mcseg.metrics import score
 from mcseg.module import SegmentationModule
 from mcseg.recipes import RECIPES, find_recipes
@@ -270,6 +272,33 @@ def test_recipe_of_an_objective_keeps_nothing_of_the_one_below():
         assert all(alone == objective("synthetic", f"objectives/{other}", name) for other in below), name
     changed = objective("synthetic", names[0], "objectives/margin_calibration")
     assert changed["init_args"].items() >= {"margin": "hard", "surrogate": "log", "aggregation": "sum", "tau": 10.0}.items()
+
+
+def test_the_default_objective_is_one_wherever_it_is_asked_for():
+    recipe = yaml.safe_load((RECIPES / "objectives" / "default.yaml").read_text())["model"]["objective"]
+    assert recipe["init_args"] == dict(POWER_DICE)
+    cli = _ParseOnly("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False)
+    objective = cli.config.model.objective
+    assert pkgutil.resolve_name(objective.class_path) is MarginCalibrationLoss
+    assert objective.init_args.as_dict().items() >= recipe["init_args"].items()
+    module = SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=3)
+    assert {name: getattr(module.objective, name) for name in POWER_DICE} == dict(POWER_DICE)
+    for path in RECIPES.glob("*.yaml"):
+        assert "objective" not in yaml.safe_load(path.read_text())["model"], path
+
+
+def test_an_objective_by_its_name_keeps_nothing_of_the_default(tmp_path):
+    (tmp_path / "own.yaml").write_text("model: {objective: {class_path: mcseg.losses.DiceLoss}}\n")
+    parser = _ParseOnly("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False).parser
+    for words in (
+        ["--model.objective=mcseg.losses.DiceLoss"],
+        ["--model.objective", "mcseg.losses.DiceLoss"],
+        ["--config", str(tmp_path / "own.yaml")],
+    ):
+        _, found = find_recipes(["fit", "--config", "camvid", *words])
+        objective = parser.parse_args(found[1:]).model.objective
+        assert objective.class_path.endswith("DiceLoss")
+        assert objective.init_args.classes == "present"  # its own default; that of power Dice is "all"
 
 
 def test_inference_from_the_command_line(arguments):

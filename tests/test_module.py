@@ -24,6 +24,7 @@ TINY = {
     "encoder": "tu-test_resnet.r160_in1k",
     "network_options": {"decoder_channels": [16, 16, 8, 8, 8]},
 }
+MARGINS = partial(MarginCalibrationLoss, num_classes=8)  # an objective that needs counts
 
 
 class KeepsItsArguments(nn.Module):
@@ -113,7 +114,8 @@ def test_without_counts_an_uncalibrated_objective_says_what_to_do(tmp_path):
     source.setup("fit")
     loader = source.train_dataloader()
     with pytest.raises(RuntimeError, match=r"not calibrated and the data module has no class_pixels.*objective\.calibrate"):
-        trainer(tmp_path, callbacks=[]).fit(SegmentationModule(**TINY, num_classes=8), loader)
+        trainer(tmp_path, callbacks=[]).fit(SegmentationModule(**TINY, num_classes=8, objective=MARGINS()), loader)
+    trainer(tmp_path, callbacks=[]).fit(SegmentationModule(**TINY, num_classes=8), loader)  # the default needs no counts
 
 
 @pytest.mark.parametrize(
@@ -187,12 +189,12 @@ def test_reload_and_resume_fetch_no_encoder_weights(tmp_path, monkeypatch):
 
 
 def test_resuming_keeps_the_offsets_and_the_schedule(tmp_path):
-    whole = SegmentationModule(**TINY, num_classes=8)
+    whole = SegmentationModule(**TINY, num_classes=8, objective=MARGINS())
     torch.manual_seed(1)
     run = trainer(tmp_path, max_epochs=2)
     run.fit(whole, data())
     run.save_checkpoint(tmp_path / "x.ckpt")
-    more = SegmentationModule(**TINY, num_classes=8)
+    more = SegmentationModule(**TINY, num_classes=8, objective=MARGINS())
     changed = data(seed=9)  # other labels must not move the offsets of a run that goes on
     trainer(tmp_path, max_epochs=3).fit(more, changed, ckpt_path=tmp_path / "x.ckpt")
     assert torch.equal(more.objective.offsets.background, whole.objective.offsets.background)
@@ -270,7 +272,9 @@ def test_prediction_at_the_files_own_size():
 
 def test_evaluation_scores_at_the_size_of_the_mask():
     """A network that answers with the class of its half-size input is scored on the full-size mask."""
-    module = SegmentationModule(**TINY, num_classes=2)
+    module = SegmentationModule(
+        **TINY, num_classes=2, objective=partial(MarginCalibrationLoss, num_classes=2)
+    )  # not calibrated: no loss
     half = torch.zeros(1, 2, 4, 6)
     half[:, 1, :, 3:] = 5.0
     half[:, 0, :, :3] = 5.0

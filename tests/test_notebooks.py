@@ -1,11 +1,13 @@
 """The notebooks run from top to bottom on the embedded data and find what their text says; what is committed is small."""
 
+import json
 import math
 import re
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import NormalDist, fmean, stdev
 
 import nbformat
+import numpy as np
 import pytest
 from nbclient import NotebookClient
 
@@ -174,3 +176,21 @@ def test_training_comparison(executed):
         assert tail == pytest.approx(fmean(iou[-3:]), abs=0.011), name
         assert iou[0] > 60, name  # has learned; a network that predicts road alone has 51
     assert found["logit adjustment"][1] > 0  # predicts the rare classes
+
+
+def test_study_prints_the_scores_of_the_stored_counts(executed):
+    scores = {}
+    for path in (NOTEBOOKS[0].parents[1] / "benchmarks/study/results/scratch/runs").glob("*/result.json"):
+        run = json.loads(path.read_text())
+        if run["role"] == "final":
+            with np.load(path.with_name("counts.npz")) as saved:
+                hit, labelled, predicted = saved["counts"].sum(0).tolist()
+            iou = [h / (n + p - h) for h, n, p in zip(hit, labelled, predicted, strict=True)]
+            scores.setdefault(run["objective"], []).append(100 * fmean(iou))
+    found = re.findall(r"(?m)^(\S.*?)\s{2,}(\d)\s+([\d.]+) ± ([\d.]+) ", printed(executed("study")))
+    assert len(found) == len(scores) == 14
+    for name, seeds, mean, deviation in found:
+        assert int(seeds) == len(scores[name]) == 3
+        assert float(mean) == pytest.approx(fmean(scores[name]), abs=0.006), name
+        assert float(deviation) == pytest.approx(stdev(scores[name]), abs=0.006), name
+    assert found[0][0] == "power dice (ours)"

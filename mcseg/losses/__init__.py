@@ -2,11 +2,12 @@
 
 from mcseg.kernels import Upsampling
 from mcseg.losses.combine import SumLoss
-from mcseg.losses.margin import MarginCalibrationLoss, Reduction, margin_calibration_loss
+from mcseg.losses.margin import POWER_DICE, MarginCalibrationLoss, Reduction, margin_calibration_loss
 from mcseg.losses.pixelwise import BalancedSoftmaxLoss, CrossEntropyLoss, FocalLoss, LDAMLoss, LogitAdjustmentLoss
 from mcseg.losses.regions import DiceLoss, GeneralizedDiceLoss, JaccardLoss, LovaszSoftmaxLoss, TverskyLoss
 
 __all__ = [
+    "POWER_DICE",
     "BalancedSoftmaxLoss",
     "CrossEntropyLoss",
     "DiceLoss",

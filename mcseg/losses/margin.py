@@ -1,7 +1,9 @@
 """The margin-calibrated log-loss as a function and as a module."""
 
 import math
-from typing import Any, Literal, Self
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final, Literal, Self
 
 import torch
 from torch import Tensor
@@ -101,11 +103,25 @@ def margin_calibration_loss(
     return total if reduction == "sum" else total / (target != ignore_index).sum().clamp(min=1)
 
 
+#: Power Dice as arguments of `MarginCalibrationLoss`: what mcseg trains with unless it is told otherwise.
+POWER_DICE: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "scheme": "none",
+        "margin": "soft",
+        "surrogate": "sigmoid",
+        "power": 0.5,
+        "aggregation": "dice",
+        "classes": "all",
+    }
+)
+
+
 class MarginCalibrationLoss(Objective):
     """`margin_calibration_loss` with offsets from the pixel counts of the training labels.
 
-    Call `calibrate` once before the first use. The offsets travel in the ``state_dict``, so a loss that loads a
-    calibrated checkpoint needs no training labels. They stay float64 when the module is cast to another dtype.
+    Call `calibrate` once before the first use, unless the scheme is ``"none"``. The offsets travel in the ``state_dict``, so
+    a loss that loads a calibrated checkpoint needs no training labels. They stay float64 when the module is cast to another
+    dtype.
 
     Args:
         num_classes: C >= 2.
@@ -131,7 +147,7 @@ class MarginCalibrationLoss(Objective):
         decay: Of ``"iou"``: share of the running counts that a step keeps, 0 <= decay < 1.
 
     Attributes:
-        foreground_offsets: Buffer, float64 ``(C,)``, NaN until calibrated.
+        foreground_offsets: Buffer, float64 ``(C,)``, NaN until calibrated (0 with scheme ``"none"``).
         background_offsets: Buffer, likewise.
         class_statistics: As of every objective. Of the ratios: ``ratio``, with its calibrated errors, ``miss_rate`` and
             ``false_alarm_rate``, see `mcseg.losses.family.ratio`; of ``"iou"``: ``running_iou``, ``miss_weight`` and
@@ -237,8 +253,8 @@ class MarginCalibrationLoss(Objective):
 
     @property
     def class_constants(self) -> dict[str, Tensor]:
-        """The offsets, once they are known: ``foreground_offset`` and ``background_offset``."""
-        if not self._calibrated:
+        """The offsets, where there are such and once they are known: ``foreground_offset`` and ``background_offset``."""
+        if not self._calibrated or self.scheme == "none":
             return {}
         return {"foreground_offset": self.foreground_offsets, "background_offset": self.background_offsets}
 
@@ -325,9 +341,10 @@ class MarginCalibrationLoss(Objective):
 
     def _reset_buffers(self) -> None:
         # a flag beside the buffers: looking for NaN in them at each step would make the host wait for the device
-        self._calibrated = False
+        self._calibrated = self.scheme == "none"
+        start = 0.0 if self._calibrated else torch.nan
         for name in ("foreground_offsets", "background_offsets"):
-            self.register_buffer(name, torch.full((self.num_classes,), torch.nan, dtype=torch.float64))
+            self.register_buffer(name, torch.full((self.num_classes,), start, dtype=torch.float64))
         if self._follows_iou:
             # shares of labels, hits and predictions, see `confusion_shares`; goes on where a run is resumed
             self.register_buffer("running_shares", torch.zeros(3, self.num_classes, dtype=torch.float64))
