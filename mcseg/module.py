@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import torch
 import torch.distributed
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
+from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -133,6 +134,8 @@ class SegmentationModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse to train what no checkpoint could hold, or from a file that is not there."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            self.network.to(memory_format=torch.contiguous_format)  # weights are shared out only as they lie in a row
         if stage != "fit":
             return
         if self._not_plain:

@@ -80,9 +80,17 @@ class ObjectiveMonitor(Callback):
         picture = pictures.class_values_picture(constants, names, class_palette(trainer, len(names)))
         log_picture(trainer, "objective/constants", picture, "objective.png")
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin an epoch."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin a run; one that goes on gets its sums from the checkpoint after this."""
         self._sums = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the sums of an epoch that is under way to the checkpoint."""
+        return {"sums": {name: sums.cpu() for name, sums in self._sums.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take them from a checkpoint."""
+        self._sums = dict(state_dict["sums"])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,11 +101,12 @@ class ObjectiveMonitor(Callback):
         for name, values in getattr(getattr(pl_module, "objective", None), "class_statistics", {}).items():
             known = ~values.isnan()
             step = torch.stack([values.masked_fill(~known, 0), known.to(values.dtype)])
-            self._sums[name] = self._sums[name] + step if name in self._sums else step
+            self._sums[name] = self._sums[name].to(step.device) + step if name in self._sums else step
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the means."""
         self._log(trainer, "train", {name: sums / steps for name, (sums, steps) in self._sums.items()})
+        self._sums = {}
 
     def _log(self, trainer: pl.Trainer, prefix: str, found: Mapping[str, Tensor]) -> None:
         """Give the values that are not NaN to all loggers."""

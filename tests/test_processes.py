@@ -1,16 +1,19 @@
 """Several processes compute what one does: losses, gradients, and a whole training with its scores."""
 
+import copy
 import csv
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from pytorch_lightning.strategies import FSDPStrategy
 
-from mcseg import SyntheticData
+from mcseg import SegmentationModule, SyntheticData
 from mcseg.losses import (
     BalancedSoftmaxLoss,
     CrossEntropyLoss,
@@ -183,3 +186,82 @@ def test_training_is_that_of_one_process(trained, processes):
         for name, value in row.items():
             if name != "val/loss":  # a mean over batches, of which repeated images are a part
                 assert (float(value or 0), name) == (pytest.approx(float(one_row[name] or 0), rel=1e-4, abs=1e-7), name)
+
+
+def sharded_as_rank(rank, world, folder):
+    """A step of a network whose weights are shared out, and of a whole one on all images."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/shards", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    module = SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=4, frozen_batch_norm=True)
+    module.objective.smooth = 0.0  # the whole network's counts are added up over both processes as well
+    alone = copy.deepcopy(module)
+    module._trainer = SimpleNamespace(strategy=FSDPStrategy())  # Lightning's own needs a GPU
+    module.setup("validate")
+    mesh = init_device_mesh("cpu", (world,))
+    fully_shard(module.network.model.encoder, mesh=mesh)
+    fully_shard(module.network, mesh=mesh)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (world, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    target = torch.randint(0, 4, (world, 32, 32), generator=generator)
+    found = []
+    for one, mine in ((module, slice(rank, rank + 1)), (alone, slice(None))):
+        loss = one.objective(one(image[mine]), target[mine])
+        loss.backward()
+        gradients = {name: p.grad for name, p in one.network.named_parameters() if p.grad is not None}
+        whole = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in gradients.items()}
+        found.append((loss.detach(), {name: grad.contiguous() for name, grad in whole.items()}))
+    if rank == 0:
+        torch.save(found, folder + "/found.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_weights_that_are_shared_out_train_as_whole_ones(tmp_path):
+    torch.multiprocessing.spawn(sharded_as_rank, (2, str(tmp_path)), nprocs=2)
+    (loss, gradients), (expected, whole) = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-6)
+    assert gradients.keys() == whole.keys()
+    for name, gradient in whole.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-3, atol=1e-6 * float(gradient.abs().max()) + 1e-9)
+
+
+DYING = """
+import os, signal, sys
+import pytorch_lightning as pl
+from mcseg.cli import main
+
+class Dies(pl.Callback):
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and batch_idx == 1:
+            if sys.argv[1] == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise ValueError("the disk is on fire")
+
+make = pl.Trainer.__init__
+def init(self, *args, callbacks=None, **options):
+    make(self, *args, callbacks=[*(callbacks or []), Dies()], **options)
+pl.Trainer.__init__ = init
+main(["fit", "synthetic", *sys.argv[2:]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"), [("killed", "Check the logs of the remote worker"), ("raised", "the disk is on fire")]
+)
+def test_a_process_that_dies_ends_the_job_with_its_reason(how, reason, tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(DYING)
+    words = [
+        "--trainer.devices=2", "--trainer.accelerator=cpu", "--trainer.strategy=ddp", "--data.train_scenes=64",
+        "--data.size=[32,48]", "--data.crop_size=[32,32]", "--data.num_workers=0", "--trainer.enable_progress_bar=false",
+        "--model.encoder=tu-test_resnet.r160_in1k", "--data.batch_size=2", f"--trainer.default_root_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(script), how, *words]
+    # The time that both take to start is a part of it.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode != 0
+    assert reason in done.stdout + done.stderr

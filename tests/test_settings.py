@@ -71,7 +71,7 @@ WRONG = {
     "fit --model.objective mcseg.losses.Foo": (2, "model.objective: mcseg.losses.Foo: module 'mcseg.losses' has no"),
     "fit --model.objective torch.Tensor": (2, "model.objective: Import path does not correspond to a subclass of Module"),
     "fit --model.objective null": (1, "model.objective: found null"),
-    "fit --model.objective.init_args.tua 3": (2, "mcseg.losses.MarginCalibrationLoss: Option 'tua' is not accepted"),
+    "fit --model.objective.init_args.tua 3": (2, "MarginCalibrationLoss: Option 'tua' is not accepted"),
     "fit --model.objective.scheme foo": (2, "scheme: Expected a typing.Literal['ijcv2022', 'miou', 'none']. Got value: foo"),
     "fit --model.optimizer Foo": (2, "model.optimizer: Expected a dot import path string: Foo"),
     "fit --model.optimizer.lrr 3": (2, "model.optimizer: Option 'lrr' is not accepted"),
