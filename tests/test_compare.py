@@ -495,6 +495,8 @@ def test_second_stage_begins_with_the_last_weights_of_the_first(tmp_path, monkey
     first, found_first = in_process(tmp_path, plan[0], monkeypatch)
     _, found = in_process(tmp_path, plan[1], monkeypatch)
     assert found["fingerprint"]["batches"] == found_first["fingerprint"]["batches"]
+    assert found["settings"]["model"]["init_from"] == f"runs/{first.name}/last.ckpt"
+    assert str(tmp_path) not in json.dumps(found)
     assert found["fingerprint"]["weights"] != found_first["fingerprint"]["weights"]
     again = Run("other", "final", 0, (*plan[1].words, "--trainer.limit_train_batches=1"), start=plan[0])
     assert in_process(tmp_path, again, monkeypatch)[1]["fingerprint"]["weights"] == found["fingerprint"]["weights"]

@@ -131,6 +131,8 @@ def _settings(found: dict[str, Any]) -> dict[str, Any]:
     if data.get("root"):
         data["root"] = Path(data["root"]).name
     kept["data"] = {**kept["data"], "init_args": data}
+    if start := kept["model"].get("init_from"):
+        kept["model"] = {**kept["model"], "init_from": "/".join(Path(start).parts[-3:])}  # in the comparison's folder
     return cast(dict[str, Any], json.loads(json.dumps(kept, default=str)))
 
 
