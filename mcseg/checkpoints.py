@@ -58,16 +58,21 @@ class CheckpointOnSignal(Callback):
     """Writes a checkpoint when a training is told to end by SIGTERM.
 
     Args:
-        path: where; a run that goes on from it has the next batch that it would have had.
+        path: where; a run that goes on from it has the next batch that it would have had, and repeats a validation that
+            was under way.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Write it, unless the last epoch's validation was under way: that is done again."""
-        # between two batches all counters agree; Lightning looks for SIGTERM there
-        if isinstance(exception, SIGTERMException) and trainer.training:
+        """Write it; Lightning looks for SIGTERM between two batches, where all counters agree."""
+        if isinstance(exception, SIGTERMException) and (trainer.training or trainer.validating):
+            if trainer.validating:
+                # what Lightning takes for a validation that has begun, with none of its batches done
+                progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+                progress.reset()
+                progress.total.ready = progress.total.started = 1
             trainer.save_checkpoint(self.path, weights_only=False)
             rank_zero_info(f"told to end; to go on: mcseg fit --resume {trainer.default_root_dir}")
 

@@ -38,12 +38,12 @@ class Killer(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL if self.kind == "step" else signal.SIGTERM)
 
     def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, *_):
-        if trainer.global_step == self.place and self.kind == "validation":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if trainer.global_step == self.place and batch_idx == 1 and self.kind in ("validation", "term-validation"):
+            os.kill(os.getpid(), signal.SIGKILL if self.kind == "validation" else signal.SIGTERM)
 
 folder, moments, words = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
 fresh = ["fit", *words, "--trainer.default_root_dir", folder]
-codes, going = [], fresh
+codes, steps, going = [], [], fresh
 for moment in [*moments, None]:
     child = os.fork()
     if child == 0:
@@ -58,9 +58,11 @@ for moment in [*moments, None]:
             os._exit(error.code)
         os._exit(0)
     codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    last = folder + "/checkpoints/last.ckpt"
+    steps.append(checkpoints.steps_done(last) if os.path.exists(last) else 0)
     if os.path.exists(folder + "/config.yaml"):
         going = ["fit", "--resume", folder]
-print("CODES", json.dumps(codes))
+print("ATTEMPTS", json.dumps([codes, steps]))
 """
 WORDS = [
     "--config",
@@ -75,6 +77,8 @@ WORDS = [
     "[48,64]",
     "--data.batch_size",
     "4",
+    "--data.eval_batch_size",
+    "1",
     "--data.num_workers",
     "0",
     "--trainer.max_epochs",
@@ -100,7 +104,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Folder of a run of 20 steps that was killed at moments, and the exit codes of its attempts."""
+    """Folder of a run of 20 steps that was killed at moments, the exit codes of its attempts and the steps of its checkpoint."""
 
     def made(*moments):
         folder = tmp_path_factory.mktemp("run") / "run"
@@ -111,9 +115,9 @@ def run(tmp_path_factory):
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=500, check=True, env=environment, cwd=folder.parent
         )
-        codes = next((line for line in done.stdout.splitlines() if line.startswith("CODES")), None)
-        assert codes, done.stderr[-3000:]
-        return folder, json.loads(codes.removeprefix("CODES")), done.stdout + done.stderr
+        said = next((line for line in done.stdout.splitlines() if line.startswith("ATTEMPTS")), None)
+        assert said, done.stderr[-3000:]
+        return folder, *json.loads(said.removeprefix("ATTEMPTS")), done.stdout + done.stderr
 
     return made
 
@@ -124,13 +128,16 @@ def rows(folder):
 
 
 def test_a_run_that_was_killed_ends_like_one_that_was_not(run):
-    """In a step before there is a checkpoint, in validation, while a checkpoint is written, in a step, by SIGTERM in a step."""
-    whole, codes, told = run()
+    """In a step before there is a checkpoint, in validation, while a checkpoint is written, by SIGTERM in a step and in validation."""
+    whole, codes, _, told = run()
     assert codes == [0], told[-3000:]
     # five steps an epoch: before the first checkpoint, in the second validation, in the third checkpoint, and in steps
-    folder, codes, told = run("step 3", "validation 10", "checkpoint 15", "step 12", "term 13", "step 17")
-    assert codes == [-9, -9, -9, -9, 128 + 15, -9, 0], told[-3000:]
-    assert "mcseg fit --resume" in told
+    folder, codes, steps, told = run(
+        "step 3", "validation 10", "checkpoint 15", "step 12", "term 13", "term-validation 15", "step 17"
+    )
+    assert codes == [-9, -9, -9, -9, 128 + 15, 128 + 15, -9, 0], told[-3000:]
+    assert steps == [0, 5, 10, 10, 14, 15, 15, 20]  # SIGTERM costs no step
+    assert told.count("to go on: mcseg fit --resume") == 2
     one, other = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (whole, folder))
     assert one["global_step"] == other["global_step"] == 20
     assert one["state_dict"].keys() == other["state_dict"].keys()
