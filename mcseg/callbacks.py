@@ -13,7 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from mcseg import pictures
-from mcseg.metrics import Scores, SegmentationScores, rarest_third
+from mcseg.metrics import Scores, SegmentationScores, is_repeated, rarest_third
 from mcseg.tracking import class_names, class_palette, log_picture
 
 IGNORE_INDEX = 255
@@ -103,7 +103,6 @@ class JaccardCallback(EvaluationCallback):
         self.class_names = class_names
         self.scores: dict[str, Scores] = {}
         self._metric: SegmentationScores | None = None
-        self._seen = 0
         self._tail: Tensor | None = None
         self._silent: set[str] = set()
 
@@ -119,7 +118,6 @@ class JaccardCallback(EvaluationCallback):
         """Begin to count."""
         classes = len(class_names(trainer, self.class_names))
         self._metric = SegmentationScores(classes, IGNORE_INDEX).to(module.device)
-        self._seen = 0
 
     def take(self, trainer: pl.Trainer, outputs: Any, batch: Any, batch_idx: int, split: str) -> None:
         """Count a batch."""
@@ -127,13 +125,9 @@ class JaccardCallback(EvaluationCallback):
         target = outputs["target"]
         if trainer.world_size > 1:
             loader: Any = trainer.val_dataloaders if split == "val" else trainer.test_dataloaders
-            dropped = batch.get("dropped", ())  # places of images that were skipped
-            places = [place for place in range(len(target) + len(dropped)) if place not in dropped]
-            # Lightning's sampler deals image j to rank j % world_size and fills up with repeated images at the end.
-            position = (self._seen + torch.tensor(places)) * trainer.world_size + trainer.global_rank
-            repeated = (position >= len(loader.dataset)).view(-1, *[1] * (target.ndim - 1))
-            target = target.masked_fill(repeated.to(target.device), IGNORE_INDEX)
-            self._seen += len(target) + len(dropped)
+            dropped = batch.get("dropped", ())
+            repeated = is_repeated(loader, len(target), batch_idx, trainer.world_size, trainer.global_rank, dropped)
+            target = target.masked_fill(repeated.to(target.device).view(-1, 1, 1), IGNORE_INDEX)
         self._metric.update(outputs["preds"], target)
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:

@@ -72,7 +72,9 @@ class CheckpointOnSignal(Callback):
                 # what Lightning takes for a validation that has begun, with none of its batches done
                 progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
                 progress.reset()
-                progress.total.ready = progress.total.started = 1
+                progress.increment_ready()
+                progress.increment_started()
+                progress.current.reset()
             trainer.save_checkpoint(self.path, weights_only=False)
             rank_zero_info(f"told to end; to go on: mcseg fit --resume {trainer.default_root_dir}")
 

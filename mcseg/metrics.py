@@ -1,7 +1,9 @@
 """Confusion counts over a whole split, and what is read from them; every IoU in the package comes from here."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +63,27 @@ def rarest_third(class_pixels: Tensor) -> Tensor:
     absent = int((class_pixels == 0).sum())
     present = class_pixels.argsort(stable=True)[absent:]
     return present[: math.ceil(len(present) / 3)]
+
+
+def is_repeated(loader: Any, count: int, batch_idx: int, processes: int, rank: int, dropped: Collection[int] = ()) -> Tensor:
+    """Find the images that a distributed sampler repeats so that each process has as many.
+
+    Lightning's sampler deals image j to process j % processes and fills up at the end.
+
+    Args:
+        loader: the process's loader, not shuffled, with a ``batch_size``.
+        count: images N of the batch.
+        batch_idx: number of the batch in its epoch.
+        processes: number of processes.
+        rank: number of this process.
+        dropped: places of images of the batch that were skipped; they are not among the N.
+
+    Returns:
+        (N,) bool on the CPU.
+    """
+    places = torch.tensor([place for place in range(count + len(dropped)) if place not in dropped], dtype=torch.int64)
+    repeated: Tensor = (batch_idx * loader.batch_size + places) * processes + rank >= len(loader.dataset)
+    return repeated
 
 
 def image_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:

@@ -21,6 +21,7 @@ from mcseg.checkpoints import read_checkpoint
 from mcseg.inference import Inference, labels_at
 from mcseg.kernels import predicted_classes
 from mcseg.losses import POWER_DICE, CrossEntropyLoss, MarginCalibrationLoss, Upsampling
+from mcseg.metrics import is_repeated
 from mcseg.networks import SegmentationNetwork
 from mcseg.seeds import seed_of, seeded
 
@@ -127,6 +128,7 @@ class SegmentationModule(pl.LightningModule):
         self._resumed = False  # set while a Trainer restores a run that it goes on with
         self._last_loss: tuple[Tensor, list[str], int] | None = None  # with the batch's names and its step
         self._skipped: list[str] = []
+        self._evaluated = torch.zeros(2)  # sum of the losses of evaluation's images so far, and their number
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits (N,C,H,W) of an image (N,3,H,W), uint8 0..255 or floating point 0..1, RGB."""
@@ -220,6 +222,19 @@ class SegmentationModule(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Look at the last loss, before its weights go into a checkpoint."""
         self._stop_if_not_finite()
+        self._evaluated = torch.zeros(2, device=self.device)
+
+    def on_test_epoch_start(self) -> None:
+        """Begin to add up losses."""
+        self._evaluated = torch.zeros(2, device=self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss``."""
+        self._log_evaluated("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/loss``."""
+        self._log_evaluated("test")
 
     def on_fit_end(self) -> None:
         """Tell which batches were left out."""
@@ -246,11 +261,11 @@ class SegmentationModule(pl.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Predict a batch of whole images; see :meth:`_evaluate`."""
-        return self._evaluate(batch, "val")
+        return self._evaluate(batch, batch_idx, self.trainer.val_dataloaders)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Predict a batch of whole images; see :meth:`_evaluate`."""
-        return self._evaluate(batch, "test")
+        return self._evaluate(batch, batch_idx, self.trainer.test_dataloaders)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Tensor]:
         """Predict images at their files' own size: a list of (H,W) uint8 train ids."""
@@ -338,10 +353,11 @@ class SegmentationModule(pl.LightningModule):
         with torch.autocast(logits.device.type, enabled=False):
             return cast(Tensor, objective(logits.float(), target, *upsampling))
 
-    def _evaluate(self, batch: dict[str, Any], split: str) -> dict[str, Tensor]:
+    def _evaluate(self, batch: dict[str, Any], batch_idx: int, loader: Any) -> dict[str, Tensor]:
         """Give ``preds`` (N,H,W) uint8 and ``target`` (N,H,W) int64 to the callbacks, at the size of the masks.
 
-        The loss is taken at the network's resolution, as in training.
+        The loss is taken at the network's resolution, as in training, of the batch's images that no other process has. A
+        process may have none of them, or a batch less than others: nothing here waits for another.
         """
         image, target = batch["image"], batch["mask"]
         if not len(image):  # all of them were skipped
@@ -349,17 +365,29 @@ class SegmentationModule(pl.LightningModule):
         if not self.inference.is_plain(image.shape[-2:]):
             return {"preds": self.inference(self, image, target.shape[-2:]), "target": target}
         size = target.shape[-2:]
+        fused: tuple[Upsampling, ...] = ()
         if self._fuses_upsampling and size == image.shape[-2:]:
-            coarse, upsampling = self.network.forward_coarse(image)
-            inputs: tuple[Any, ...] = (coarse, target, Upsampling(*upsampling))
-            preds = predicted_classes(coarse, size, inputs[2])
+            logits, upsampling = self.network.forward_coarse(image)
+            labels, fused = target, (Upsampling(*upsampling),)
+            preds = predicted_classes(logits, size, *fused)
         else:
             logits = self(image)
-            inputs = (logits, _nearest(target, logits.shape[-2:]))
-            preds = labels_at(logits, size)
-        if getattr(self.objective, "is_calibrated", True):
-            self.log(f"{split}/loss", self._loss(self.objective, *inputs), batch_size=len(target), sync_dist=True)
+            labels, preds = _nearest(target, logits.shape[-2:]), labels_at(logits, size)
+        number = len(target)
+        if self.trainer.world_size > 1:  # images that are repeated are the last ones
+            dropped = batch.get("dropped", ())
+            repeated = is_repeated(loader, number, batch_idx, self.trainer.world_size, self.global_rank, dropped)
+            number -= int(repeated.sum())
+        if number and getattr(self.objective, "is_calibrated", True):
+            loss = self._loss(self.objective, logits[:number], labels[:number], *fused)
+            self._evaluated += torch.stack([number * loss, torch.full_like(loss, number)])
         return {"preds": preds, "target": target}
+
+    def _log_evaluated(self, split: str) -> None:
+        """Log the mean loss of the images of all processes, unless there is none."""
+        total, number = self.trainer.strategy.reduce(self._evaluated, reduce_op="sum")
+        if number:
+            self.log(f"{split}/loss", total / number)
 
     def _init_from(self, path: str) -> None:
         """Copy the network of another run's checkpoint."""

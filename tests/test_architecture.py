@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "checkpoints": set(),
     "losses": {"margins", "kernels"},
     "messages": set(),
-    "module": {"checkpoints", "inference", "kernels", "losses", "networks", "seeds"},
+    "module": {"checkpoints", "inference", "kernels", "losses", "metrics", "networks", "seeds"},
     "callbacks": {"metrics", "pictures", "tracking"},
     "tracking": {"pictures"},
     "bounds": {"margins"},

@@ -570,7 +570,7 @@ def test_repeated_images_do_not_count_where_one_before_them_is_skipped():
     """Process 1 of 2 has images 1, 3 and, as five do not divide by two, 0 once more; the second of them is skipped."""
     data = SimpleNamespace(class_names=("a", "b"))
     trainer = SimpleNamespace(world_size=2, global_rank=1, datamodule=data)
-    trainer.val_dataloaders = SimpleNamespace(dataset=range(5))
+    trainer.val_dataloaders = SimpleNamespace(dataset=range(5), batch_size=2)
     callback = JaccardCallback(["a", "b"])
     callback.start(trainer, SimpleNamespace(device=torch.device("cpu")), "val")
     labels = torch.zeros(2, 4, 4, dtype=torch.int64)

@@ -3,6 +3,7 @@
 import csv
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -281,7 +282,8 @@ def test_evaluation_scores_at_the_size_of_the_mask():
     module.network.forward = lambda image: half
     target = torch.zeros(1, 8, 12, dtype=torch.long)
     target[..., 6:] = 1
-    outputs = module._evaluate({"image": torch.zeros(1, 3, 4, 6), "mask": target}, "val")
+    module._trainer = SimpleNamespace(world_size=1, val_dataloaders=None)
+    outputs = module.validation_step({"image": torch.zeros(1, 3, 4, 6), "mask": target}, 0)
     assert torch.equal(outputs["preds"].long(), target)
 
 
@@ -325,12 +327,12 @@ def test_validation_loss_is_taken_at_the_networks_resolution():
     module = SegmentationModule(**TINY, num_classes=2, objective=KeepsItsArguments())
     logits = torch.randn(1, 2, 5, 6)
     module.network.forward = lambda image: logits
-    seen = {}
-    module.log = lambda name, value, **_: seen.update({name: value})
+    module._trainer = SimpleNamespace(world_size=1, val_dataloaders=None)
     target = torch.randint(0, 2, (1, 11, 17))
-    module._evaluate({"image": torch.zeros(1, 3, 5, 6), "mask": target}, "val")
+    with torch.no_grad():
+        module.validation_step({"image": torch.zeros(1, 3, 5, 6), "mask": target}, 0)
     nearest = nn.functional.interpolate(target[None].float(), (5, 6), mode="nearest")[0].long()
-    assert torch.equal(seen["val/loss"], nn.functional.cross_entropy(logits, nearest))
+    assert module._evaluated.tolist() == [float(nn.functional.cross_entropy(logits, nearest)), 1]
 
 
 def test_init_from_takes_the_network_and_nothing_else(tmp_path):

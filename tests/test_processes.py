@@ -81,7 +81,7 @@ def objectives_as_rank(rank, world, folder):
         results[name] = steps
     if rank == 0:
         with torch.no_grad():  # one process's own affair: nobody else takes part
-            results["alone"] = float(made("cross entropy")(logits[:1], target[:1]))
+            results["alone"] = {name: float(made(name)(logits[:1], target[:1])) for name in OBJECTIVES}
     torch.distributed.barrier()
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
@@ -102,7 +102,8 @@ def test_losses_are_those_of_one_process_with_all_pixels(world, tmp_path):
             assert sum(values) / world == pytest.approx(float(value.detach()), rel=1e-6), name
             gradient = torch.cat([torch.tensor(part, dtype=torch.float64) for part in gradients])
             torch.testing.assert_close(gradient, z.grad.flatten(), rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-    assert found[0]["alone"] == pytest.approx(float(made("cross entropy")(logits[:1], target[:1])), rel=1e-12)
+    for name, value in found[0]["alone"].items():
+        assert value == pytest.approx(float(made(name)(logits[:1], target[:1])), rel=1e-12), name
 
 
 TRAIN = """
@@ -184,8 +185,7 @@ def test_training_is_that_of_one_process(trained, processes):
     assert len(log) == len(one_log)  # one process writes, and what it writes is that of all
     for row, one_row in zip(log, one_log, strict=True):
         for name, value in row.items():
-            if name != "val/loss":  # a mean over batches, of which repeated images are a part
-                assert (float(value or 0), name) == (pytest.approx(float(one_row[name] or 0), rel=1e-4, abs=1e-7), name)
+            assert (float(value or 0), name) == (pytest.approx(float(one_row[name] or 0), rel=1e-4, abs=1e-7), name)
 
 
 def sharded_as_rank(rank, world, folder):
@@ -265,3 +265,31 @@ def test_a_process_that_dies_ends_the_job_with_its_reason(how, reason, tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode != 0
     assert reason in done.stdout + done.stderr
+
+
+def test_evaluation_waits_for_no_process_without_images(photo_folder, tmp_path):
+    """Three images on two processes: the second has one that cannot be read, and the first image once more."""
+    (photo_folder / "train.txt").write_text("".join(f"photo {index}\n" for index in range(3, 10)))
+    (photo_folder / "val.txt").write_text("photo 0\nphoto 1\nphoto 2\n")
+    words = [f"--data.root={photo_folder}", "--data.num_workers=0", "--trainer.accelerator=cpu", "--data.on_error=skip"]
+    words += ["--model.encoder=tu-test_resnet.r160_in1k"]
+    fit = ["--data.batch_size=2", "--trainer.max_epochs=1", "--model.encoder_weights=null"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    found = []
+
+    def mcseg(command, folder, *more):
+        line = [sys.executable, "-m", "mcseg", command, "folder", *words, f"--trainer.default_root_dir={folder}", *more]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    mcseg("fit", tmp_path / "run", *fit)
+    (photo_folder / "images" / "photo 1.jpg").write_bytes(b"")
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        mcseg("validate", folder, f"--ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}", f"--trainer.devices={processes}")
+        found.append(next(csv.DictReader((folder / "metrics.csv").read_text().splitlines())))
+    alone, together = found
+    assert float(alone["val/loss"]) > 0
+    assert alone.keys() == together.keys()
+    for name, value in together.items():
+        assert (name, float(value)) == (name, pytest.approx(float(alone[name]), rel=1e-6))

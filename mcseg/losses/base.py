@@ -57,12 +57,15 @@ def check_range(name: str, value: float, low: float, *, open_: bool = False) -> 
 
 
 def summed_over_processes(counts: Tensor) -> Tensor:
-    """Sum counts over all processes of a group, with gradient; outside a group they are returned as they are.
+    """Sum counts over all processes of a group, with gradient.
+
+    Outside a group, and where no gradient is recorded (an evaluation is a process's own affair, and the others would be
+    waited for in vain), they are returned as they are.
 
     A process answers for its share of the sums of all, so the mean over processes that DDP takes of the gradients is the
     gradient of a loss that is a function of the sums.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
         return cast(Tensor, all_reduce(counts))  # type: ignore[no-untyped-call]
     return counts
 
