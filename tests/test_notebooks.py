@@ -179,18 +179,21 @@ def test_training_comparison(executed):
 
 
 def test_study_prints_the_scores_of_the_stored_counts(executed):
-    scores = {}
-    for path in (NOTEBOOKS[0].parents[1] / "benchmarks/study/results/scratch/runs").glob("*/result.json"):
-        run = json.loads(path.read_text())
-        if run["role"] == "final":
-            with np.load(path.with_name("counts.npz")) as saved:
-                hit, labelled, predicted = saved["counts"].sum(0).tolist()
-            iou = [h / (n + p - h) for h, n, p in zip(hit, labelled, predicted, strict=True)]
-            scores.setdefault(run["objective"], []).append(100 * fmean(iou))
+    results = NOTEBOOKS[0].parents[1] / "benchmarks/study/results"
     found = re.findall(r"(?m)^(\S.*?)\s{2,}(\d)\s+([\d.]+) ± ([\d.]+) ", printed(executed("study")))
-    assert len(found) == len(scores) == 14
-    for name, seeds, mean, deviation in found:
-        assert int(seeds) == len(scores[name]) == 3
-        assert float(mean) == pytest.approx(fmean(scores[name]), abs=0.006), name
-        assert float(deviation) == pytest.approx(stdev(scores[name]), abs=0.006), name
-    assert found[0][0] == "power dice (ours)"
+    assert len(found) == 2 * 14
+    for regime, table in (("scratch", found[:14]), ("finetune", found[14:])):
+        scores = {}
+        for path in (results / regime / "runs").glob("*/result.json"):
+            run = json.loads(path.read_text())
+            if run["role"] == "final":
+                with np.load(path.with_name("counts.npz")) as saved:
+                    hit, labelled, predicted = saved["counts"].sum(0).tolist()
+                iou = [h / (n + p - h) for h, n, p in zip(hit, labelled, predicted, strict=True)]
+                scores.setdefault(run["objective"], []).append(100 * fmean(iou))
+        assert {name for name, *_ in table} == scores.keys()
+        for name, seeds, mean, deviation in table:
+            assert int(seeds) == len(scores[name]) == 3
+            assert float(mean) == pytest.approx(fmean(scores[name]), abs=0.006), name
+            assert float(deviation) == pytest.approx(stdev(scores[name]), abs=0.006), name
+    assert (found[0][0], found[14][0]) == ("power dice (ours)", "dice")
