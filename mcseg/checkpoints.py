@@ -19,6 +19,10 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from mcseg import __version__
+
+VERSION = "mcseg_version"  # key of a checkpoint
+
 
 class CheckpointFile(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it: there is a whole one at every moment. Unpickles nothing."""
@@ -149,6 +153,12 @@ def read_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path}: holds no state_dict; expected a .ckpt file as mcseg fit writes it")
     return checkpoint
+
+
+def written_by(checkpoint: dict[str, Any]) -> str:
+    """Say which version of the package wrote a checkpoint, and which this is."""
+    writer = f"mcseg {checkpoint[VERSION]}" if VERSION in checkpoint else "an earlier mcseg"
+    return f"written by {writer}, this is {__version__}"
 
 
 def steps_done(path: Path) -> int:

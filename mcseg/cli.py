@@ -1,6 +1,7 @@
 """The command ``mcseg``: Lightning's fit, validate, test and predict, and mcseg's own verbs for data sets."""
 
 import argparse
+import inspect
 import json
 import logging
 import os
@@ -32,7 +33,15 @@ from mcseg.callbacks import (
     TrainingCurves,
     score_names,
 )
-from mcseg.checkpoints import CheckpointFile, CheckpointOnSignal, ContinuedCSVLogger, read_checkpoint, resumed, steps_done
+from mcseg.checkpoints import (
+    CheckpointFile,
+    CheckpointOnSignal,
+    ContinuedCSVLogger,
+    read_checkpoint,
+    resumed,
+    steps_done,
+    written_by,
+)
 from mcseg.data import IGNORE_INDEX, DataError, SegmentationData
 from mcseg.data.benchmark import benchmark_facts, benchmark_names
 from mcseg.data.datamodule import SPLITS
@@ -74,17 +83,16 @@ Any key of a recipe can be set behind it: mcseg fit --config camvid --data.root 
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves config.yaml without the run folder that mcseg chose, so that using it again makes a new one."""
+    """Saves config.yaml without the run folder, so that using it again makes a new one and overwrites nothing."""
 
-    def __init__(self, *args: Any, chosen_folder: str | None = None, **options: Any) -> None:
+    def __init__(self, *args: Any, run_folder: str | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        if chosen_folder is None:
-            return
         self.config = self.config.clone()
         self.config.trainer.default_root_dir = None
-        self.config.checkpoint.dirpath = None
+        if self.config.checkpoint.dirpath == str(Path(run_folder or "") / "checkpoints"):
+            self.config.checkpoint.dirpath = None
         for logger in _loggers(self.config):
-            if logger.get("init_args.save_dir") == chosen_folder:
+            if logger.get("init_args.save_dir") == run_folder:
                 logger.init_args.save_dir = "."
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -167,6 +175,24 @@ class SegmentationCLI(LightningCLI):
         elif verb in ("validate", "test", "predict"):
             raise ValueError(f"mcseg {self.verb} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt")
 
+    def _parse_ckpt_path(self) -> None:
+        """Take a checkpoint's objective whole: what an earlier version did not know has its default, not the recipe's."""
+        verb = self.config.get("subcommand")
+        path = self.config[verb].get("ckpt_path") if verb else None
+        checkpoint = read_checkpoint(path, mmap=True) if path and Path(path).is_file() else {}
+        try:
+            super()._parse_ckpt_path()
+        except ArgumentError as error:
+            raise ValueError(
+                f"--ckpt_path: {path} has settings that do not hold here ({written_by(checkpoint)}): {one_line(error)}"
+            ) from None
+        if stored := checkpoint.get("hyper_parameters", {}).get("objective"):
+            objective = self.config[verb].model.objective
+            for name, parameter in inspect.signature(pkgutil.resolve_name(objective.class_path)).parameters.items():
+                known = name == "num_classes" or name in stored.get("init_args", {})
+                if not known and name in objective.init_args and parameter.default is not parameter.empty:
+                    objective.init_args[name] = parameter.default
+
     def before_instantiate_classes(self) -> None:
         """Choose the run folder and the precision."""
         config = self.verb_config
@@ -179,7 +205,7 @@ class SegmentationCLI(LightningCLI):
         trainer = config.trainer
         if trainer.default_root_dir is None:
             trainer.default_root_dir = str(_run_folder(self.recipe, self.verb))
-            self.save_config_kwargs["chosen_folder"] = trainer.default_root_dir
+        self.save_config_kwargs["run_folder"] = trainer.default_root_dir
         for logger in _loggers(config):
             if logger.get("init_args.save_dir", "") in (None, "."):
                 logger.init_args.save_dir = trainer.default_root_dir

@@ -17,7 +17,8 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from mcseg.checkpoints import read_checkpoint
+from mcseg import __version__
+from mcseg.checkpoints import VERSION, read_checkpoint, written_by
 from mcseg.inference import Inference, labels_at
 from mcseg.kernels import predicted_classes
 from mcseg.losses import POWER_DICE, CrossEntropyLoss, MarginCalibrationLoss, Upsampling
@@ -289,7 +290,7 @@ class SegmentationModule(pl.LightningModule):
         """Note that the weights are trained ones; take over what only the checkpoint knows in plain types.
 
         Raises:
-            ValueError: the checkpoint has another number of classes.
+            ValueError: the checkpoint has another number of classes, or its network other tensors.
         """
         stored = checkpoint.get("hyper_parameters", {}).get("num_classes", self.hparams["num_classes"])
         if stored != self.hparams["num_classes"]:
@@ -298,6 +299,7 @@ class SegmentationModule(pl.LightningModule):
                 "the data that it was trained on, or start a training from it by model.init_from"
             )
         self._compare_classes(checkpoint.get("class_names"))
+        self._compare_networks(checkpoint)
         self.has_weights = True
         self._resumed = self._trainer is not None and self._trainer.state.fn == "fit"
         for name in self._not_plain:  # this module was made from the checkpoint, from objects that keep no record
@@ -305,7 +307,8 @@ class SegmentationModule(pl.LightningModule):
         self._not_plain = {}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the names of the classes, so that weights are not taken for those of other classes unnoticed."""
+        """Keep the version, and the classes' names, so that weights are not taken for those of other classes unnoticed."""
+        checkpoint[VERSION] = __version__
         if names := self._class_names():
             checkpoint["class_names"] = names
 
@@ -319,6 +322,20 @@ class SegmentationModule(pl.LightningModule):
             rank_zero_warn(
                 f"the checkpoint was trained on other classes ({there} where the data have {here}): predictions are taken "
                 "for the classes of the data by their order"
+            )
+
+    def _compare_networks(self, checkpoint: dict[str, Any]) -> None:
+        found, own = (
+            {name: value.shape for name, value in state.items() if name.startswith("network.")}
+            for state in (checkpoint.get("state_dict", {}), self.state_dict())
+        )
+        if self._trainer is not None and isinstance(self._trainer.strategy, FSDPStrategy):
+            return  # its names are others
+        differ = [name for name in found.keys() | own.keys() if found.get(name) != own.get(name)]
+        if found and differ:
+            raise ValueError(
+                f"the checkpoint's network is another one ({len(differ)} tensors differ, for example {min(differ)}; "
+                f"{written_by(checkpoint)}); expected one of the same arch, encoder and network_options"
             )
 
     def on_test_start(self) -> None:

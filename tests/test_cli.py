@@ -432,6 +432,49 @@ def test_saved_config_repeats_the_run_in_a_new_folder(arguments):
     assert len(list((first / "checkpoints").iterdir())) == 2
 
 
+def test_repeating_a_run_of_a_named_folder_overwrites_nothing(arguments, tmp_path):
+    named = tmp_path / "named"
+    main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY, "--trainer.default_root_dir", str(named)])
+    before = {path: path.read_bytes() for path in named.rglob("*") if path.is_file()}
+    main(["fit", "--config", str(named / "config.yaml")])
+    main(["fit", "--config", str(named / "config.yaml"), "--trainer.default_root_dir", str(tmp_path / "other")])
+    assert before == {path: path.read_bytes() for path in named.rglob("*") if path.is_file()}
+    for folder in (run_folder("config"), tmp_path / "other"):
+        assert logged_rows(folder) == logged_rows(named)
+        assert len(list((folder / "checkpoints").iterdir())) == 2
+
+
+def test_checkpoints_of_an_earlier_version(arguments, tmp_path, capsys):
+    """What it did not know has its default, not the recipe's value; what no longer fits is named."""
+    common = ["--config", "synthetic", *arguments("synthetic"), *TINY]
+    main(["fit", *common, "--model.objective", "MarginCalibrationLoss", "--trainer.default_root_dir", str(tmp_path / "run")])
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["objective"]["init_args"]["margin"] == "hard"  # the paper's, not the recipe's
+    del checkpoint["mcseg_version"], checkpoint["class_names"]
+    for name in ("margin", "surrogate", "power", "aggregation", "classes"):
+        del checkpoint["hyper_parameters"]["objective"]["init_args"][name]
+    early = tmp_path / "early.ckpt"
+    torch.save(checkpoint, early)
+    main(["validate", *common, "--ckpt_path", str(early), "--trainer.default_root_dir", str(tmp_path / "scored")])
+    found = yaml.safe_load((tmp_path / "scored" / "config.yaml").read_text())["model"]["objective"]["init_args"]
+    assert [found[name] for name in ("margin", "surrogate", "power", "aggregation")] == ["hard", "log", 1.0, "sum"]
+
+    state = checkpoint["state_dict"]
+    name = max(name for name in state if name.startswith("network."))
+    torch.save(checkpoint | {"state_dict": {k: v for k, v in state.items() if k != name}}, early)
+    with pytest.raises(SystemExit):
+        main(["validate", *common, "--ckpt_path", str(early)])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert f"1 tensors differ, for example {name}; written by an earlier mcseg, this is 0.1.0)" in message
+    checkpoint["hyper_parameters"]["gone"] = 1
+    torch.save(checkpoint | {"mcseg_version": "0.0.9"}, early)
+    with pytest.raises(SystemExit):
+        main(["validate", *common, "--ckpt_path", str(early)])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "settings that do not hold here (written by mcseg 0.0.9, this is 0.1.0)" in message
+    assert "model.gone" in message
+
+
 def test_resuming_from_the_command_line(arguments):
     common = ["fit", "--config", "synthetic", *arguments("synthetic"), *TINY]
     main(common)

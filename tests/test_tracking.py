@@ -39,6 +39,9 @@ SCENES = {"train_scenes": 4, "val_scenes": 2, "test_scenes": 2, "size": [32, 48]
 SYNTHETIC = ["--config", "synthetic", *(f"--data.{key}={value}" for key, value in SCENES.items()), *UNET, *TINY]
 
 
+KEY = "0123456789abcdef" * 2 + "76543210"  # of the form of W&B's
+
+
 def finish_wandb():
     """End the run; wait for the service, which otherwise may still be writing the file."""
     wandb.finish()
@@ -105,12 +108,20 @@ def tracked(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setenv("WANDB_MODE", "offline")
+        patch.setenv("WANDB_API_KEY", KEY)
         patch.chdir(folder)
         words = ["fit", *SYNTHETIC, *loggers, "--trainer.max_epochs=2", f"--trainer.default_root_dir={folder / 'run'}"]
         main([*words, *(f"--model.objective.{key}={value}" for key, value in objective.items())])
         finish_wandb()
     (events,) = (folder / "run").rglob("events.out.*")
     return folder / "run", *wandb_run(folder / "run"), EventAccumulator(str(events), {"images": 0, "tensors": 0}).Reload()
+
+
+def test_the_key_of_wandb_is_in_no_file(tracked):
+    folder = tracked[0].parent
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {".ckpt", ".yaml", ".csv", ".wandb", ".log"} <= {path.suffix for path in files}
+    assert [str(path.relative_to(folder)) for path in files if KEY.encode() in path.read_bytes()] == []
 
 
 def test_trackers_hold_the_numbers_of_metrics_csv(tracked):
