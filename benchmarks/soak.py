@@ -1,0 +1,105 @@
+"""Train thousands of steps and watch memory, file handles, processes and threads.
+
+The run has what any has: loader processes, validation, pictures, checkpoints, log.
+
+python benchmarks/soak.py                    # 5000 steps in 100 epochs of drawn scenes, a few minutes on two cores
+python benchmarks/soak.py --steps 50000 --accelerator gpu
+
+Sampled in the middle of each epoch: resident memory, by Linux' own account, of the training process and of its loader
+processes, which end and are made anew every five epochs. Growth is the median of the last fifth against that of the second
+fifth; the first is warm-up.
+Ends with status 1 where memory grew by 2 % or more, or handles, processes or threads by any.
+"""
+
+import argparse
+import csv
+import json
+import re
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+
+from mcseg.cli import main as mcseg
+
+COLUMNS = ("step", "resident_mib", "loaders_mib", "handles", "processes", "threads")
+
+
+def _status(process: str, key: str) -> int:
+    """Read a number of ``/proc/<process>/status``."""
+    found = re.search(rf"{key}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
+    assert found is not None
+    return int(found[1])
+
+
+class Recorder(pl.Callback):
+    """Writes a row of `COLUMNS` in the middle of each epoch.
+
+    Args:
+        path: CSV file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        """Lightning's hook."""
+        if batch_idx == int(trainer.num_training_batches) // 2:
+            children = [
+                child for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
+            ]
+            handles = len(list(Path("/proc/self/fd").iterdir())) - 1  # the one that lists them
+            loaders = sum(_status(child, "VmRSS") for child in children) / 1024
+            row = (_status("self", "VmRSS") / 1024, loaders, handles, len(children), _status("self", "Threads"))
+            with Path(self.path).open("a") as file:
+                csv.writer(file).writerow([trainer.global_step, *(round(value, 1) for value in row)])
+
+
+def main() -> None:
+    """Train, print the table, and judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--accelerator", default="cpu")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "soak.csv"
+        settings: dict[str, dict[str, object]] = {
+            "data": {"train_scenes": 200, "val_scenes": 8, "size": [96, 128], "crop_size": [64, 96]}
+            | {"batch_size": 4, "eval_batch_size": 1, "num_workers": options.workers},
+            "model": {"arch": "fpn", "encoder": "tu-test_resnet.r160_in1k", "encoder_weights": None}
+            | {"network_options": {"decoder_dropout": 0.1}},
+            "trainer": {"max_epochs": max(5, options.steps // 50), "accelerator": options.accelerator, "devices": 1}
+            | {"reload_dataloaders_every_n_epochs": 5, "enable_progress_bar": False, "default_root_dir": f"{folder}/run"},
+            "panel": {"every_n_epochs": 1},
+            "confusion": {"every_n_epochs": 1},
+        }
+        words = [
+            f"--{room}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for room, values in settings.items()
+            for key, value in values.items()
+        ]
+        mcseg(["fit", "synthetic", *words, "--trainer.callbacks+=soak.Recorder", f"--trainer.callbacks.path={path}"])
+        with path.open() as file:
+            rows = [[float(value) for value in row] for row in csv.reader(file)]
+    print(f"torch {torch.__version__}, {options.accelerator}, {options.workers} loader processes")
+    print("| " + " | ".join(COLUMNS) + " |\n|" + "---:|" * len(COLUMNS))
+    for row in rows[:: max(1, len(rows) // 10)]:
+        print("| " + " | ".join(f"{value:.0f}" for value in row) + " |")
+    fifth = len(rows) // 5
+    bad = False
+    for index, name in enumerate(COLUMNS[1:], 1):
+        before, after = (statistics.median(row[index] for row in part) for part in (rows[fifth : 2 * fifth], rows[-fifth:]))
+        growth = after / before - 1
+        bad |= growth >= 0.02 if name.endswith("mib") else after > before
+        print(f"{name}: {before:.1f} to {after:.1f}, {growth:+.2%}")
+    sys.exit(int(bad))
+
+
+if __name__ == "__main__":
+    main()
