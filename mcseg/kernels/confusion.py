@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .fused import largest
+from .fused import lowest_zero
 from .tiles import on_threads, tiles
 from .upsample import Strip, Strips, Upsampling
 
@@ -43,7 +43,8 @@ def _write(preds: Tensor, logits: Tensor) -> None:
         for samples, rows in parts:
             part = logits[samples, :, rows]
             part = part.to(torch.promote_types(part.dtype, torch.float32))
-            top, first = largest(part)
+            top = part.amax(dim=1, keepdim=True)
+            first = lowest_zero(part - top)
             # argmax() handles one pixel at a time, but infinities and nan as well
             preds[samples, rows] = first.squeeze(1) if top.isfinite().all() else part.argmax(1)
 

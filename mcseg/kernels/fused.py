@@ -14,12 +14,13 @@ So ``z_k`` occurs in its own margin, ``z_q1`` also in the margins of all other c
 
     C g_y = -foreground_weight sigmoid(foreground_y - s_y),    C g_k = sigmoid(background_k + s_k)    (k != y)
 
-Maximum, runner-up and their indices are all that a pixel needs, and loss and gradient share the argument ``t_k`` of
-softplus and sigmoid.
+Maximum, runner-up and their indices are all that a pixel needs.
 
-Logarithm. With ``u_k = exp(-|t_k|)``, ``sum_k softplus(t_k) = sum_k max(t_k, 0) + log prod_k (1 + u_k)``: one logarithm
-per pixel instead of one per class. The product is carried as ``prod - 1``, folded by ``(1+a)(1+b) - 1 = a + b + ab``,
-which is a sum of positive terms, so ``log1p`` of it is exact to rounding even where all ``u_k`` are tiny.
+Logarithm. The argument ``t_k`` of softplus and sigmoid is at most the offset of class k, but for the label and the largest
+logit, whose terms are computed by themselves. So ``u_k = exp(t_k)`` and products of several ``1 + u_k`` do not overflow where
+offsets are moderate: ``sum_k softplus(t_k) = log prod_k (1 + u_k)`` takes one logarithm per pixel instead of one per class, and
+``u_k / (1 + u_k)`` is the sigmoid. The product is carried as ``prod - 1``, folded by ``(1+a)(1+b) - 1 = a + b + ab``, which is a
+sum of positive terms, so ``log1p`` of it is exact to rounding even where all ``u_k`` are tiny.
 """
 
 import math
@@ -33,8 +34,8 @@ from .tiles import on_threads, tiles
 
 # elements of a tile on the CPU; with fewer, Python takes longer than the operations
 _TILE = 2**19
-# each factor 1 + u_k is at most 2, and 2^64 is far from overflow in float32
-_FACTORS = 64
+# logarithm of numbers that are far from overflow in float32
+_LARGEST = 60
 
 
 def fused_pixel_loss(
@@ -80,15 +81,17 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled() and not compiling:
             raise RuntimeError('create_graph=True: backend "fused" has no second derivative; use backend="reference"')
         logits, *constants = ctx.saved_tensors
+        target = constants[0]
+        upstream = (upstream * (target != ctx.scalars[1]) / logits.shape[1]).unsqueeze(1)
         if compiling:
-            scaled = ctx.gradient * upstream.unsqueeze(1)
+            scaled = ctx.gradient * upstream
         else:
             # The gradient is scaled where it lies and handed out, which halves the memory; a second backward through a
             # retained graph finds none and computes it anew.
             gradient, ctx.gradient = ctx.gradient, None
             if gradient is None:
                 gradient = _loss_and_gradient(logits, *constants, *ctx.scalars, with_gradient=True)[1]
-            scaled = gradient.mul_(upstream.unsqueeze(1))
+            scaled = gradient.mul_(upstream)
         return scaled.to(logits.dtype), None, None, None, None, None
 
 
@@ -104,7 +107,7 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """Run the tiles and collect what they return; without gradient, the second tensor is empty."""
     dtype = foreground.dtype
-    # the gradient of one pixel reaches foreground_weight / C + 1 before it is divided by the number of pixels: a large
+    # the gradient of one pixel reaches foreground_weight + C before it is divided by C and the number of pixels: a large
     # weight would overflow float16, and bfloat16 has the range for it
     saved = dtype if logits.dtype == torch.float16 else logits.dtype
 
@@ -119,7 +122,7 @@ def _loss_and_gradient(
     def compute(parts: Sequence[tuple[slice, slice]]) -> None:
         samples, rows = parts[0]  # no other one is larger
         shape = logits[samples, :, rows].shape
-        work = [torch.empty(shape[0], size, *shape[2:], dtype=dtype) for size in (shape[1], shape[1], shape[1] // 2)]
+        work = [torch.empty(shape[0], size, *shape[2:], dtype=dtype) for size in (shape[1], shape[1], (shape[1] + 1) // 2)]
         for samples, rows in parts:
             z, y = logits[samples, :, rows], target[samples, rows]
             out = gradient[samples, :, rows] if with_gradient else None
@@ -157,18 +160,36 @@ def _tile(
     void = (target == ignore_index).unsqueeze(1)  # (N, 1, *spatial), as everything below that has one value per pixel
     label = target.unsqueeze(1).masked_fill(void, 0)
 
-    top, q1 = largest(z, u)
-    t = torch.sub(z, top, out=t).scatter_(1, q1, -torch.inf)
-    runner_up, q2 = largest(t, u)  # minus the largest
-    t.scatter_(1, q1, -runner_up)  # the class margins
-    t_y = foreground[label] - t.gather(1, label)
-    t += background.view(-1, *[1] * (z.ndim - 2))
-    t.scatter_(1, label, -torch.inf)  # the label's own term has its own weight; -inf adds 0 to the sums below
+    # scatter_() takes half of the time with a tensor
+    nothing = z.new_full((), -torch.inf).expand(label.shape)
 
-    u = torch.clamp(t, min=0, out=u)
-    loss = u.sum(dim=1, keepdim=True)
-    # exp2 takes a third of the time of exp
-    loss += _log_product(torch.abs(t, out=u).mul_(-1 / math.log(2)).exp2_(), half)
+    top = z.amax(dim=1, keepdim=True)
+    t = torch.sub(z, top, out=t)
+    q1 = lowest_zero(t, u)
+    t.scatter_(1, q1, nothing)
+    runner_up = t.amax(dim=1, keepdim=True)  # minus the largest
+    q2 = lowest_zero(u := torch.sub(t, runner_up, out=u), u)
+    # Label and largest have terms of their own: the one another weight, the other's may be large. All else is at most its
+    # background offset.
+    is_label = q1 == label
+    t_y = foreground.take(label) - torch.where(is_label, -runner_up, t.gather(1, label))
+    t_q1 = background.take(q1).sub_(runner_up).masked_fill_(is_label, -torch.inf)
+    t.scatter_(1, label, nothing)
+    offsets = background.view(-1, *[1] * (z.ndim - 2))
+    u_q1 = t_q1.abs().neg_().exp_()
+    bound = None if _as_a_whole(z) else float(background.max())  # a GPU would be waited for
+    if bound is None or not bound <= _LARGEST:
+        t += offsets
+        loss = (t.clamp(min=0) + _log1p(t.abs().neg_().exp_())).sum(dim=1, keepdim=True) + _log1p(u_q1)
+        g = t.sigmoid_() if with_gradient else t
+    else:
+        scale = 1 / math.log(2)  # exp2 takes a third of the time of exp
+        u = torch.add(offsets * scale, t, alpha=scale, out=u).exp2_()
+        product = _product(u, max(1, int(_LARGEST / math.log1p(math.exp(bound)))), half)
+        product[:, :1].addcmul_(product[:, :1], u_q1).add_(u_q1)
+        loss = _log1p(product).sum(dim=1, keepdim=True)
+        g = torch.div(u, torch.add(u, 1, out=t), out=t if out is None or out.dtype != t.dtype else out)
+    loss += t_q1.clamp(min=0)
     loss += foreground_weight * (t_y.clamp(min=0) + _log1p(t_y.abs().neg_().exp_()))
     loss /= num_classes
     # masked_fill_() of whole tiles takes as long as five products, and differs from them only where values are not finite
@@ -177,40 +198,56 @@ def _tile(
     if not with_gradient:
         return loss, z[:0]
 
-    g = t.sigmoid_().scatter_(1, label, -foreground_weight * t_y.sigmoid())
-    g_q1, g_q2 = g.gather(1, q1), g.gather(1, q2)
-    others = g.sum(dim=1, keepdim=True).sub_(g_q1)
-    g.scatter_(1, q1, g_q1 - others).scatter_(1, q2, g_q2 - g_q1)
-    gradient = torch.mul(g, (~void).to(g.dtype) / num_classes, out=g if out is None else out)
-    return loss, gradient.masked_fill_(void, 0.0) if strange else gradient
+    g_y, g_q1 = t_y.sigmoid_().mul_(-foreground_weight), t_q1.sigmoid_()
+    of_both = g_y * is_label  # where the largest is the label's
+    g_q1 += of_both
+    others = g.sum(dim=1, keepdim=True).add_(g_y.sub(of_both))
+    g.scatter_(1, label, g_y).scatter_(1, q1, g_q1 - others).scatter_add_(1, q2, -g_q1)
+    if strange:
+        g.masked_fill_(void, 0.0)
+    if out is not None and g is not out:
+        out.copy_(g)
+    return loss, g
 
 
-def largest(z: Tensor, work: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return maximum and its lowest index over dimension 1, kept; ``work`` may give memory of the shape of ``z``."""
-    if z.device.type != "cpu":
-        return z.max(dim=1, keepdim=True)
-    # max() with indices handles one pixel at a time here, the operations below many: a tenth of its time
-    num_classes = z.shape[1]
-    classes = torch.arange(num_classes, dtype=z.dtype).view(-1, *[1] * (z.ndim - 2))
-    top = z.amax(dim=1, keepdim=True)
-    # floor(z - top) is 0 at maxima and <= -1 elsewhere: the best score is minus the lowest index of a maximum
-    score = torch.sub(z, top, out=work).floor_().mul_(num_classes).sub_(classes).amax(dim=1, keepdim=True)
-    return top, score.neg_().long().clamp_(0, num_classes - 1)  # a nan score must not become a wild index
+def lowest_zero(below: Tensor, work: Tensor | None = None) -> Tensor:
+    """Return the lowest index over dimension 1, kept, at which values that are at most 0 are 0.
+
+    ``work`` may give memory of their shape, also their own.
+    """
+    if below.device.type != "cpu":
+        return below.argmax(dim=1, keepdim=True)
+    # argmax() handles one pixel at a time here, the operations below many: a tenth of its time
+    num_classes = below.shape[1]
+    behind = -torch.arange(num_classes, dtype=below.dtype).view(-1, *[1] * (below.ndim - 2))
+    # floor is 0 at maxima and <= -1 elsewhere: the best score is minus the lowest index of a maximum
+    score = torch.add(behind, torch.floor(below, out=work), alpha=num_classes, out=work).amax(dim=1, keepdim=True)
+    return score.neg_().long().clamp_(0, num_classes - 1)  # a nan score must not become a wild index
 
 
-def _log_product(u: Tensor, half: Tensor | None) -> Tensor:
-    """Return ``sum_k log(1 + u_k)`` over dimension 1, kept, for ``0 <= u_k <= 1``; overwrites both arguments."""
-    factors = 1
-    while u.shape[1] > 1 and factors < _FACTORS:
-        pairs = u.shape[1] // 2
-        a, b = u[:, :pairs], u[:, u.shape[1] - pairs :]
-        a += torch.addcmul(b, a, b, out=None if half is None else half[:, :pairs])  # (1 + a)(1 + b) - 1
-        u = u[:, : u.shape[1] - pairs]
-        factors *= 2
-    return _log1p(u).sum(dim=1, keepdim=True)
+def _product(u: Tensor, factors: int, half: Tensor | None) -> Tensor:
+    """Multiply 1 + u_k over dimension 1, for u_k >= 0, to as few factors as ``factors`` of them may be without overflow.
+
+    ``half`` may give memory of half as many classes, rounded up.
+
+    Returns:
+        The products minus 1.
+    """
+    classes, pairs = u.shape[1], u.shape[1] // 2
+    if not pairs or factors < 2:
+        return u.clone()
+    product = torch.empty_like(u[:, pairs:]) if half is None else half
+    torch.addcmul(u[:, classes - pairs :], u[:, :pairs], u[:, classes - pairs :], out=product[:, :pairs])
+    product[:, :pairs] += u[:, :pairs]  # (1 + a)(1 + b) - 1 = a + b + ab
+    product[:, pairs:] = u[:, pairs : classes - pairs]  # the middle one, if there is one
+    while (pairs := product.shape[1] // 2) and (factors := factors // 2) > 1:
+        a, b = product[:, :pairs], product[:, product.shape[1] - pairs :]
+        a.addcmul_(a, b).add_(b)
+        product = product[:, : product.shape[1] - pairs]
+    return product
 
 
 def _log1p(x: Tensor) -> Tensor:
     """``log(1 + x)`` for x >= 0 to rounding; log1p() handles one element at a time."""
     u = 1 + x
-    return torch.where(u == 1, x, u.log() * (x / (u - 1)))
+    return u.log().add_((x - (u - 1)).div_(u))  # with what the sum has lost

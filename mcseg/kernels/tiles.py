@@ -18,13 +18,21 @@ Part = TypeVar("Part")
 
 
 def tiles(logits: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
-    """Cut into rows of one sample, or runs of whole samples where these are small, of about ``size`` elements."""
+    """Cut into rows of one sample, or runs of whole samples where these are small, of about ``size`` elements.
+
+    Each thread gets as many tiles as the others, where the rows allow.
+    """
     num, num_classes, height, *rest = logits.shape
     if logits.numel() == 0:
         return
     row = num_classes * torch.Size(rest).numel()
     rows = max(1, min(height, size // row))
     samples = max(1, size // (row * height))
+    if samples == 1 and rows < height:
+        parts = -(-height // rows)
+        while parts < height and num * parts % torch.get_num_threads():
+            parts += 1
+        rows = -(-height // parts)
     for n in range(0, num, samples):
         for r in range(0, height, rows):
             yield slice(n, n + samples), slice(r, r + rows)
