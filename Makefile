@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := .venv-oldest
+# One process for each core, each with one thread; a file's tests stay together, as they share what they have trained.
+PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-oldest lint clean
 
 # Rebuilt when pyproject.toml is newer; a failed installation leaves no stamp behind.
 $(VENV)/.installed: pyproject.toml
@@ -13,12 +16,22 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
+# The oldest version that pyproject.toml allows of each library that the package needs
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) -c 'import re, tomllib; print(*(re.sub(r"\[.*\]|,.*", "", line).replace(">=", "==") for line in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]), sep="\n")' > $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c $(OLDEST)/oldest.txt
+	@touch $@
+
 demo: $(VENV)/.installed
 	$(BIN)/mcseg fit --config synthetic
 
-# One process for each core, each with one thread; a file's tests stay together, as they share what they have trained.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+# Old libraries beside new ones warn of what the new ones will drop.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -W ignore::DeprecationWarning -W ignore::FutureWarning
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -26,4 +39,4 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(OLDEST) runs

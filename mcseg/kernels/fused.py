@@ -16,11 +16,12 @@ So ``z_k`` occurs in its own margin, ``z_q1`` also in the margins of all other c
 
 Maximum, runner-up and their indices are all that a pixel needs.
 
-Logarithm. The argument ``t_k`` of softplus and sigmoid is at most the offset of class k, but for the label and the largest
-logit, whose terms are computed by themselves. So ``u_k = exp(t_k)`` and products of several ``1 + u_k`` do not overflow where
-offsets are moderate: ``sum_k softplus(t_k) = log prod_k (1 + u_k)`` takes one logarithm per pixel instead of one per class, and
-``u_k / (1 + u_k)`` is the sigmoid. The product is carried as ``prod - 1``, folded by ``(1+a)(1+b) - 1 = a + b + ab``, which is a
-sum of positive terms, so ``log1p`` of it is exact to rounding even where all ``u_k`` are tiny.
+Logarithm. The argument ``t_k`` of softplus and sigmoid is at most the offset of class k, but for the label and the
+largest logit, whose terms are computed by themselves. So ``u_k = exp(t_k)`` and products of several ``1 + u_k`` do not
+overflow where offsets are moderate: ``sum_k softplus(t_k) = log prod_k (1 + u_k)`` takes one logarithm per pixel instead
+of one per class, and ``u_k / (1 + u_k)`` is the sigmoid. The product is carried as ``prod - 1``, folded by ``(1+a)(1+b) -
+1 = a + b + ab``, which is a sum of positive terms, so ``log1p`` of it is exact to rounding even where all ``u_k`` are
+tiny.
 """
 
 import math

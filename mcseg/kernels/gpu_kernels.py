@@ -187,7 +187,8 @@ def _labels(y_ptr, place, inside, classes, ignore):
     y = tl.load(y_ptr + place, mask=inside, other=ignore)
     valid = inside & (y != ignore)
     known = (y >= 0) & (y < classes)
-    return tl.where(valid & known, y, 0).to(tl.int32), valid, tl.where(valid & ~known, float("nan"), 1.0)
+    factor = tl.where(valid, tl.where(known, 1.0, float("nan")), 1.0)
+    return tl.where(valid & known, y, 0).to(tl.int32), valid, factor
 
 
 @triton.jit
