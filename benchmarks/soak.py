@@ -5,9 +5,9 @@ The run has what any has: loader processes, validation, pictures, checkpoints, l
 python benchmarks/soak.py                    # 5000 steps in 100 epochs of drawn scenes, a few minutes on two cores
 python benchmarks/soak.py --steps 50000 --accelerator gpu
 
-Sampled in the middle of each epoch: resident memory, by Linux' own account, of the training process and of its loader
-processes, which end and are made anew every five epochs. Growth is the median of the last fifth against that of the second
-fifth; the first is warm-up.
+Sampled in the middle of each epoch, by Linux' own account: resident memory of the training process, and that of it with its
+loader processes, in which a page that several share counts once. The loaders end and are made anew every five epochs. Growth
+is the median of the last fifth against that of the second fifth; the first is warm-up.
 Ends with status 1 where memory grew by 2 % or more, or handles, processes or threads by any.
 """
 
@@ -25,12 +25,12 @@ import torch
 
 from mcseg.cli import main as mcseg
 
-COLUMNS = ("step", "resident_mib", "loaders_mib", "handles", "processes", "threads")
+COLUMNS = ("step", "training_mib", "all_mib", "handles", "processes", "threads")
 
 
-def _status(process: str, key: str) -> int:
-    """Read a number of ``/proc/<process>/status``."""
-    found = re.search(rf"{key}:\s+(\d+)", Path(f"/proc/{process}/status").read_text())
+def _number(file: str, key: str) -> int:
+    """Read a number of a file below ``/proc``."""
+    found = re.search(rf"^{key}:\s+(\d+)", Path("/proc", file).read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1])
 
@@ -54,8 +54,8 @@ class Recorder(pl.Callback):
                 child for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
             ]
             handles = len(list(Path("/proc/self/fd").iterdir())) - 1  # the one that lists them
-            loaders = sum(_status(child, "VmRSS") for child in children) / 1024
-            row = (_status("self", "VmRSS") / 1024, loaders, handles, len(children), _status("self", "Threads"))
+            pages = sum(_number(f"{process}/smaps_rollup", "Pss") for process in ("self", *children)) / 1024
+            row = (_number("self/status", "VmRSS") / 1024, pages, handles, len(children), _number("self/status", "Threads"))
             with Path(self.path).open("a") as file:
                 csv.writer(file).writerow([trainer.global_step, *(round(value, 1) for value in row)])
 
