@@ -257,7 +257,7 @@ def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
             raise DataError(f"{path}: JPEG changes label values; expected a lossless mask such as PNG")
         if file.mode in ("F", "CMYK", "YCbCr", "LAB", "HSV"):
             raise DataError(f"{path}: mask of mode {file.mode}; expected integer indices or RGB colours")
-        if any(";16" in str(tile.args) for tile in file.tile) and file.mode in ("RGB", "RGBA", "LA"):
+        if any(";16" in str(tile[3]) for tile in file.tile) and file.mode in ("RGB", "RGBA", "LA"):
             raise DataError(f"{path}: a mask of 16 bits in several channels; expected one channel, or 8 bits of each colour")
         if by_color or file.mode in ("RGB", "RGBA"):
             return np.array(file.convert("RGB"))
