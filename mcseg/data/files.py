@@ -161,7 +161,8 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     try:
         if not path.is_file() and path.exists():  # opening a pipe would wait for ever
             raise DataError(f"{path}: is not a file; expected an image, remove or rename it")
-        with Image.open(path, formats=_readable_formats()) as file:
+        # not as a Path, which Pillow before 11 resolves first: a link to itself is an error of another kind there
+        with Image.open(str(path), formats=_readable_formats()) as file:
             images = getattr(file, "n_frames", 1)
             if images > 1 and file.format != "MPO":  # a photo with other versions of itself
                 raise DataError(f"{path}: holds {images} images; expected one, save each as a file of its own")
