@@ -325,12 +325,12 @@ class SegmentationModule(pl.LightningModule):
             )
 
     def _compare_networks(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None and isinstance(self._trainer.strategy, FSDPStrategy):
+            return  # its names are others
         found, own = (
             {name: value.shape for name, value in state.items() if name.startswith("network.")}
             for state in (checkpoint.get("state_dict", {}), self.state_dict())
         )
-        if self._trainer is not None and isinstance(self._trainer.strategy, FSDPStrategy):
-            return  # its names are others
         differ = [name for name in found.keys() | own.keys() if found.get(name) != own.get(name)]
         if found and differ:
             raise ValueError(
