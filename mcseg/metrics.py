@@ -71,7 +71,7 @@ def is_repeated(loader: Any, count: int, batch_idx: int, processes: int, rank: i
     Lightning's sampler deals image j to process j % processes and fills up at the end.
 
     Args:
-        loader: the process's loader, not shuffled, with a ``batch_size``.
+        loader: the process's loader, not shuffled, with a ``batch_size`` of its own or of its batch sampler.
         count: images N of the batch.
         batch_idx: number of the batch in its epoch.
         processes: number of processes.
@@ -82,7 +82,8 @@ def is_repeated(loader: Any, count: int, batch_idx: int, processes: int, rank: i
         (N,) bool on the CPU.
     """
     places = torch.tensor([place for place in range(count + len(dropped)) if place not in dropped], dtype=torch.int64)
-    repeated: Tensor = (batch_idx * loader.batch_size + places) * processes + rank >= len(loader.dataset)
+    size = loader.batch_size or loader.batch_sampler.batch_size
+    repeated: Tensor = (batch_idx * size + places) * processes + rank >= len(loader.dataset)
     return repeated
 
 
