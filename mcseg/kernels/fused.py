@@ -37,6 +37,8 @@ from .tiles import on_threads, tiles
 _TILE = 2**19
 # logarithm of numbers that are far from overflow in float32
 _LARGEST = 60
+# a difference of logits times this is beyond any number of classes
+_STEEP = 1e38
 
 
 def fused_pixel_loss(
@@ -214,15 +216,15 @@ def _tile(
 def lowest_zero(below: Tensor, work: Tensor | None = None) -> Tensor:
     """Return the lowest index over dimension 1, kept, at which values that are at most 0 are 0.
 
-    ``work`` may give memory of their shape, also their own.
+    ``work`` may give memory of their shape, also their own. On the CPU values above -1e-34 count as 0.
     """
     if below.device.type != "cpu":
         return below.argmax(dim=1, keepdim=True)
     # argmax() handles one pixel at a time here, the operations below many: a tenth of its time
     num_classes = below.shape[1]
     behind = -torch.arange(num_classes, dtype=below.dtype).view(-1, *[1] * (below.ndim - 2))
-    # floor is 0 at maxima and <= -1 elsewhere: the best score is minus the lowest index of a maximum
-    score = torch.add(behind, torch.floor(below, out=work), alpha=num_classes, out=work).amax(dim=1, keepdim=True)
+    # what is not 0 falls below all of `behind`: the best score is minus the lowest index of a maximum
+    score = torch.add(behind, below, alpha=_STEEP, out=work).amax(dim=1, keepdim=True)
     return score.neg_().long().clamp_(0, num_classes - 1)  # a nan score must not become a wild index
 
 
