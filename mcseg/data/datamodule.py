@@ -2,31 +2,26 @@
 
 import fnmatch
 import os
-import unicodedata
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
-from mcseg.data.files import FileReader, Reader, Sample, Window, image_extensions, keep_freed_memory
+from mcseg.data.batches import Batch, TrainingCrops, WholeImages, WideningLoader, collate, warn_skipped
+from mcseg.data.files import FileReader, Reader, Sample, images_below, keep_freed_memory
 from mcseg.data.labels import Color, DataError, LabelTable, MissingFileError
-from mcseg.data.order import Draw, TrainingOrder
+from mcseg.data.order import TrainingOrder
 from mcseg.data.statistics import count_class_pixels, default_cache_dir
-from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
-from mcseg.seeds import seeded
+from mcseg.data.transforms import TrainingTransform
 
-Batch = dict[str, Any]
 SPLITS = ("train", "val", "test")
-_EMPTY = (32, 32)  # height and width of a batch without images, which has to pass a network all the same
 
 
 class SegmentationData(pl.LightningDataModule):
@@ -188,7 +183,7 @@ class SegmentationData(pl.LightningDataModule):
 
     def _prepare(self, split: str) -> list[Sample]:
         if split == "predict" and self.predict_root is not None:
-            return _images_below(self.predict_root)
+            return images_below(self.predict_root)
         source = self.predict_split if split == "predict" else split
         samples = self._samples_in_use(source)
         lack = "" if samples else "no test split found"
@@ -225,7 +220,7 @@ class SegmentationData(pl.LightningDataModule):
         """Tell of samples that are skipped, each once."""
         for name, why in skipped.items():
             if name not in self._skipped:
-                _warn_skipped(why)
+                warn_skipped(why)
         self._skipped |= skipped
 
     def teardown(self, stage: str) -> None:
@@ -309,7 +304,7 @@ class SegmentationData(pl.LightningDataModule):
     def _loader(self, dataset: Dataset[Batch], batch_size: int, **options: Any) -> DataLoader[Batch]:
         # In a Trainer's run masks travel as bytes and are widened on the device, see on_after_batch_transfer.
         running = self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING
-        kind = DataLoader if running else _WideningLoader
+        kind = DataLoader if running else WideningLoader
         return kind(
             dataset,
             batch_size=batch_size,  # by keyword: Lightning makes the loader anew with other arguments
@@ -326,177 +321,3 @@ class SegmentationData(pl.LightningDataModule):
 def _cores() -> int:
     """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # Linux alone tells
-
-
-class TrainingCrops(Dataset[Batch]):
-    """Augmented training crops; with ``skip`` the next image that can be used stands in for one that cannot."""
-
-    def __init__(self, reader: Reader, samples: Sequence[Sample], transform: TrainingTransform, skip: bool = False) -> None:
-        self.reader = reader
-        self.samples = samples
-        self.transform = transform
-        self.skip = skip
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, key: int | Draw) -> Batch:
-        if not isinstance(key, Draw):
-            return self._usable_crop(key)
-        with seeded(key.seed):
-            return self._usable_crop(key.image)
-
-    def _usable_crop(self, index: int) -> Batch:
-        skipped: dict[str, str] = {}
-        for place in range(index, index + len(self)):
-            sample = self.samples[place % len(self)]
-            try:
-                crop = self._crop(sample)
-            except DataError as error:
-                if not self.skip:
-                    raise
-                skipped[sample.name] = str(error)
-            else:
-                return crop | {"skipped": skipped} if skipped else crop
-        raise DataError(f"no training image can be used any more; the first: {next(iter(skipped.values()))}")
-
-    def _crop(self, sample: Sample) -> Batch:
-        drawn: dict[str, Any] = {}
-
-        def choose(mask: Tensor) -> Window:
-            drawn.update(self.transform.draw(mask))
-            window: Window = drawn["window"]
-            return window
-
-        image, mask = self.reader.pair(sample, choose)
-        return {
-            "image": self.transform.finish_image(image, drawn),
-            "mask": self.transform.finish_mask(mask, drawn),
-            "name": sample.name,
-        }
-
-
-class WholeImages(Dataset[Batch]):
-    """Whole images resized by ``image_scale``, with the mask at its own size or, for prediction, without.
-
-    With ``skip`` an image that cannot be used is an item without ``image`` that says why.
-    """
-
-    def __init__(
-        self,
-        reader: Reader,
-        samples: Sequence[Sample],
-        image_scale: float,
-        max_side: int | None = None,
-        masks: bool = True,
-        skip: bool = False,
-    ) -> None:
-        self.reader = reader
-        self.samples = samples
-        self.image_scale = image_scale
-        self.max_side = max_side
-        self.masks = masks
-        self.skip = skip
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Batch:
-        sample = self.samples[index]
-        try:
-            return self._whole(sample)
-        except DataError as error:
-            if not self.skip:
-                raise
-            return {"skipped": {sample.name: str(error)}}
-
-    def _whole(self, sample: Sample) -> Batch:
-        item: Batch = {"name": sample.name}
-        if self.masks:
-            image, item["mask"] = self.reader.pair(sample)
-        else:
-            image = self.reader.image(sample)
-            item["size"] = (image.shape[1], image.shape[2])
-        item["image"] = resize_image(image, self.image_scale * shrinking(image.shape[1:], self.max_side))
-        return item
-
-
-class _WideningLoader(DataLoader[Batch]):
-    """Makes masks int64, which every loss takes, on this side of the pipe from the workers: an eighth goes through it."""
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
-            batch.pop("dropped", None)
-            for why in batch.pop("skipped", {}).values():
-                _warn_skipped(why)
-            if "mask" in batch:
-                # By numpy: torch's threads would go on spinning on the cores that the workers need.
-                batch["mask"] = torch.from_numpy(batch["mask"].numpy().astype(np.int64))
-            yield batch
-
-
-def _warn_skipped(why: str) -> None:
-    warnings.warn(f"skipped: {why}", stacklevel=2)
-
-
-def collate(items: Sequence[Batch]) -> Batch:
-    """Stack items to a batch, which is empty where none has an image.
-
-    Where samples were skipped, ``skipped`` has the reason by their names, and ``dropped`` the places of the items without.
-    """
-    told: Batch = {}
-    if skipped := {name: why for item in items for name, why in item.get("skipped", {}).items()}:
-        told = {"skipped": skipped, "dropped": [place for place, item in enumerate(items) if "image" not in item]}
-        items = [item for item in items if "image" in item]
-    if not items:
-        height, width = _EMPTY
-        image, mask = torch.zeros(0, 3, height, width, dtype=torch.uint8), torch.zeros(0, height, width, dtype=torch.uint8)
-        return {"image": image, "mask": mask, "name": [], "size": []} | told
-    sizes = sorted({tuple(item["mask" if "mask" in item else "image"].shape[-2:]) for item in items})
-    if len(sizes) > 1:
-        raise DataError(
-            f"images of different sizes ({sizes[0][1]}x{sizes[0][0]}, {sizes[1][1]}x{sizes[1][0]}) cannot form "
-            "one batch; set data.eval_batch_size to 1"
-        )
-    # torch's collation stacks tensors where the main process reads them
-    stacked = {key: default_collate([item[key] for item in items]) for key in ("image", "mask") if key in items[0]}
-    return stacked | {key: [item[key] for item in items] for key in ("name", "size") if key in items[0]} | told
-
-
-def image_files(folder: Path) -> list[Path]:
-    """List the files directly in ``folder`` that have the extension of an image, sorted by name; hidden ones are left out.
-
-    Raises:
-        DataError: the folder cannot be listed, or a name could not be printed or written to a file.
-    """
-    try:
-        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be listed ({error.strerror}); expected a folder of images") from None
-    files = [path for path in entries if path.suffix.lower() in image_extensions()]
-    for path in files:
-        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path.name):
-            raise DataError(
-                f"{folder}: a file is named {path.name!r}; expected letters in UTF-8 and no line break, rename it"
-            )
-    return files
-
-
-def _images_below(root: Path) -> list[Sample]:
-    """Samples of an image file, or of all image files in a folder and below, named by their path in it."""
-    if root.is_file():
-        return [Sample(root.stem, root)]
-    if not root.is_dir():
-        raise DataError(f"data.predict_root: {root} is neither an image nor a folder of images")
-    folders = [root, *sorted(path for path in root.rglob("*") if path.is_dir())]
-    files = [path for folder in folders for path in image_files(folder)]
-    if not files:
-        raise DataError(f"data.predict_root: no image that can be read in {root}; expected files such as .jpg or .png")
-    stems = [path.relative_to(root).with_suffix("").as_posix() for path in files]
-    # Two files that differ only in their extension keep it, or one result would overwrite the other.
-    occurrences = Counter(stems)
-    names = [
-        stem if occurrences[stem] == 1 else path.relative_to(root).as_posix().replace(".", "_")
-        for stem, path in zip(stems, files, strict=True)
-    ]
-    return [Sample(name, path) for name, path in zip(names, files, strict=True)]

@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -278,3 +280,42 @@ def keep_freed_memory(_worker: int) -> None:
         # The first fails for a value beyond the C library's maximum (32 MB in some versions); then nothing is changed.
         if mallopt(_M_MMAP_THRESHOLD, 1 << 28) or mallopt(_M_MMAP_THRESHOLD, 1 << 25):
             mallopt(_M_TRIM_THRESHOLD, 1 << 29)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """List the files directly in ``folder`` that have the extension of an image, sorted by name; hidden ones are left out.
+
+    Raises:
+        DataError: the folder cannot be listed, or a name could not be printed or written to a file.
+    """
+    try:
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be listed ({error.strerror}); expected a folder of images") from None
+    files = [path for path in entries if path.suffix.lower() in image_extensions()]
+    for path in files:
+        if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path.name):
+            raise DataError(
+                f"{folder}: a file is named {path.name!r}; expected letters in UTF-8 and no line break, rename it"
+            )
+    return files
+
+
+def images_below(root: Path) -> list[Sample]:
+    """Samples of an image file, or of all image files in a folder and below, named by their path in it."""
+    if root.is_file():
+        return [Sample(root.stem, root)]
+    if not root.is_dir():
+        raise DataError(f"data.predict_root: {root} is neither an image nor a folder of images")
+    folders = [root, *sorted(path for path in root.rglob("*") if path.is_dir())]
+    files = [path for folder in folders for path in image_files(folder)]
+    if not files:
+        raise DataError(f"data.predict_root: no image that can be read in {root}; expected files such as .jpg or .png")
+    stems = [path.relative_to(root).with_suffix("").as_posix() for path in files]
+    # Two files that differ only in their extension keep it, or one result would overwrite the other.
+    occurrences = Counter(stems)
+    names = [
+        stem if occurrences[stem] == 1 else path.relative_to(root).as_posix().replace(".", "_")
+        for stem, path in zip(stems, files, strict=True)
+    ]
+    return [Sample(name, path) for name, path in zip(names, files, strict=True)]

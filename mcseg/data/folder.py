@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mcseg.data.classlist import table_from_file, table_from_names
-from mcseg.data.datamodule import SegmentationData, image_files
-from mcseg.data.files import Sample, image_mode
+from mcseg.data.datamodule import SegmentationData
+from mcseg.data.files import Sample, image_files, image_mode
 from mcseg.data.labels import DataError, LabelTable
 
 Split = Literal["auto", "folder", "list", "fraction"]
