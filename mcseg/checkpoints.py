@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch import Tensor
 
 from mcseg import __version__
 
@@ -159,6 +160,15 @@ def written_by(checkpoint: dict[str, Any]) -> str:
     """Say which version of the package wrote a checkpoint, and which this is."""
     writer = f"mcseg {checkpoint[VERSION]}" if VERSION in checkpoint else "an earlier mcseg"
     return f"written by {writer}, this is {__version__}"
+
+
+def differing_tensors(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that only one of two states has, or that have different shapes in them, sorted."""
+    return sorted(
+        name
+        for name in found.keys() | own.keys()
+        if name not in found or name not in own or found[name].shape != own[name].shape
+    )
 
 
 def steps_done(path: Path) -> int:

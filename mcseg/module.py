@@ -1,8 +1,5 @@
 """SegmentationModule: a network, an objective and an optimiser under the Lightning Trainer."""
 
-import functools
-import inspect
-import pkgutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,14 +8,15 @@ from typing import Any, Literal, cast
 import pytorch_lightning as pl
 import torch
 import torch.distributed
-from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable, instantiate_module
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mcseg import __version__
-from mcseg.checkpoints import VERSION, read_checkpoint, written_by
+from mcseg.checkpoints import VERSION, differing_tensors, read_checkpoint, written_by
+from mcseg.hyperparameters import plain_hyperparameters
 from mcseg.inference import Inference, labels_at
 from mcseg.kernels import predicted_classes
 from mcseg.losses import POWER_DICE, CrossEntropyLoss, MarginCalibrationLoss, Upsampling
@@ -106,7 +104,7 @@ class SegmentationModule(pl.LightningModule):
         with warnings.catch_warnings():  # Lightning warns of the module among the arguments, which the next lines make plain
             warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
             self.save_hyperparameters()
-        plain, self._not_plain = _plain_hyperparameters(dict(self.hparams))
+        plain, self._not_plain = plain_hyperparameters(dict(self.hparams))
         self.save_hyperparameters(plain)
         self.network = SegmentationNetwork(
             arch,
@@ -328,10 +326,10 @@ class SegmentationModule(pl.LightningModule):
         if self._trainer is not None and isinstance(self._trainer.strategy, FSDPStrategy):
             return  # its names are others
         found, own = (
-            {name: value.shape for name, value in state.items() if name.startswith("network.")}
+            {name: value for name, value in state.items() if name.startswith("network.")}
             for state in (checkpoint.get("state_dict", {}), self.state_dict())
         )
-        differ = [name for name in found.keys() | own.keys() if found.get(name) != own.get(name)]
+        differ = differing_tensors(found, own)
         if found and differ:
             raise ValueError(
                 f"the checkpoint's network is another one ({len(differ)} tensors differ, for example {min(differ)}; "
@@ -411,10 +409,9 @@ class SegmentationModule(pl.LightningModule):
         state = read_checkpoint(path)["state_dict"]
         found = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
         own = self.network.state_dict()
-        other = [name for name in own if name not in found or found[name].shape != own[name].shape]
-        heads = ("segmentation_head", "aux_head")
-        beyond = [name for name in other if not any(head in name for head in heads)]
-        beyond += [name for name in found if name not in own and "aux_head" not in name]
+        other = differing_tensors(found, own)
+        # a last layer that the file has not, or of another shape, starts anew
+        beyond = [name for name in other if "aux_head" not in name and ("segmentation_head" not in name or name not in own)]
         if beyond:
             raise ValueError(
                 f"model.init_from: {path} holds another network ({len(beyond)} tensors differ, for example {beyond[0]}); "
@@ -451,73 +448,3 @@ def _nearest(target: Tensor, size: torch.Size) -> Tensor:
         torch.arange(new, device=target.device) * old // new for new, old in zip(size, target.shape[-2:], strict=True)
     )
     return target[:, rows[:, None], columns]
-
-
-def _plain_hyperparameters(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Turn the constructor's arguments into plain types from which Lightning's CLI makes the objects again.
-
-    Returns:
-        The arguments, and for each that is not recoverable (None among the arguments) the reason.
-    """
-    plain: dict[str, Any] = {}
-    reasons: dict[str, str] = {}
-    for name, value in found.items():
-        try:
-            plain[name] = _plain(value, name)
-        except ValueError as error:
-            plain[name], reasons[name] = None, str(error)
-    objective = plain["objective"]
-    if objective and "init_args" in objective:
-        # The command line links num_classes to the objective, and Lightning notes it even where the class takes none.
-        accepted = inspect.signature(pkgutil.resolve_name(objective["class_path"])).parameters
-        objective["init_args"] = {k: v for k, v in objective["init_args"].items() if k != "num_classes" or k in accepted}
-    # The one instantiator that Lightning trusts in a checkpoint
-    plain["_instantiator"] = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
-    return plain, reasons
-
-
-def _plain(value: Any, name: str) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, list | tuple):
-        return [_plain(item, name) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item, name) for key, item in value.items()}
-    if isinstance(value, nn.Module):
-        return {"class_path": _path(type(value), name), "init_args": _constructor_arguments(value, name)}
-    if isinstance(value, functools.partial) and not value.args:
-        return {"class_path": _path(value.func, name), "init_args": _plain(value.keywords, name)}
-    if inspect.isclass(value):
-        return {"class_path": _path(value, name)}
-    raise ValueError(
-        f"{name}: found {value!r}, which a checkpoint cannot rebuild; expected a class or a functools.partial of one "
-        "with plain arguments"
-    )
-
-
-def _path(callable_: Callable[..., Any], name: str) -> str:
-    path = f"{callable_.__module__}.{callable_.__qualname__}"
-    if not inspect.isclass(callable_) or "<" in path:
-        raise ValueError(
-            f"{name}: {path} cannot be imported by name when a checkpoint is loaded; expected a class at the top "
-            "level of a module"
-        )
-    return path
-
-
-def _constructor_arguments(module: nn.Module, name: str) -> dict[str, Any]:
-    """Read the constructor's arguments back from the attributes of the same names, as most losses keep them."""
-    arguments: dict[str, Any] = {}
-    for parameter in inspect.signature(type(module)).parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            continue
-        value = getattr(module, parameter.name, inspect.Parameter.empty)
-        if value is inspect.Parameter.empty:
-            if parameter.name in ("size_average", "reduce"):  # torch's deprecated pair, folded into `reduction`
-                continue
-            raise ValueError(
-                f"{name}: {type(module).__name__} does not keep its argument {parameter.name}, so a checkpoint could "
-                f"not rebuild it; give functools.partial({type(module).__name__}, ...), or a class path from YAML"
-            )
-        arguments[parameter.name] = _plain(value, f"{name}.{parameter.name}")
-    return arguments

@@ -13,6 +13,7 @@ import torch
 from conftest import SHARED
 from torch import nn
 
+from mcseg.hyperparameters import _constructor_arguments
 from mcseg.losses import (
     BalancedSoftmaxLoss,
     CrossEntropyLoss,
@@ -25,7 +26,6 @@ from mcseg.losses import (
     LovaszSoftmaxLoss,
     TverskyLoss,
 )
-from mcseg.module import _constructor_arguments
 
 GOLDEN = sorted((SHARED / "golden").glob("margin_case_*.npz"))
 C = 4
