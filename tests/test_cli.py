@@ -609,7 +609,7 @@ def test_no_run_folder_name_is_used_twice(arguments, monkeypatch):
 
             return datetime(2026, 1, 2, 3, 4, 5)
 
-    monkeypatch.setattr("mcseg.cli.datetime", Clock)
+    monkeypatch.setattr("mcseg.runs.datetime", Clock)
     for _ in range(2):
         main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY])
     assert sorted(os.listdir("runs/synthetic")) == ["20260102-030405", "20260102-030405-2"]

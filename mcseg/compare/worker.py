@@ -25,12 +25,12 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from mcseg.callbacks import ConfusionPicture, PredictionPanel, PredictionWriter, TrainingCurves
-from mcseg.cli import SegmentationCLI, quieten
 from mcseg.compare.record import EvaluationRecord, TrainingRecord
 from mcseg.compare.schedule import save_text
 from mcseg.messages import one_line
 from mcseg.metrics import Scores, rarest_third
 from mcseg.pictures import atomically
+from mcseg.runs import SegmentationCLI, quieten
 from mcseg.tracking import ObjectiveMonitor
 
 FORMAT = 1  # of result.json and counts.npz

@@ -1,0 +1,295 @@
+"""A training, validation, test or prediction by Lightning: its settings, its folder, and the callbacks that mcseg adds."""
+
+import inspect
+import json
+import logging
+import os
+import pkgutil
+import shutil
+import warnings
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError, Namespace
+from lightning_fabric.plugins import CheckpointIO
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.utilities import rank_zero_info
+
+from mcseg.callbacks import (
+    ConfusionPicture,
+    JaccardCallback,
+    PredictionPanel,
+    PredictionWriter,
+    TrainingCurves,
+    score_names,
+)
+from mcseg.checkpoints import (
+    CheckpointFile,
+    CheckpointOnSignal,
+    ContinuedCSVLogger,
+    read_checkpoint,
+    steps_done,
+    written_by,
+)
+from mcseg.data import SegmentationData
+from mcseg.inference import Inference
+from mcseg.losses import POWER_DICE
+from mcseg.messages import one_line
+from mcseg.module import SegmentationModule
+from mcseg.tracking import ObjectiveMonitor, log_configuration
+
+# Lightning starts further DDP processes with this environment variable, and LOCAL_RANK, in place.
+RUN_FOLDER = "MCSEGRUN_FOLDER"
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves config.yaml without the run folder, so that using it again makes a new one and overwrites nothing."""
+
+    def __init__(self, *args: Any, run_folder: str | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.config = self.config.clone()
+        self.config.trainer.default_root_dir = None
+        if self.config.checkpoint.dirpath == str(Path(run_folder or "") / "checkpoints"):
+            self.config.checkpoint.dirpath = None
+        for logger in _loggers(self.config):
+            if logger.get("init_args.save_dir") == run_folder:
+                logger.init_args.save_dir = "."
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the same to the trackers, on rank 0."""
+        log_configuration(trainer, json.loads(self.parser.dump(self.config, format="json", skip_none=False)))
+
+
+def _loggers(config: Namespace) -> list[Namespace]:
+    found = config.trainer.logger
+    return [logger for logger in (found if isinstance(found, list) else [found]) if isinstance(logger, Namespace)]
+
+
+class SegmentationCLI(LightningCLI):
+    """LightningCLI for one module class and any data module, with mcseg's callbacks and run folder."""
+
+    def __init__(self, recipe: str, args: Sequence[str], run: bool = True, resume: Path | None = None) -> None:
+        self.recipe = recipe
+        self.resume = resume
+        strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
+        super().__init__(
+            SegmentationModule,
+            SegmentationData,
+            args=list(args),
+            run=run,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_callback=None if resume else SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs=strict | {verb: strict for verb in self.subcommands()},
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link the number of classes, and add mcseg's callbacks under keys of their own."""
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.num_classes", "model.objective.init_args.num_classes", apply_on="instantiate")
+        for callback, key in (
+            (JaccardCallback, "jaccard"),
+            (PredictionPanel, "panel"),
+            (ConfusionPicture, "confusion"),
+            (ObjectiveMonitor, "monitor"),
+            (TrainingCurves, "curves"),
+            (PredictionWriter, "writer"),
+            (ModelCheckpoint, "checkpoint"),
+        ):
+            parser.add_lightning_class_args(callback, key)
+        parser.add_class_arguments(Inference, "inference")
+        parser.set_defaults(
+            {
+                "model.objective": {"class_path": "mcseg.losses.MarginCalibrationLoss", "init_args": dict(POWER_DICE)},
+                "trainer.logger": {
+                    "class_path": "CSVLogger",
+                    "init_args": {"save_dir": ".", "name": "", "version": ""},
+                },
+                "checkpoint.monitor": "val/miou",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    @property
+    def verb(self) -> str:
+        """The word behind ``mcseg``."""
+        return str(self.config.get("subcommand") or "")
+
+    @property
+    def verb_config(self) -> Namespace:
+        """Settings of the verb that runs."""
+        config: Namespace = self.config[self.subcommand] if self.subcommand else self.config
+        return config
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse to score without weights, and what is no checkpoint before Lightning takes settings from it."""
+        super().parse_arguments(parser, args)
+        verb = self.config.get("subcommand")
+        if verb and self.config[verb].ckpt_path:
+            _check_checkpoint(Path(self.config[verb].ckpt_path))
+        elif verb in ("validate", "test", "predict"):
+            raise ValueError(f"mcseg {self.verb} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt")
+
+    def _parse_ckpt_path(self) -> None:
+        """Take a checkpoint's objective whole: what an earlier version did not know has its default, not the recipe's."""
+        verb = self.config.get("subcommand")
+        path = self.config[verb].get("ckpt_path") if verb else None
+        checkpoint = read_checkpoint(path, mmap=True) if path and Path(path).is_file() else {}
+        try:
+            super()._parse_ckpt_path()
+        except ArgumentError as error:
+            raise ValueError(
+                f"--ckpt_path: {path} has settings that do not hold here ({written_by(checkpoint)}): {one_line(error)}"
+            ) from None
+        if stored := checkpoint.get("hyper_parameters", {}).get("objective"):
+            objective = self.config[verb].model.objective
+            for name, parameter in inspect.signature(pkgutil.resolve_name(objective.class_path)).parameters.items():
+                known = name == "num_classes" or name in stored.get("init_args", {})
+                if not known and name in objective.init_args and parameter.default is not parameter.empty:
+                    objective.init_args[name] = parameter.default
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run folder and the precision."""
+        config = self.verb_config
+        if config.model.objective is None:
+            raise ValueError("model.objective: found null, expected a class path such as mcseg.losses.MarginCalibrationLoss")
+        if self.subcommand in ("validate", "test"):
+            config.verbose = False  # the table of JaccardCallback says it all
+        if self.subcommand == "predict":
+            config.return_predictions = False  # they are written; keeping them would fill the memory
+        trainer = config.trainer
+        if trainer.default_root_dir is None:
+            trainer.default_root_dir = str(_run_folder(self.recipe, self.verb))
+        self.save_config_kwargs["run_folder"] = trainer.default_root_dir
+        for logger in _loggers(config):
+            if logger.get("init_args.save_dir", "") in (None, "."):
+                logger.init_args.save_dir = trainer.default_root_dir
+            if self.resume and logger.class_path.endswith(".CSVLogger"):
+                kind = f"{ContinuedCSVLogger.__module__}.{ContinuedCSVLogger.__qualname__}"
+                done = steps_done(Path(config.ckpt_path)) if config.ckpt_path else 0
+                logger.class_path, logger.init_args.step = kind, done
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        if trainer.precision is None:
+            trainer.precision = _default_precision(trainer.accelerator)
+
+    def instantiate_classes(self) -> None:
+        """Make everything, and give the module the way in which it labels whole images."""
+        objective = self.verb_config.model.objective
+        super().instantiate_classes()
+        self.model.inference = self._get(self.config_init, "inference")
+        classes = objective.get("init_args.num_classes") if isinstance(objective, Namespace) else None
+        if classes not in (None, self.datamodule.num_classes) and not self.verb_config.ckpt_path:  # which has its own
+            raise ValueError(
+                f"model.objective.init_args.num_classes: found {classes}, but the data have {self.datamodule.num_classes} "
+                "classes; leave it out, it is taken from them"
+            )
+        if self.subcommand == "fit":
+            self._check_monitors()
+
+    def _check_monitors(self) -> None:
+        """Refuse to wait for a score that nobody logs; Lightning would find out behind the first epoch."""
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(not type(callback).__module__.startswith(("mcseg.", "pytorch_lightning.")) for callback in callbacks):
+            return  # one of the user's own, which may log anything
+        known = ["val/loss", *score_names("val", self.datamodule.class_names)]
+        for callback in callbacks:
+            monitor = getattr(callback, "monitor", None)
+            if monitor and monitor.startswith("val/") and monitor not in known:
+                raise ValueError(f"{type(callback).__name__}: no score {monitor}; expected one of {', '.join(known)}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add ``last.ckpt`` of every epoch, and the learning rate where there is something to log it to."""
+        plugins = self._get(self.config_init, "trainer.plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, CheckpointFile()]
+        trainer = super().instantiate_trainer(**kwargs)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # Not by ModelCheckpoint's save_last, which writes only when there is a new best.
+            folder = self.verb_config.checkpoint.dirpath
+            trainer.callbacks.append(  # type: ignore[attr-defined]
+                ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
+            )
+            trainer.callbacks.append(CheckpointOnSignal(Path(folder) / "last.ckpt"))  # type: ignore[attr-defined]
+            if trainer.loggers:
+                trainer.callbacks.insert(0, LearningRateMonitor("step"))  # type: ignore[attr-defined]
+        return trainer
+
+    def after_fit(self) -> None:
+        """Say where everything is."""
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        rank_zero_info(f"run folder: {self.trainer.default_root_dir}" + (f"\nbest checkpoint: {best}" if best else ""))
+
+
+def _check_checkpoint(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"--ckpt_path: no checkpoint {path}; expected the path of a .ckpt file")
+    if path.is_file():
+        read_checkpoint(path, mmap=True)
+    elif not (path / ".metadata").is_file():  # which a checkpoint in several files has
+        raise ValueError(f"--ckpt_path: {path} is a folder; expected a file such as {path}/checkpoints/best.ckpt")
+
+
+def _run_folder(recipe: str, verb: str) -> Path:
+    """runs/<recipe>/<time>, the same on all processes of a run and new for each run."""
+    if "LOCAL_RANK" in os.environ and RUN_FOLDER in os.environ:
+        return Path(os.environ[RUN_FOLDER])
+    stem = Path("runs") / recipe / (datetime.now().strftime("%Y%m%d-%H%M%S") + ("" if verb == "fit" else f"-{verb}"))
+    folder, copy = stem, 2
+    while folder.exists():
+        folder, copy = stem.with_name(f"{stem.name}-{copy}"), copy + 1
+    os.environ[RUN_FOLDER] = str(folder)
+    return folder
+
+
+def remove_if_empty(folder: str | None) -> None:
+    """Take back the run folder of a run that failed before it had a result; loggers and settings are written at once."""
+    settings = ("config.yaml", "hparams.yaml")
+    if folder and Path(folder).is_dir() and all(path.is_dir() or path.name in settings for path in Path(folder).rglob("*")):
+        shutil.rmtree(folder)
+        for parent in list(Path(folder).parents)[:2]:
+            if not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def _default_precision(accelerator: str) -> str:
+    """bfloat16 where the machine computes in it, float32 elsewhere."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
+    if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
+        # Asked of torch.cpu under names that torch does not promise to keep.
+        features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        if any(getattr(torch.cpu, feature, lambda: False)() for feature in features):
+            return "bf16-mixed"
+    return "32-true"
+
+
+def quieten() -> None:
+    """Leave out advertisements, and what Lightning says about choices that mcseg made on purpose."""
+    chatter = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to", "Loading `train_dataloader`")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda r: not r.getMessage().startswith(chatter))
+    logging.getLogger("lightning_fabric.utilities.seed").setLevel(logging.WARNING)
+    for message in (
+        ".*`training_step` returned `None`.*",  # model.on_nonfinite skip; the module tells of it at the end
+        ".*does not have many workers.*",  # data.num_workers is set from the machine's cores
+        ".*intended to run from within Python.*",
+        ".*exists and is not empty.*",  # the checkpoint folder of a run folder that is used again
+        ".*smaller than the logging interval.*",
+        ".*is not supported by the model summary.*",
+        ".*recommended to use `self.log.*sync_dist=True.*",  # the scores are reduced before they are logged
+        ".*loading a checkpoint outside the 'fit' stage.*",  # averaged weights are in the checkpoint's usual place
+        ".*The dirpath has changed from.*",  # scoring a checkpoint of another run folder
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning on a newer torch
+    ):
+        warnings.filterwarnings("ignore", message=message)
