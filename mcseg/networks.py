@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Self, cast
@@ -198,7 +199,9 @@ class SegmentationNetwork(nn.Module):
         from segmentation_models_pytorch.encoders import get_preprocessing_params
 
         try:
-            source = _build(arch, encoder, 2, True if encoder.startswith("tu-") else weights, options)
+            with warnings.catch_warnings():  # SMP 0.5 tells that it tries another place
+                warnings.filterwarnings("ignore", message="Error loading .* weights from Hugging Face Hub")
+                source = _build(arch, encoder, 2, True if encoder.startswith("tu-") else weights, options)
             found = get_preprocessing_params(encoder, pretrained=weights)
         except OSError as error:
             raise ValueError(
