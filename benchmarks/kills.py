@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -76,15 +77,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="a new folder that is to keep both runs")
     options = parser.parse_args()
     words = ["synthetic", *(f"--{key}={value}" for key, value in SETTINGS.items())]
     draw = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as parent:
+    with tempfile.TemporaryDirectory() if options.folder is None else nullcontext(options.folder) as parent:
         whole, killed = Path(parent, "whole"), Path(parent, "killed")
         start = time.perf_counter()
         fit([*words, f"--trainer.default_root_dir={whole}"])
         length = time.perf_counter() - start
-        print(f"torch {torch.__version__}; left alone: {length:.0f} s, {len(rows(whole))} rows")
+        print(f"torch {torch.__version__}; left alone: {length:.0f} s, {len(rows(whole))} rows", flush=True)
         kills = 0
         while kills < options.kills:
             going = ["--resume", str(killed)] if (killed / "config.yaml").is_file() else [

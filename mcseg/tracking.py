@@ -126,6 +126,7 @@ class ObjectiveMonitor(Callback):
         if scalars:
             for logger in trainer.loggers:
                 logger.log_metrics({**scalars, "epoch": trainer.current_epoch}, step=_step(trainer))
+                logger.save()  # before the checkpoint: a run that is killed behind it and goes on does not log this again
 
 
 def _step(trainer: pl.Trainer) -> int:

@@ -32,6 +32,13 @@ class Killer(pl.Callback):
                     os.kill(os.getpid(), signal.SIGKILL)
                 save(checkpoint, file)
             checkpoints.torch.save = half
+        if self.kind == "written":  # the file is there, and nothing behind it
+            write = checkpoints.CheckpointFile.save_checkpoint
+            def last(self_, checkpoint, path, **options):
+                write(self_, checkpoint, path, **options)
+                if checkpoint["global_step"] == self.place and str(path).endswith("last.ckpt"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+            checkpoints.CheckpointFile.save_checkpoint = last
 
     def on_before_zero_grad(self, trainer, module, optimizer):  # in the middle of a step
         if trainer.global_step == self.place and self.kind in ("step", "term"):
@@ -133,10 +140,10 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(run):
     assert codes == [0], told[-3000:]
     # five steps an epoch: before the first checkpoint, in the second validation, in the third checkpoint, and in steps
     folder, codes, steps, told = run(
-        "step 3", "validation 10", "checkpoint 15", "step 12", "term 13", "term-validation 15", "step 17"
+        "step 3", "validation 10", "written 10", "checkpoint 15", "step 12", "term 13", "term-validation 15", "step 17"
     )
-    assert codes == [-9, -9, -9, -9, 128 + 15, 128 + 15, -9, 0], told[-3000:]
-    assert steps == [0, 5, 10, 10, 14, 15, 15, 20]  # SIGTERM costs no step
+    assert codes == [-9, -9, -9, -9, -9, 128 + 15, 128 + 15, -9, 0], told[-3000:]
+    assert steps == [0, 5, 10, 10, 10, 14, 15, 15, 20]  # SIGTERM costs no step
     assert told.count("to go on: mcseg fit --resume") == 2
     one, other = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (whole, folder))
     assert one["global_step"] == other["global_step"] == 20
