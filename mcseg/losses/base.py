@@ -9,7 +9,6 @@ from typing import Any, Self, cast, get_args
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from mcseg.kernels import Upsampling, check_labels
 from mcseg.margins import ClassPixels, checked_counts
@@ -66,8 +65,24 @@ def summed_over_processes(counts: Tensor) -> Tensor:
     gradient of a loss that is a function of the sums.
     """
     if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
-        return cast(Tensor, all_reduce(counts))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _SumOverProcesses.apply(counts))
     return counts
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """A sum over processes, whose derivative is one as well; torch deprecates its own from 2.14 on."""
+
+    @staticmethod
+    def forward(ctx: Any, counts: Tensor) -> Tensor:
+        total = counts.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        total = upstream.contiguous().clone()
+        torch.distributed.all_reduce(total)
+        return total
 
 
 def mean_over_processes(total: Tensor, number: Tensor) -> Tensor:
