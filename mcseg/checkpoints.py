@@ -16,6 +16,7 @@ import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -98,8 +99,9 @@ class ContinuedCSVLogger(CSVLogger):
         self._step = step
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
-        """The writer; its first use takes the rows over."""
+        """The writer, on rank 0; its first use takes the rows over."""
         if self._experiment is None:
             path = Path(self.log_dir) / "metrics.csv"
             kept = path.with_suffix(".kept")

@@ -300,3 +300,25 @@ def test_evaluation_waits_for_no_process_without_images(photo_folder, tmp_path):
     assert alone.keys() == together.keys()
     for name, value in together.items():
         assert (name, float(value)) == (name, pytest.approx(float(alone[name]), rel=1e-6))
+
+
+def test_a_run_of_two_processes_goes_on_with_its_log(tmp_path):
+    """Only one of them takes the rows over; on several nodes the other one failed, on one node rows were lost."""
+    folder = tmp_path / "run"
+    words = [
+        "--data.train_scenes=8", "--data.val_scenes=3", "--data.size=[32,48]", "--data.crop_size=[32,32]", "--data.batch_size=2",
+        "--data.num_workers=0", "--model.encoder=tu-test_resnet.r160_in1k", "--trainer.accelerator=cpu", "--trainer.devices=2",
+        "--trainer.log_every_n_steps=1", f"--trainer.default_root_dir={folder}",
+    ]  # fmt: skip
+    found = []
+    for start in (["synthetic", *words, "--trainer.max_epochs=1"], ["--resume", str(folder), "--trainer.max_epochs=2"]):
+        line = [sys.executable, "-m", "mcseg", "fit", *start]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+        found.append([{key: value for key, value in row.items() if value} for row in rows])
+    before, after = found
+    assert after[: len(before)] == before
+    assert {row["step"] for row in before} == {"0", "1"}
+    assert {row["step"] for row in after[len(before) :]} == {"2", "3"}
