@@ -5,6 +5,8 @@ import csv
 import os
 import pickle
 import re
+import signal
+import threading
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,10 +15,10 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.loggers.logger import rank_zero_experiment
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
-from pytorch_lightning.loggers.logger import rank_zero_experiment
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
@@ -61,7 +63,10 @@ class CheckpointFile(TorchCheckpointIO):
 
 
 class CheckpointOnSignal(Callback):
-    """Writes a checkpoint when a training is told to end by SIGTERM.
+    """Writes a checkpoint when a training is told to end by SIGTERM; of several processes, when any of them is.
+
+    These end together, behind the same step. Lightning's own handler talks to the other processes from within, wherever they
+    are: they may be waiting for something else, and then all wait for ever.
 
     Args:
         path: where; a run that goes on from it has the next batch that it would have had, and repeats a validation that
@@ -70,6 +75,31 @@ class CheckpointOnSignal(Callback):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._told = False
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to listen."""
+        self._listen(trainer)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin to listen."""
+        self._listen(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """End all processes behind this step where one was told to."""
+        if trainer.world_size > 1 and trainer.strategy.reduce_boolean_decision(self._told, all=False):
+            trainer._signal_connector.received_sigterm = True
+
+    def _listen(self, trainer: pl.Trainer) -> None:
+        def hear(*_: Any) -> None:
+            self._told = True
+            if trainer.world_size == 1:  # nobody else is to be asked: Lightning may end the training between any two batches
+                trainer._signal_connector.received_sigterm = True
+
+        if threading.current_thread() is threading.main_thread():  # no other one may
+            signal.signal(signal.SIGTERM, hear)  # until the Trainer puts back what was there before it
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write it; Lightning looks for SIGTERM between two batches, where all counters agree."""

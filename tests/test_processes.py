@@ -15,6 +15,7 @@ import torch
 from pytorch_lightning.strategies import FSDPStrategy
 
 from mcseg import SegmentationModule, SyntheticData
+from mcseg.checkpoints import steps_done
 from mcseg.losses import (
     BalancedSoftmaxLoss,
     CrossEntropyLoss,
@@ -242,9 +243,10 @@ from mcseg.cli import main
 class Dies(pl.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.global_rank == 1 and batch_idx == 1:
-            if sys.argv[1] == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise ValueError("the disk is on fire")
+            if sys.argv[1] in ("SIGKILL", "SIGTERM"):
+                os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+            else:
+                raise ValueError("the disk is on fire")
 
 make = pl.Trainer.__init__
 def init(self, *args, callbacks=None, **options):
@@ -255,10 +257,14 @@ main(["fit", "synthetic", *sys.argv[2:]])
 
 
 @pytest.mark.parametrize(
-    ("how", "reason"),
-    [("killed", "Check the logs of the remote worker|Connection reset by peer"), ("raised", "the disk is on fire")],
+    ("how", "code", "reason"),
+    [
+        ("SIGKILL", 1, "Check the logs of the remote worker|Connection reset by peer"),
+        ("raised", 1, "the disk is on fire"),
+        ("SIGTERM", 128 + 15, "told to end; to go on: mcseg fit --resume"),
+    ],
 )
-def test_a_process_that_dies_ends_the_job_with_its_reason(how, reason, tmp_path):
+def test_a_process_that_ends_ends_the_job_with_its_reason(how, code, reason, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(DYING)
     words = [
@@ -270,8 +276,10 @@ def test_a_process_that_dies_ends_the_job_with_its_reason(how, reason, tmp_path)
     command = [sys.executable, str(script), how, *words]
     # The time that both take to start is a part of it.
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    assert done.returncode != 0
+    assert done.returncode == code
     assert re.search(reason, done.stdout + done.stderr)
+    if how == "SIGTERM":  # which only the second process got
+        assert steps_done(tmp_path / "run" / "checkpoints" / "last.ckpt") == 2
 
 
 def test_evaluation_waits_for_no_process_without_images(photo_folder, tmp_path):
