@@ -5,14 +5,17 @@ The run has what any has: loader processes, validation, pictures, checkpoints, l
 python benchmarks/soak.py                    # 5000 steps in 100 epochs of drawn scenes, a few minutes on two cores
 python benchmarks/soak.py --steps 50000 --accelerator gpu
 
-Sampled in the middle of each epoch, by Linux' own account: resident memory of the training process, and that of it with its
-loader processes, in which a page that several share counts once. The loaders end and are made anew every five epochs. Growth
-is the median of the last fifth against that of the second fifth; the first is warm-up.
-Ends with status 1 where memory grew by 2 % or more, or handles, processes or threads by any.
+Sampled in the middle of each epoch: resident memory of the training process by Linux' account, and that of it with its
+loader processes, in which a page that several share counts once; of the training process's memory what glibc has given out,
+and Python's objects. These two grow where something is kept; free pieces that nothing fits into grow the first alone. The
+loaders end and are made anew every five epochs. Growth is the median of the last fifth against that of the second fifth; the
+first is warm-up. Ends with status 1 where memory or objects grew by 2 % or more, or handles, processes or threads by any.
 """
 
 import argparse
 import csv
+import ctypes
+import gc
 import json
 import re
 import statistics
@@ -25,7 +28,29 @@ import torch
 
 from mcseg.cli import main as mcseg
 
-COLUMNS = ("step", "training_mib", "all_mib", "handles", "processes", "threads")
+COLUMNS = ("step", "training_mib", "all_mib", "allocated_mib", "objects", "handles", "processes", "threads")
+
+
+class _Mallinfo(ctypes.Structure):
+    """What glibc's ``mallinfo2`` returns."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    )
+
+
+def _allocated() -> int:
+    """Bytes that glibc has given out and not got back; 0 without glibc 2.33."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None:
+        return 0
+    mallinfo.restype = _Mallinfo
+    found = mallinfo()
+    return int(found.uordblks + found.hblkhd)
 
 
 def _number(file: str, key: str) -> int:
@@ -55,7 +80,15 @@ class Recorder(pl.Callback):
             ]
             handles = len(list(Path("/proc/self/fd").iterdir())) - 1  # the one that lists them
             pages = sum(_number(f"{process}/smaps_rollup", "Pss") for process in ("self", *children)) / 1024
-            row = (_number("self/status", "VmRSS") / 1024, pages, handles, len(children), _number("self/status", "Threads"))
+            row = (
+                _number("self/status", "VmRSS") / 1024,
+                pages,
+                _allocated() / 2**20,
+                len(gc.get_objects()),
+                handles,
+                len(children),
+                _number("self/status", "Threads"),
+            )
             with Path(self.path).open("a") as file:
                 csv.writer(file).writerow([trainer.global_step, *(round(value, 1) for value in row)])
 
@@ -96,7 +129,7 @@ def main() -> None:
     for index, name in enumerate(COLUMNS[1:], 1):
         before, after = (statistics.median(row[index] for row in part) for part in (rows[fifth : 2 * fifth], rows[-fifth:]))
         growth = after / before - 1
-        bad |= growth >= 0.02 if name.endswith("mib") else after > before
+        bad |= growth >= 0.02 if name in ("training_mib", "all_mib", "allocated_mib", "objects") else after > before
         print(f"{name}: {before:.1f} to {after:.1f}, {growth:+.2%}")
     sys.exit(int(bad))
 
