@@ -65,8 +65,9 @@ class CheckpointFile(TorchCheckpointIO):
 class CheckpointOnSignal(Callback):
     """Writes a checkpoint when a training is told to end by SIGTERM; of several processes, when any of them is.
 
-    These end together, behind the same step; a validation that is under way is finished before. Lightning's own handler talks to the other processes from within, wherever they
-    are: they may be waiting for something else, and then all wait for ever.
+    These end together, behind the same step; a validation that is under way is finished before. Lightning's own handler
+    talks to the other processes from within, wherever they are: they may be waiting for something else, and then all wait
+    for ever.
 
     Args:
         path: where; a run that goes on from it has the next batch that it would have had, and repeats a validation that
