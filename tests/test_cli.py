@@ -241,9 +241,17 @@ def test_two_stages_cross_entropy_then_margins(arguments, caplog):
     assert all(torch.equal(states[0][name], states[1][name]) for name in weights)  # at learning rate 0
 
 
+@pytest.mark.parametrize(
+    ("device", "precision"),
+    [
+        ("cpu", "bf16-mixed"),
+        pytest.param("gpu", "16-mixed", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    ],
+)
 @pytest.mark.parametrize("name", sorted(path.stem for path in (RECIPES / "objectives").glob("*.yaml")))
-def test_every_objective_on_a_data_recipe(name, arguments, capsys):
-    few = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.precision=bf16-mixed"]
+def test_every_objective_on_a_data_recipe(name, device, precision, arguments, capsys):
+    few = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", f"--trainer.precision={precision}"]
+    few += [f"--trainer.accelerator={device}"]
     words = ["--config", "camvid", "--config", f"objectives/{name}", *arguments("camvid"), *TINY, *few]
     main(["fit", *words])
     folder = run_folder("camvid")
