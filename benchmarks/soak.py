@@ -8,8 +8,8 @@ python benchmarks/soak.py --steps 50000 --accelerator gpu
 Sampled in the middle of each epoch: resident memory of the training process by Linux' account, and that of it with its
 loader processes, in which a page that several share counts once; of the training process's memory what glibc has given out,
 and Python's objects, those in cycles included that it has not looked for yet. The loaders end and are made anew every
-five epochs. Growth is the median of the last fifth against that of the second fifth; the first is warm-up. Ends with status 1
-where the training process grew by 2 % or more, or handles, processes or threads by any.
+five epochs. Growth is the median of the last fifth against that of the second fifth; the first is warm-up. Ends with status
+1 where the training process grew by 2 % or more, or handles, processes or threads by any.
 """
 
 import argparse
