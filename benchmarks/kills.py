@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from mcseg.checkpoints import steps_done
+
 SETTINGS = {
     "data.train_scenes": 60,
     "data.val_scenes": 6,
@@ -97,7 +99,7 @@ def main() -> None:
                 break
             kills += 1
             checkpoint = killed / "checkpoints" / "last.ckpt"
-            step = torch.load(checkpoint, weights_only=True)["global_step"] if checkpoint.is_file() else 0
+            step = steps_done(checkpoint) if checkpoint.is_file() else 0
             left = sorted(path.name for path in killed.rglob("*.tmp"))
             print(f"killed after {seconds:.1f} s; step of the checkpoint: {step} {' '.join(left)}", flush=True)
         else:

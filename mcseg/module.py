@@ -332,7 +332,7 @@ class SegmentationModule(pl.LightningModule):
         differ = differing_tensors(found, own)
         if found and differ:
             raise ValueError(
-                f"the checkpoint's network is another one ({len(differ)} tensors differ, for example {min(differ)}; "
+                f"the checkpoint's network is another one ({len(differ)} tensors differ, for example {differ[0]}; "
                 f"{written_by(checkpoint)}); expected one of the same arch, encoder and network_options"
             )
 
