@@ -14,6 +14,8 @@ _SAID_SHORTER = (
     (re.compile(r"^Problem with given class_path '(.*)':$"), r"\1:"),
     (re.compile(r"\.? Got value: Namespace\(.*"), ""),
 )
+# What gloo and NCCL say where another process is no longer there
+_PEER_ENDED = re.compile(r"Connection (reset|closed) by peer|remote process exit")
 
 
 def one_line(error: BaseException) -> str:
@@ -23,6 +25,11 @@ def one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "worker process" in lines[0]:
         return lines[-1].partition("Error: ")[2] or lines[-1]
+    if isinstance(error, RuntimeError) and (ended := _PEER_ENDED.search(str(error))):
+        return (
+            f"another process of this run has ended, and this one with it ({ended[0]}); what that one said last tells why; "
+            "if it said nothing it was killed, often for memory. mcseg fit --resume goes on from the last checkpoint"
+        )
     said = []
     for line in (line.removeprefix("- ") for line in lines):
         for pattern, short in _SAID_SHORTER:
