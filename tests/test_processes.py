@@ -85,7 +85,7 @@ def objectives_as_rank(rank, world, folder):
             results["alone"] = {name: float(made(name)(logits[:1], target[:1])) for name in OBJECTIVES}
     torch.distributed.barrier()
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
-    torch.distributed.destroy_process_group()
+    # The group ends with the process: destroy_process_group of torch 2.7 may wait for ever behind a sum.
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -222,7 +222,7 @@ def sharded_as_rank(rank, world, folder):
         found.append((loss.detach(), {name: grad.contiguous() for name, grad in whole.items()}))
     if rank == 0:
         torch.save(found, folder + "/found.pt")
-    torch.distributed.destroy_process_group()
+    # The group ends with the process: destroy_process_group of torch 2.7 may wait for ever behind a sum.
 
 
 def test_weights_that_are_shared_out_train_as_whole_ones(tmp_path):
