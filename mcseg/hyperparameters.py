@@ -1,13 +1,16 @@
-"""Arguments of a module as plain types, from which a checkpoint's objects are made again."""
+"""Arguments of a module as plain types, from which a checkpoint's objects are made again, and what may be made of them."""
 
 import functools
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning.cli import instantiate_module
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 
 def plain_hyperparameters(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -31,6 +34,66 @@ def plain_hyperparameters(found: dict[str, Any]) -> tuple[dict[str, Any], dict[s
     # The one instantiator that Lightning trusts in a checkpoint
     plain["_instantiator"] = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
     return plain, reasons
+
+
+def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse stored arguments that would have something else made or called than networks, losses, optimisers, schedulers.
+
+    The parser, which makes the objects, takes any function as a class path where the argument is a callable: plain text
+    in a checkpoint, which ``weights_only`` lets pass, could so call ``os.system``. The text is therefore parsed as the
+    parser will do it, and what came out is looked at before anything is made.
+
+    Args:
+        kind: the module's class.
+        stored: the arguments in a checkpoint.
+        given: arguments from the caller, which go before them and are trusted.
+
+    Raises:
+        ValueError: the argument and the path that would have been called.
+        ArgumentError: arguments that the class does not take.
+    """
+    if not stored:
+        return
+    parser = ArgumentParser(exit_on_error=False)
+    arguments = {name: value for name, value in {**stored, **given}.items() if name != "_instantiator"}
+    if path := arguments.pop("_class_path", None):
+        parser.add_subclass_arguments(kind, "model", fail_untyped=False)
+        arguments = {"class_path": path, "dict_kwargs": arguments}
+    else:
+        parser.add_class_arguments(kind, "model", fail_untyped=False)
+    parsed = parser.parse_object({"model": arguments}).model
+    for name, value in vars(parsed.get("init_args", parsed)).items():
+        for called in _called(value) if name not in given else ():
+            raise ValueError(
+                f"{name}: found {called}, which is no class of networks, losses, optimisers or schedulers (nn.Module, "
+                "Optimizer, LRScheduler); nothing else is called for a checkpoint"
+            )
+
+
+def _called(value: Any) -> Iterator[str]:
+    """What making a parsed value would call that is none of the four."""
+    if isinstance(value, Namespace | dict):
+        entries = vars(value) if isinstance(value, Namespace) else value
+        if isinstance(path := entries.get("class_path"), str) and not _is_part(_found(path)):
+            yield path
+        for entry in entries.values():
+            yield from _called(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _called(entry)
+    elif callable(value) and not _is_part(value):
+        yield f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}"
+
+
+def _found(path: str) -> Any:
+    try:
+        return pkgutil.resolve_name(path)
+    except (ImportError, AttributeError, ValueError):
+        return None
+
+
+def _is_part(value: Any) -> bool:
+    return inspect.isclass(value) and issubclass(value, nn.Module | Optimizer | LRScheduler)
 
 
 def _plain(value: Any, name: str) -> Any:

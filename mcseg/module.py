@@ -3,20 +3,22 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed
+from lightning_fabric.utilities.cloud_io import _load
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from mcseg import __version__
 from mcseg.checkpoints import VERSION, differing_tensors, read_checkpoint, written_by
-from mcseg.hyperparameters import plain_hyperparameters
+from mcseg.hyperparameters import plain_hyperparameters, refuse_calls
 from mcseg.inference import Inference, labels_at
 from mcseg.kernels import predicted_classes
 from mcseg.losses import POWER_DICE, CrossEntropyLoss, MarginCalibrationLoss, Upsampling
@@ -132,6 +134,44 @@ class SegmentationModule(pl.LightningModule):
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits (N,C,H,W) of an image (N,3,H,W), uint8 0..255 or floating point 0..1, RGB."""
         return cast(Tensor, self.network(image))
+
+    @_restricted_classmethod  # of the class, as Lightning's own is: called on an instance it would not change that
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **options: Any,
+    ) -> Self:
+        """Make the module of a checkpoint again, with its weights.
+
+        A checkpoint names the classes of its objective, optimiser and scheduler, which are imported and made; one that names
+        anything else is refused before it is called, as is one with other objects than tensors and plain types.
+
+        Args:
+            checkpoint_path: path, URL or open file.
+            map_location: where the tensors go, as in ``torch.load``.
+            hparams_file: YAML file with arguments to use instead of the checkpoint's.
+            strict: whether the names of all tensors have to agree.
+            weights_only: False unpickles whatever the file holds.
+            **options: arguments of the class, which go before those in the checkpoint.
+
+        Raises:
+            ValueError: not a checkpoint, or one that holds or names what it must not.
+        """
+        if isinstance(checkpoint_path, str | Path) and "://" not in str(checkpoint_path):
+            checkpoint = read_checkpoint(checkpoint_path, mmap=True)
+        else:
+            checkpoint = _load(checkpoint_path, map_location="cpu", weights_only=True)
+            if hasattr(checkpoint_path, "seek"):
+                checkpoint_path.seek(0)
+        try:
+            refuse_calls(cls, checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), options)
+        except ValueError as error:
+            raise ValueError(f"{checkpoint_path}: {error}") from None
+        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **options)
 
     def setup(self, stage: str) -> None:
         """Refuse to train what no checkpoint could hold, or from a file that is not there."""

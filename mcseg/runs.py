@@ -37,6 +37,7 @@ from mcseg.checkpoints import (
     written_by,
 )
 from mcseg.data import SegmentationData
+from mcseg.hyperparameters import refuse_calls
 from mcseg.inference import Inference
 from mcseg.losses import POWER_DICE
 from mcseg.messages import one_line
@@ -146,8 +147,9 @@ class SegmentationCLI(LightningCLI):
         path = self.config[verb].get("ckpt_path") if verb else None
         checkpoint = read_checkpoint(path, mmap=True) if path and Path(path).is_file() else {}
         try:
+            refuse_calls(SegmentationModule, checkpoint.get("hyper_parameters", {}), {})
             super()._parse_ckpt_path()
-        except ArgumentError as error:
+        except (ArgumentError, ValueError) as error:
             raise ValueError(
                 f"--ckpt_path: {path} has settings that do not hold here ({written_by(checkpoint)}): {one_line(error)}"
             ) from None
@@ -163,6 +165,10 @@ class SegmentationCLI(LightningCLI):
         config = self.verb_config
         if config.model.objective is None:
             raise ValueError("model.objective: found null, expected a class path such as mcseg.losses.MarginCalibrationLoss")
+        for name in ("objective", "optimizer", "scheduler"):
+            path = config.get(f"model.{name}.class_path")
+            if path and not inspect.isclass(pkgutil.resolve_name(path)):  # the parser would call any function
+                raise ValueError(f"model.{name}: found {path}, expected a class")
         if self.subcommand in ("validate", "test"):
             config.verbose = False  # the table of JaccardCallback says it all
         if self.subcommand == "predict":

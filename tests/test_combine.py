@@ -67,13 +67,20 @@ def test_the_same_objective_twice_has_two_terms():
         ([{"class": "x"}], "found the keys \\['class'\\], expected class_path, init_args and weight"),
         ([{"class_path": "mcseg.losses.Nothing"}], "mcseg.losses.Nothing cannot be made"),
         ([{"class_path": "mcseg.losses.CrossEntropyLoss", "init_args": {"x": 1}}], "CrossEntropyLoss cannot be made"),
-        ([{"class_path": "pathlib.Path"}], "makes a PosixPath, expected an nn.Module"),
+        ([{"class_path": "pathlib.Path"}], "found pathlib.Path, expected a class derived from torch.nn.Module"),
     ],
     ids=str,
 )
 def test_refusals(objectives, message):
     with pytest.raises(ValueError, match=message):
         SumLoss(3, objectives)
+
+
+def test_nothing_but_modules_is_called(tmp_path):
+    call = {"class_path": "os.mkdir", "init_args": {"path": str(tmp_path / "owned")}}
+    with pytest.raises(ValueError, match="found os.mkdir, expected a class derived from torch.nn.Module"):
+        SumLoss(3, [call])
+    assert not list(tmp_path.iterdir())
 
 
 def test_modules_do_not_share_their_settings():

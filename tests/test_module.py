@@ -1,14 +1,17 @@
 """SegmentationModule: it learns, keeps the void out, and its checkpoints rebuild it without data or network."""
 
 import csv
+import json
 import math
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
 import segmentation_models_pytorch as smp
 import torch
+from jsonargparse import ArgumentError
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import nn
 
@@ -170,6 +173,57 @@ def test_a_loaded_margin_loss_needs_no_labels(tmp_path):
     for mine, theirs in zip(again.objective.offsets, module.objective.offsets, strict=True):
         assert torch.equal(mine, theirs)
         assert mine.dtype == torch.float64
+
+
+# No function that jsonargparse denies by itself from 4.53 on, as it does os.system
+TOUCH = {"class_path": "torch.save", "init_args": {"obj": 1, "f": "owned"}}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"objective": TOUCH},
+        {"objective": json.dumps(TOUCH)},
+        {"objective.class_path": "torch.save", "objective.init_args.obj": 1, "objective.init_args.f": "owned"},
+        {"objective": {"class_path": "numpy.memmap", "init_args": {"filename": "owned", "shape": [1], "mode": "w+"}}},
+        {"objective": {"class_path": "mcseg.losses.SumLoss", "init_args": {"num_classes": 3, "objectives": [TOUCH]}}},
+        {"objective": {"class_path": "torch.nn.TripletMarginWithDistanceLoss", "init_args": {"distance_function": TOUCH}}},
+        {
+            "objective": {
+                "class_path": "torch.nn.TripletMarginWithDistanceLoss",
+                "init_args": {"distance_function": "torch.save"},
+            }
+        },
+        {"optimizer": TOUCH},
+        {"scheduler": TOUCH},
+        {"network_options": {"decoder": TOUCH}},
+        {"_instantiator": "torch.save"},
+        {"_class_path": "numpy.memmap", "filename": "owned", "shape": [1], "mode": "w+"},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_has_nothing_called(tmp_path, monkeypatch, arguments):
+    """Plain text is no pickle, but the parser that makes the objects calls what it names."""
+    monkeypatch.chdir(tmp_path)
+    module = SegmentationModule(**TINY, num_classes=3, objective=nn.CrossEntropyLoss())
+    kept = {
+        "state_dict": module.state_dict(),
+        "hyper_parameters": dict(module.hparams),
+        "pytorch-lightning_version": "2.6.6",
+    }
+    torch.save(kept, "good.ckpt")
+    torch.save(kept | {"hyper_parameters": kept["hyper_parameters"] | arguments}, "bad.ckpt")
+    with open("good.ckpt", "rb") as file:
+        assert same_weights(SegmentationModule.load_from_checkpoint(file), module)
+    for options in ({}, {"aux_weight": 0.0}):
+        with pytest.raises(
+            (ValueError, ArgumentError), match="nothing else is called|Does not validate|not in the allowlist"
+        ):
+            SegmentationModule.load_from_checkpoint("bad.ckpt", **options)
+    assert not Path("owned").exists()
+    if "objective" in arguments:  # the caller's own goes before it
+        again = SegmentationModule.load_from_checkpoint("bad.ckpt", objective=partial(nn.CrossEntropyLoss, reduction="sum"))
+        assert again.objective.reduction == "sum"
 
 
 def test_reload_and_resume_fetch_no_encoder_weights(tmp_path, monkeypatch):

@@ -116,6 +116,7 @@ WRONG = {
     "fit --config BROKEN_YAML": (1, "broken.yaml: not a YAML file (while parsing"),
     "fit --config EMPTY_YAML": (1, "empty.yaml: found NoneType, expected keys with values"),
     "fit --config UNSAFE_YAML": (1, "unsafe.yaml: not a YAML file (could not determine a constructor for the tag"),
+    "fit synthetic --config CALLING_YAML": (1, "model.optimizer: found torch.save, expected a class"),
     "fit --config OTHER_YAML": (2, "does not accept option 'modle.arch'"),
     # checkpoints
     "test": (1, "mcseg test needs trained weights: give --ckpt_path"),
@@ -127,10 +128,16 @@ WRONG = {
     "validate --ckpt_path CUT_CKPT": (1, "cut.ckpt: not a checkpoint, or one that was cut off"),
     "validate --ckpt_path FOREIGN_CKPT": (1, "foreign.ckpt: holds no state_dict"),
     "validate --ckpt_path MALICIOUS_CKPT": (1, "malicious.ckpt: holds other objects than tensors and plain types"),
+    "validate --ckpt_path CALLING_CKPT": (1, "calling.ckpt has settings that do not hold here"),
+    "fit --ckpt_path CALLING_CKPT": (1, "objective: found torch.save, which is no class of networks, losses, optimisers or"),
     "fit --model.init_from nowhere.ckpt": (1, "model.init_from: no checkpoint nowhere.ckpt"),
     "fit --model.init_from TEXT_CKPT": (1, "text.ckpt: not a checkpoint, or one that was cut off"),
     "fit --model.init_from MALICIOUS_CKPT": (1, "malicious.ckpt: holds other objects than tensors and plain types"),
 }  # fmt: skip
+
+
+# What the parser makes of a class path where the argument may be a callable
+CALL = {"class_path": "torch.save", "init_args": {"obj": 1, "f": "owned"}}
 
 
 class Malicious:
@@ -150,15 +157,17 @@ def places(photo_folder, tmp_path):
         "empty": "",
         "unsafe": "model: !!python/object/apply:os.system ['touch owned']\n",
         "other": "modle:\n  arch: unet\n",
+        "calling": f"model:\n  optimizer: {CALL}\n",
     }.items():
         files[f"{name.upper()}_YAML"] = tmp_path / f"{name}.yaml"
         files[f"{name.upper()}_YAML"].write_text(text)
-    for name in ("text", "cut", "foreign", "malicious"):
+    for name in ("text", "cut", "foreign", "malicious", "calling"):
         files[f"{name.upper()}_CKPT"] = tmp_path / f"{name}.ckpt"
     files["TEXT_CKPT"].write_text("hello world")
     torch.save({"weights": torch.zeros(3)}, files["FOREIGN_CKPT"])
     files["CUT_CKPT"].write_bytes(files["FOREIGN_CKPT"].read_bytes()[:-60])
     torch.save({"state_dict": {}, "payload": Malicious()}, files["MALICIOUS_CKPT"])
+    torch.save({"state_dict": {}, "hyper_parameters": {"num_classes": 3, "objective": CALL}}, files["CALLING_CKPT"])
     return files
 
 

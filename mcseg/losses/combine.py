@@ -117,11 +117,10 @@ def _made(entry: dict[str, Any], num_classes: int) -> nn.Module:
     path, arguments = entry["class_path"], dict(entry.get("init_args") or {})
     try:
         kind = pkgutil.resolve_name(path)
+        if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):  # before anything is called
+            raise ValueError(f"objectives: found {path}, expected a class derived from torch.nn.Module")
         if "num_classes" in inspect.signature(kind).parameters:
             arguments.setdefault("num_classes", num_classes)
-        made = kind(**arguments)
+        return kind(**arguments)
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"objectives: {path} cannot be made ({error})") from None
-    if not isinstance(made, nn.Module):
-        raise ValueError(f"objectives: {path} makes a {type(made).__name__}, expected an nn.Module")
-    return made
