@@ -11,14 +11,14 @@ PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
 # Rebuilt when pyproject.toml is newer; a failed installation leaves no stamp behind.
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, found %d.%d; set PYTHON=..." % v[:2])'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 	@echo "Installing into $(VENV): PyTorch and the other libraries are several GB, this takes a few minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
 # The oldest version that pyproject.toml allows of each library that the package needs
 $(OLDEST)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(OLDEST)
+	$(PYTHON) -m venv --upgrade-deps $(OLDEST)
 	$(PYTHON) -c 'import re, tomllib; print(*(re.sub(r"\[.*\]|,.*", "", line).replace(">=", "==") for line in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]), sep="\n")' > $(OLDEST)/oldest.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c $(OLDEST)/oldest.txt
 	@touch $@

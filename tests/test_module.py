@@ -217,7 +217,8 @@ def test_a_checkpoint_has_nothing_called(tmp_path, monkeypatch, arguments):
         assert same_weights(SegmentationModule.load_from_checkpoint(file), module)
     for options in ({}, {"aux_weight": 0.0}):
         with pytest.raises(
-            (ValueError, ArgumentError), match="nothing else is called|Does not validate|not in the allowlist"
+            (ValueError, ArgumentError),
+            match="nothing else is called|Does not validate|expects a function|not in the allowlist",
         ):
             SegmentationModule.load_from_checkpoint("bad.ckpt", **options)
     assert not Path("owned").exists()
@@ -370,7 +371,7 @@ def test_labels_in_bands_are_those_of_the_resized_logits(shape, size, monkeypatc
 
 def test_labels_of_a_huge_photo_take_little_memory():
     logits = torch.randn(1, 65, 96, 128)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         labels = labels_at(logits, (1500, 2000))
     assert labels.shape == (1, 1500, 2000)
     largest = max(event.cpu_memory_usage for event in profile.events())
