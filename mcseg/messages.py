@@ -28,7 +28,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and (ended := _PEER_ENDED.search(str(error))):
         return (
             f"another process of this run has ended, and this one with it ({ended[0]}); what that one said last tells why; "
-            "if it said nothing it was killed, often for memory. mcseg fit --resume goes on from the last checkpoint"
+            "if it said nothing it was killed, often for memory; training goes on with mcseg fit --resume RUN_FOLDER"
         )
     said = []
     for line in (line.removeprefix("- ") for line in lines):
