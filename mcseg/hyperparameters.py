@@ -54,6 +54,8 @@ def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]
     """
     if not stored:
         return
+    if dotted := [name for name in stored if "." in name]:  # which could reach into what the caller gives
+        raise ValueError(f"found the arguments {dotted}, expected names without dots")
     parser = ArgumentParser(exit_on_error=False)
     arguments = {name: value for name, value in {**stored, **given}.items() if name != "_instantiator"}
     if path := arguments.pop("_class_path", None):
@@ -62,11 +64,12 @@ def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]
     else:
         parser.add_class_arguments(kind, "model", fail_untyped=False)
     parsed = parser.parse_object({"model": arguments}).model
-    for name, value in vars(parsed.get("init_args", parsed)).items():
+    values = {**parsed.get("dict_kwargs", {}), **vars(parsed.get("init_args", parsed))}
+    for name, value in values.items():
         for called in _called(value) if name not in given else ():
             raise ValueError(
                 f"{name}: found {called}, which is no class of networks, losses, optimisers or schedulers (nn.Module, "
-                "Optimizer, LRScheduler); nothing else is called for a checkpoint"
+                f"Optimizer, LRScheduler); nothing else is called for a checkpoint. If you trust it: load_from_checkpoint(..., {name}=...)"
             )
 
 
