@@ -69,7 +69,8 @@ def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]
         for called in _called(value) if name not in given else ():
             raise ValueError(
                 f"{name}: found {called}, which is no class of networks, losses, optimisers or schedulers (nn.Module, "
-                f"Optimizer, LRScheduler); nothing else is called for a checkpoint. If you trust it: load_from_checkpoint(..., {name}=...)"
+                "Optimizer, LRScheduler); nothing else is called for a checkpoint. If you trust it: "
+                f"load_from_checkpoint(..., {name}=...)"
             )
 
 
