@@ -10,6 +10,7 @@ import torch
 import torch.distributed
 from lightning_fabric.utilities.cloud_io import _load
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
@@ -167,8 +168,9 @@ class SegmentationModule(pl.LightningModule):
             checkpoint = _load(checkpoint_path, map_location="cpu", weights_only=True)
             if hasattr(checkpoint_path, "seek"):
                 checkpoint_path.seek(0)
+        keys = (*CHECKPOINT_PAST_HPARAMS_KEYS, cls.CHECKPOINT_HYPER_PARAMS_KEY)  # all that Lightning takes arguments from
         try:
-            refuse_calls(cls, checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}), options)
+            refuse_calls(cls, {name: value for key in keys for name, value in checkpoint.get(key, {}).items()}, options)
         except ValueError as error:
             raise ValueError(f"{checkpoint_path}: {error}") from None
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **options)

@@ -228,6 +228,20 @@ def test_a_checkpoint_has_nothing_called(tmp_path, monkeypatch, arguments):
         assert again.objective.reduction == "sum"
 
 
+@pytest.mark.parametrize("key", ["hparams", "module_arguments"])
+def test_a_checkpoint_has_nothing_called_by_the_names_of_old(tmp_path, monkeypatch, key):
+    """Lightning still takes arguments from where its first versions kept them."""
+    monkeypatch.chdir(tmp_path)
+    module = SegmentationModule(**TINY, num_classes=3, objective=nn.CrossEntropyLoss())
+    arguments = dict(module.hparams)
+    del arguments["objective"]
+    kept = {"state_dict": module.state_dict(), "hyper_parameters": arguments, "pytorch-lightning_version": "2.6.6"}
+    torch.save(kept | {key: {"objective": TOUCH}}, "bad.ckpt")
+    with pytest.raises(ValueError, match="found torch.save, .* nothing else is called for a checkpoint"):
+        SegmentationModule.load_from_checkpoint("bad.ckpt")
+    assert not Path("owned").exists()
+
+
 def test_reload_and_resume_fetch_no_encoder_weights(tmp_path, monkeypatch):
     fetched = []
     monkeypatch.setattr("mcseg.networks.SegmentationNetwork.load_pretrained_encoder", lambda *args: fetched.append(args[3]))
