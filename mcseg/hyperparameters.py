@@ -66,7 +66,7 @@ def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]
     parsed = parser.parse_object({"model": arguments}).model
     values = {**parsed.get("dict_kwargs", {}), **vars(parsed.get("init_args", parsed))}
     for name, value in values.items():
-        for called in _called(value) if name not in given else ():
+        if name not in given and (called := next(_called(value), None)):
             raise ValueError(
                 f"{name}: found {called}, which is no class of networks, losses, optimisers or schedulers (nn.Module, "
                 "Optimizer, LRScheduler); nothing else is called for a checkpoint. If you trust it: "
