@@ -6,11 +6,13 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from pytorch_lightning.cli import instantiate_module
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from mcseg.messages import one_line
 
 
 def plain_hyperparameters(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -49,8 +51,7 @@ def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]
         given: arguments from the caller, which go before them and are trusted.
 
     Raises:
-        ValueError: the argument and the path that would have been called.
-        ArgumentError: arguments that the class does not take.
+        ValueError: the argument and the path that would have been called; arguments that the class does not take.
     """
     if not stored:
         return
@@ -63,7 +64,10 @@ def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]
         arguments = {"class_path": path, "dict_kwargs": arguments}
     else:
         parser.add_class_arguments(kind, "model", fail_untyped=False)
-    parsed = parser.parse_object({"model": arguments}).model
+    try:
+        parsed = parser.parse_object({"model": arguments}).model
+    except ArgumentError as error:
+        raise ValueError(one_line(error)) from None
     values = {**parsed.get("dict_kwargs", {}), **vars(parsed.get("init_args", parsed))}
     for name, value in values.items():
         if name not in given and (called := next(_called(value), None)):

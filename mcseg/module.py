@@ -160,7 +160,7 @@ class SegmentationModule(pl.LightningModule):
             **options: arguments of the class, which go before those in the checkpoint.
 
         Raises:
-            ValueError: not a checkpoint, or one that holds or names what it must not.
+            ValueError: not a checkpoint, or one that holds or names what it must not, or arguments that are unknown here.
         """
         if isinstance(checkpoint_path, str | Path) and "://" not in str(checkpoint_path):
             checkpoint = read_checkpoint(checkpoint_path, mmap=True)
@@ -172,7 +172,7 @@ class SegmentationModule(pl.LightningModule):
         try:
             refuse_calls(cls, {name: value for key in keys for name, value in checkpoint.get(key, {}).items()}, options)
         except ValueError as error:
-            raise ValueError(f"{checkpoint_path}: {error}") from None
+            raise ValueError(f"{checkpoint_path}: {error} ({written_by(checkpoint)})") from None
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **options)
 
     def setup(self, stage: str) -> None:

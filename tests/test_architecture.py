@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "seeds": set(),
     "checkpoints": set(),
     "losses": {"margins", "kernels"},
-    "hyperparameters": set(),
+    "hyperparameters": {"messages"},
     "messages": set(),
     "module": {"checkpoints", "hyperparameters", "inference", "kernels", "losses", "metrics", "networks", "seeds"},
     "callbacks": {"metrics", "pictures", "tracking"},

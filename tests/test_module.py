@@ -11,7 +11,6 @@ import pytest
 import pytorch_lightning as pl
 import segmentation_models_pytorch as smp
 import torch
-from jsonargparse import ArgumentError
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import nn
 
@@ -177,6 +176,11 @@ def test_a_loaded_margin_loss_needs_no_labels(tmp_path):
 
 # No function that jsonargparse denies by itself from 4.53 on, as it does os.system
 TOUCH = {"class_path": "torch.save", "init_args": {"obj": 1, "f": "owned"}}
+# By this package, by Lightning, or by the parser, whose words and whose order of trying differ from version to version
+REFUSED = (
+    "nothing else is called|without dots|not in the allowlist|does not correspond to a subclass|Expected 'torch.save' to be"
+    "|Option 'obj' is not accepted"
+)
 
 
 @pytest.mark.parametrize(
@@ -217,11 +221,9 @@ def test_a_checkpoint_has_nothing_called(tmp_path, monkeypatch, arguments):
     with open("good.ckpt", "rb") as file:
         assert same_weights(SegmentationModule.load_from_checkpoint(file), module)
     for options in ({}, {"aux_weight": 0.0}):
-        with pytest.raises(
-            (ValueError, ArgumentError),
-            match="nothing else is called|Does not validate|expects a function|not in the allowlist|without dots",
-        ):
+        with pytest.raises(ValueError, match=REFUSED) as refusal:
             SegmentationModule.load_from_checkpoint("bad.ckpt", **options)
+        assert "\n" not in str(refusal.value)
     assert not Path("owned").exists()
     if "objective" in arguments:  # the caller's own goes before it
         again = SegmentationModule.load_from_checkpoint("bad.ckpt", objective=partial(nn.CrossEntropyLoss, reduction="sum"))
@@ -237,7 +239,7 @@ def test_a_checkpoint_has_nothing_called_by_the_names_of_old(tmp_path, monkeypat
     del arguments["objective"]
     kept = {"state_dict": module.state_dict(), "hyper_parameters": arguments, "pytorch-lightning_version": "2.6.6"}
     torch.save(kept | {key: {"objective": TOUCH}}, "bad.ckpt")
-    with pytest.raises(ValueError, match="found torch.save, .* nothing else is called for a checkpoint"):
+    with pytest.raises(ValueError, match=REFUSED):
         SegmentationModule.load_from_checkpoint("bad.ckpt")
     assert not Path("owned").exists()
 
