@@ -45,7 +45,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command; ``args`` are those behind ``mcseg``, by default the process's own.
 
     Raises:
-        SystemExit: 1 after an error, told in one line; 2 where the arguments cannot be read; 143 after SIGTERM.
+        SystemExit: 1 after an error, told in one line; 2 where the arguments cannot be read; 143 after SIGTERM, 130 after
+            Ctrl-C.
     """
     words = list(sys.argv[1:] if args is None else args)
     if "LOCAL_RANK" not in os.environ:
@@ -73,8 +74,12 @@ def main(args: Sequence[str] | None = None) -> None:
                 own[words[0]](recipe, words[1:])
             else:
                 SegmentationCLI(recipe, words, resume=resume)
-    except SIGTERMException:  # an exit without a code, as if all had been done
-        sys.exit(128 + signal.SIGTERM)
+    except KeyboardInterrupt:
+        remove_if_empty(os.environ.get(RUN_FOLDER))
+        _fail("ended by Ctrl-C", 128 + signal.SIGINT)
+    except SIGTERMException as end:  # without a code unless a training had to end, as if all had been done
+        remove_if_empty(os.environ.get(RUN_FOLDER))
+        sys.exit(end.code or 128 + signal.SIGTERM)
     except ArgumentError as error:
         _fail(one_line(error), 2)
     except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:

@@ -3,14 +3,16 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from mcseg.checkpoints import CheckpointFile
+from mcseg.checkpoints import CheckpointFile, steps_done
 
 # Imports once and forks for each attempt; the parent computes nothing, so that no thread is missing in its children.
 ATTEMPTS = """
@@ -113,11 +115,11 @@ WORDS = [
 def run(tmp_path_factory):
     """Folder of a run of 20 steps that was killed at moments, the exit codes of its attempts and the steps of its checkpoint."""
 
-    def made(*moments):
+    def made(*moments, more=()):
         folder = tmp_path_factory.mktemp("run") / "run"
         script = folder.with_name("attempts.py")
         script.write_text(ATTEMPTS)
-        words = [sys.executable, str(script), str(folder), json.dumps(moments), *WORDS]
+        words = [sys.executable, str(script), str(folder), json.dumps(moments), *WORDS, *more]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=500, check=True, env=environment, cwd=folder.parent
@@ -134,6 +136,21 @@ def rows(folder):
         return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
+def assert_same_end(whole, folder):
+    """Of two runs; the last checkpoint of the first."""
+    one, other = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (whole, folder))
+    assert one["global_step"] == other["global_step"]
+    for part in ("state_dict", "current_model_state"):
+        state, its = one.get(part, {}), other.get(part, {})
+        assert state.keys() == its.keys()
+        for name, weights in state.items():
+            assert torch.equal(weights, its[name]), name
+    for part in ("optimizer_states", "lr_schedulers", "averaging_state"):
+        assert str(one.get(part)) == str(other.get(part))
+    assert rows(whole) == rows(folder)
+    return one
+
+
 def test_a_run_that_was_killed_ends_like_one_that_was_not(run):
     """In a step before there is a checkpoint, in validation, while a checkpoint is written, by SIGTERM in a step and in validation."""
     whole, codes, _, told = run()
@@ -145,17 +162,48 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(run):
     assert codes == [-9, -9, -9, -9, -9, 128 + 15, 128 + 15, -9, 0], told[-3000:]
     assert steps == [0, 5, 10, 10, 10, 14, 15, 15, 20]  # SIGTERM costs no step
     assert told.count("to go on: mcseg fit --resume") == 2
-    one, other = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (whole, folder))
-    assert one["global_step"] == other["global_step"] == 20
-    assert one["state_dict"].keys() == other["state_dict"].keys()
-    for name, weights in one["state_dict"].items():
-        assert torch.equal(weights, other["state_dict"][name]), name
-    for first, second in zip(one["optimizer_states"], other["optimizer_states"], strict=True):
-        assert str(first) == str(second)
-    assert rows(whole) == rows(folder)
+    assert assert_same_end(whole, folder)["global_step"] == 20
     assert {int(row["step"]) for row in rows(folder) if "train/loss" in row} == set(range(20))
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert left == {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
+
+
+def test_gradients_averages_and_schedule_of_a_run_that_was_killed(run):
+    """Two batches to a step, averaged weights, and a learning rate that falls where the score does not rise by half."""
+    more = ["--trainer.accumulate_grad_batches", "2", "--config", "options/ema", "--model.scheduler"]
+    more += ["torch.optim.lr_scheduler.ReduceLROnPlateau", "--model.scheduler.mode", "max"]
+    more += ["--model.scheduler.patience", "0", "--model.scheduler.threshold", "0.5"]
+    whole, codes, _, told = run(more=more)
+    assert codes == [0], told[-3000:]
+    # three steps an epoch, told in the first batch of a step and in validation; the gradient of half a step is in no checkpoint
+    folder, codes, steps, told = run("step 4", "term 4", "term-validation 6", "validation 9", "term 10", more=more)
+    assert codes == [-9, 143, 143, -9, 143, 0], told[-3000:]
+    assert steps == [3, 5, 6, 6, 11, 12]
+    last = assert_same_end(whole, folder)
+    assert last["current_model_state"].keys() == last["state_dict"].keys()
+    assert last["lr_schedulers"][0]["_last_lr"][0] < last["lr_schedulers"][0]["factor"] * float(rows(whole)[0]["lr-AdamW"])
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not tell who sent a signal")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_all_processes_of_a_run(number, code, tmp_path):
+    """As SLURM, systemd and the terminal send it: loaders' processes get it as well, and live until the step is done."""
+    folder = tmp_path / "run"
+    words = [*WORDS, "--data.num_workers", "2", "--trainer.max_epochs", "1000", "--trainer.default_root_dir", str(folder)]
+    command = [sys.executable, "-m", "mcseg", "fit", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": environment}
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and not (folder / "checkpoints/last.ckpt").exists():
+            time.sleep(0.1)
+        before = steps_done(folder / "checkpoints/last.ckpt")
+        os.killpg(process.pid, number)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == code, said[-3000:]
+    assert "to go on: mcseg fit --resume" in said
+    assert steps_done(folder / "checkpoints/last.ckpt") > before
+    assert max(int(row["step"]) for row in rows(folder)) == steps_done(folder / "checkpoints/last.ckpt") - 1
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):

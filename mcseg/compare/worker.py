@@ -25,6 +25,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from mcseg.callbacks import ConfusionPicture, PredictionPanel, PredictionWriter, TrainingCurves
+from mcseg.checkpoints import CheckpointOnSignal
 from mcseg.compare.record import EvaluationRecord, TrainingRecord
 from mcseg.compare.schedule import save_text
 from mcseg.messages import one_line
@@ -43,7 +44,7 @@ class _Run(SegmentationCLI):
         """Leave out pictures and checkpoints."""
         trainer = super().instantiate_trainer(**kwargs)
         pictures = (ConfusionPicture, ObjectiveMonitor, PredictionPanel, PredictionWriter, TrainingCurves)
-        left_out = (*pictures, pl.callbacks.ModelCheckpoint)
+        left_out = (*pictures, pl.callbacks.ModelCheckpoint, CheckpointOnSignal)
         found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [callback for callback in found if not isinstance(callback, left_out)]  # type: ignore[attr-defined]
         return trainer

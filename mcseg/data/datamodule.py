@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mcseg.data.batches import Batch, TrainingCrops, WholeImages, WideningLoader, collate, warn_skipped
-from mcseg.data.files import FileReader, Reader, Sample, images_below, keep_freed_memory
+from mcseg.data.files import FileReader, Reader, Sample, images_below, prepare_worker
 from mcseg.data.labels import Color, DataError, LabelTable, MissingFileError
 from mcseg.data.order import TrainingOrder
 from mcseg.data.statistics import count_class_pixels, default_cache_dir
@@ -312,7 +312,7 @@ class SegmentationData(pl.LightningDataModule):
             # Page-locked memory only speeds up copies to a GPU; workers are kept because starting them costs seconds.
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=keep_freed_memory,
+            worker_init_fn=prepare_worker,
             collate_fn=collate,
             **options,
         )

@@ -2,6 +2,9 @@
 
 import ctypes
 import functools
+import os
+import signal
+import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -270,8 +273,32 @@ def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
         return values.astype(np.uint8) if values.dtype == np.bool_ else values
 
 
-def keep_freed_memory(_worker: int) -> None:
-    """Let a worker process keep the memory that it frees, where the C library is glibc.
+def prepare_worker(_worker: int) -> None:
+    """Set a loader's worker process up: what its loader's process decides about ending, and memory that it keeps."""
+    _leave_signals_to_the_loader()
+    _keep_freed_memory()
+
+
+def _leave_signals_to_the_loader() -> None:
+    """Let a worker outlive a signal that reaches all processes of a run, unless its loader's process sends it.
+
+    Ctrl-C, SLURM and systemd signal them all. The process that trains ends its step and writes a checkpoint, for which it
+    may still need batches; then it ends its workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which tells who sent a signal, where the system has it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_the_loader, daemon=True).start()
+
+
+def _end_with_the_loader() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def _keep_freed_memory() -> None:
+    """Let a process keep the memory that it frees, where the C library is glibc.
 
     By default an image's memory goes back to the system and is fetched, page by page and zeroed, for the next image.
     """

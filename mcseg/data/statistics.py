@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mcseg.data.files import Reader, Sample, keep_freed_memory
+from mcseg.data.files import Reader, Sample, prepare_worker
 from mcseg.data.labels import DataError, MissingFileError
 
 
@@ -73,7 +73,7 @@ def count_class_pixels(
         num_workers=workers,
         generator=generator,
         collate_fn=_sum_up,
-        worker_init_fn=keep_freed_memory,
+        worker_init_fn=prepare_worker,
     )
     total = torch.zeros(classes, dtype=torch.int64)
     with tqdm(
