@@ -1,5 +1,6 @@
 """SegmentationModule: a network, an objective and an optimiser under the Lightning Trainer."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from pytorch_lightning.strategies import FSDPStrategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from mcseg import __version__
 from mcseg.checkpoints import VERSION, differing_tensors, read_checkpoint, written_by
@@ -48,8 +49,10 @@ class SegmentationModule(pl.LightningModule):
             ``calibrate`` gets the pixel counts of the training labels when training starts. In Python, a
             ``functools.partial`` of a class serves for objectives that do not keep their arguments.
         optimizer: callable from parameters to optimiser: a class, or a ``functools.partial`` of one.
-        scheduler: callable from optimiser to learning-rate schedule, stepped after every optimiser step; None is the
-            polynomial schedule lr * (1 - step / steps)^lr_power over the whole run.
+        scheduler: callable from optimiser to learning-rate schedule, stepped after every optimiser step;
+            ``torch.optim.lr_scheduler.ReduceLROnPlateau`` after every validation, by ``val/miou``, and Lightning's class of
+            that name by its own ``monitor``. None is the polynomial schedule lr * (1 - step / steps)^lr_power over the whole
+            run.
         lr_power: exponent of the polynomial schedule.
         warmup_steps: optimiser steps over which the polynomial schedule first rises linearly.
         network_options: further arguments of the architecture, for example ``{"decoder_channels": [64, 32, 16]}``.
@@ -270,8 +273,13 @@ class SegmentationModule(pl.LightningModule):
         self._evaluated = torch.zeros(2, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss``."""
+        """Log ``val/loss``; lower the learning rate where the score no longer rises."""
         self._log_evaluated("val")
+        if not self.trainer.sanity_checking and isinstance(plateau := self.lr_schedulers(), ReduceLROnPlateau):
+            monitor, found = _monitor(plateau), self.trainer.callback_metrics
+            if monitor not in found:
+                raise ValueError(f"model.scheduler: no score {monitor}; expected one of {', '.join(found)}")
+            plateau.step(found[monitor])
 
     def on_test_epoch_end(self) -> None:
         """Log ``test/loss``."""
@@ -318,8 +326,9 @@ class SegmentationModule(pl.LightningModule):
         optimizer = self.optimizer(self.network.parameters())
         schedule: LRScheduler | Any = self._polynomial(optimizer) if self.scheduler is None else self.scheduler(optimizer)
         interval: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
-        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            interval |= {"interval": "epoch", "monitor": "val/miou"}
+        if isinstance(schedule, ReduceLROnPlateau):
+            # Never by Lightning, which does it behind the epoch's checkpoint, and not at all in a run that goes on from that
+            interval |= {"interval": "epoch", "frequency": sys.maxsize, "monitor": _monitor(schedule)}
         return {"optimizer": optimizer, "lr_scheduler": interval}
 
     def on_train_start(self) -> None:
@@ -480,6 +489,22 @@ class SegmentationModule(pl.LightningModule):
             return float(rise * max(0.0, 1 - done) ** power)
 
         return LambdaLR(optimizer, factor)
+
+
+def _monitor(plateau: ReduceLROnPlateau) -> str:
+    """The score that a schedule follows: its own choice, or ``val/miou``.
+
+    Raises:
+        ValueError: it would lower the learning rate when the score gets better.
+    """
+    monitor = str(getattr(plateau, "monitor", "val/miou"))
+    mode = "min" if monitor == "val/loss" else "max"
+    if monitor.startswith("val/") and plateau.mode != mode:
+        raise ValueError(
+            f"model.scheduler: found ReduceLROnPlateau in mode {plateau.mode} for {monitor}, expected mode {mode}; set "
+            f"model.scheduler.init_args.mode to {mode}"
+        )
+    return monitor
 
 
 def _nearest(target: Tensor, size: torch.Size) -> Tensor:

@@ -209,10 +209,13 @@ class SegmentationCLI(LightningCLI):
         if any(not type(callback).__module__.startswith(("mcseg.", "pytorch_lightning.")) for callback in callbacks):
             return  # one of the user's own, which may log anything
         known = ["val/loss", *score_names("val", self.datamodule.class_names)]
-        for callback in callbacks:
-            monitor = getattr(callback, "monitor", None)
+        monitors = [(type(callback).__name__, getattr(callback, "monitor", None)) for callback in callbacks]
+        scheduler = self.verb_config.model.scheduler
+        if scheduler is not None:
+            monitors.append((scheduler.class_path.rpartition(".")[2], scheduler.get("init_args.monitor")))
+        for name, monitor in monitors:
             if monitor and monitor.startswith("val/") and monitor not in known:
-                raise ValueError(f"{type(callback).__name__}: no score {monitor}; expected one of {', '.join(known)}")
+                raise ValueError(f"{name}: no score {monitor}; expected one of {', '.join(known)}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add ``last.ckpt`` of every epoch, and the learning rate where there is something to log it to."""

@@ -96,6 +96,8 @@ WRONG = {
     "fit --trainer.max_steps -5": (1, "max_steps"),
     "fit --seed_everything foo": (2, "seed_everything: "),
     "fit --model.optimizer.lr -1": (1, "Invalid learning rate: -1"),
+    "fit --model.scheduler torch.optim.lr_scheduler.ReduceLROnPlateau": (1, "in mode min for val/miou, expected mode max"),
+    "fit --model.scheduler pytorch_lightning.cli.ReduceLROnPlateau --model.scheduler.monitor val/x": (1, "no score val/x"),
     "fit --model.aux_weight -1": (1, "aux_weight: found -1.0, expected a weight >= 0"),
     "fit --model.objective.tau -1": (1, "tau: found -1.0, expected a finite number > 0"),
     "fit --inference.window [0,5]": (1, "window: found (0, 5); expected (height, width), each at least 1"),
