@@ -50,9 +50,12 @@ class CheckpointFile(TorchCheckpointIO):
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(place)
-        except (OSError, RuntimeError) as error:  # torch's writer has errors of its own
+        except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):  # torch's writer has errors of its own on top
+                cause = cause.__context__
+            reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
             before = "the checkpoint that was there before is whole" if place.exists() else "there is none"
             raise OSError(f"{place}: the checkpoint cannot be written ({reason}); {before}") from error
 

@@ -1,5 +1,6 @@
 """Errors of libraries as the one line that a person needs."""
 
+import errno
 import re
 
 # What jsonargparse says about other types that a value might have had, and about the value in its own terms
@@ -14,6 +15,7 @@ _SAID_SHORTER = (
     (re.compile(r"^Problem with given class_path '(.*)':$"), r"\1:"),
     (re.compile(r"\.? Got value: Namespace\(.*"), ""),
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What gloo and NCCL say where another process is no longer there
 _PEER_ENDED = re.compile(r"Connection (reset|closed) by peer|remote process exit")
 
@@ -22,6 +24,11 @@ def one_line(error: BaseException) -> str:
     """What a person needs of an error: without a worker's traceback, and without the parser's other attempts."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return (
+            f"{error.strerror}: where the run folder is, or the temporary files; make room, and a training goes on with "
+            "mcseg fit --resume RUN_FOLDER"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "worker process" in lines[0]:
         return lines[-1].partition("Error: ")[2] or lines[-1]
