@@ -1,5 +1,6 @@
 """The command ``mcseg``: Lightning's fit, validate, test and predict, and mcseg's own verbs for data sets."""
 
+import io
 import os
 import signal
 import sys
@@ -49,6 +50,8 @@ def main(args: Sequence[str] | None = None) -> None:
             Ctrl-C.
     """
     words = list(sys.argv[1:] if args is None else args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: it may not know the letters of a class name
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(RUN_FOLDER, None)
     if not words or words[0] in ("-h", "--help"):

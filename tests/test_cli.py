@@ -3,6 +3,8 @@
 import csv
 import os
 import pkgutil
+import subprocess
+import sys
 import tarfile
 import warnings
 import zipfile
@@ -621,3 +623,12 @@ def test_no_run_folder_name_is_used_twice(arguments, monkeypatch):
     for _ in range(2):
         main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY])
     assert sorted(os.listdir("runs/synthetic")) == ["20260102-030405", "20260102-030405-2"]
+
+
+def test_class_names_that_the_terminal_cannot_show(photo_folder):
+    (photo_folder / "classes.txt").write_text("ground\nstraße\n猫\n", encoding="utf-8")
+    words = [sys.executable, "-m", "mcseg", "stats", "folder", "--data.root", str(photo_folder), "--data.num_workers=0"]
+    done = subprocess.run(words, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "stra\\xdfe " in done.stdout
+    assert "\\u732b " in done.stdout
