@@ -180,10 +180,8 @@ class SegmentationCLI(LightningCLI):
         for logger in _loggers(config):
             if logger.get("init_args.save_dir", "") in (None, "."):
                 logger.init_args.save_dir = trainer.default_root_dir
-            if self.resume and logger.class_path.endswith(".CSVLogger"):
-                kind = f"{ContinuedCSVLogger.__module__}.{ContinuedCSVLogger.__qualname__}"
-                done = steps_done(Path(config.ckpt_path)) if config.ckpt_path else 0
-                logger.class_path, logger.init_args.step = kind, done
+            if self.resume:
+                _go_on(logger, steps_done(Path(config.ckpt_path)) if config.ckpt_path else 0)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         if trainer.precision is None:
@@ -239,6 +237,24 @@ class SegmentationCLI(LightningCLI):
         """Say where everything is."""
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         rank_zero_info(f"run folder: {self.trainer.default_root_dir}" + (f"\nbest checkpoint: {best}" if best else ""))
+
+
+def _go_on(logger: Namespace, done: int) -> None:
+    """Let a logger add to what it has of the run, of which the rows of the steps that are done hold."""
+    folder, kind, settings = Path(logger.init_args.save_dir), logger.class_path.rpartition(".")[2], logger.init_args
+    if kind == "CSVLogger":
+        logger.class_path = f"{ContinuedCSVLogger.__module__}.{ContinuedCSVLogger.__qualname__}"
+        settings.step = done
+    elif kind == "TensorBoardLogger":
+        versions = [path.name.removeprefix("version_") for path in (folder / settings.name).glob("version_*")]
+        if settings.version is None:
+            settings.version = max((int(version) for version in versions if version.isdigit()), default=0)
+        settings.purge_step = done
+    elif kind == "WandbLogger":
+        # run-<time>-<id>; offline-run-... is not on the server yet, where the next part would take its place
+        ids = [path.name.split("-", 2)[2] for path in sorted(folder.glob("wandb/run-*-*"))]
+        if ids and settings.id is None and "WANDB_RUN_ID" not in os.environ:
+            settings.id, settings.resume = ids[-1], "allow"
 
 
 def _check_checkpoint(path: Path) -> None:

@@ -141,6 +141,32 @@ def test_trackers_hold_the_numbers_of_metrics_csv(tracked):
         assert found == [(step, float(np.float32(value))) for step, value in expected], key
 
 
+def test_trackers_of_a_run_that_goes_on(tmp_path, monkeypatch):
+    """Killed behind its fourth step, with a checkpoint of two; the W&B run as it is named where it is sent at once."""
+    folder, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
+    loggers = ["--trainer.logger+=WandbLogger", "--trainer.logger+=TensorBoardLogger", "--trainer.logger.save_dir=."]
+    begin, begun = wandb.init, []
+    monkeypatch.setattr(wandb, "init", lambda **options: begun.append(options) or begin(**options))
+    main(["fit", *SYNTHETIC, *loggers, "--trainer.max_epochs=1", f"--trainer.default_root_dir={folder}"])
+    finish_wandb()
+    (first,) = folder.glob("wandb/offline-run-*")
+    first.rename(first.with_name(first.name.removeprefix("offline-")))
+    early = last.read_bytes()
+    for _ in range(2):
+        last.write_bytes(early)
+        main(["fit", "--resume", str(folder), "--trainer.max_epochs=2"])
+        finish_wandb()
+    identity = first.name.rpartition("-")[2]
+    assert {path.name.rpartition("-")[2] for path in folder.glob("wandb/offline-run-*")} == {identity}
+    assert [(options["id"], options["resume"]) for options in begun] == [(None, None), *2 * [(identity, "allow")]]
+    assert [path.name for path in (folder / "lightning_logs").iterdir()] == ["version_0"]
+    events = EventAccumulator(str(folder / "lightning_logs" / "version_0")).Reload()
+    for key, expected in csv_series(folder).items():
+        found = [(event.step, event.value) for event in events.Scalars(key)]
+        assert found == [(step, pytest.approx(value)) for step, value in expected], key
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
+
+
 def test_offsets_are_those_of_the_counted_labels(tracked):
     data = SyntheticData(**SCENES)
     data.prepare_data()
