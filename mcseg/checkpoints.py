@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import errno
 import os
 import pickle
 import re
@@ -27,6 +28,7 @@ from torch import Tensor
 from mcseg import __version__
 
 VERSION = "mcseg_version"  # key of a checkpoint
+LOCK = ".lock"  # file in the folder of a run
 
 
 class CheckpointFile(TorchCheckpointIO):
@@ -252,3 +254,27 @@ def resumed(words: list[str]) -> tuple[list[str], Path | None]:
         raise FileNotFoundError(f"--resume: no {settings}; expected the folder of a run, such as runs/camvid/<time>")
     words = ["fit", "--config", str(settings), "--trainer.default_root_dir", str(folder), *rest[1:]]
     return words + (["--ckpt_path", str(last)] if last.is_file() else []), folder
+
+
+@contextmanager
+def alone(folder: Path, verb: str) -> Iterator[None]:
+    """Keep a second ``mcseg fit`` or ``compare`` out of a folder while one is at work there; made where it is missing.
+
+    The lock belongs to this process and ends with it, however that ends. Where the file system or the system knows no locks
+    nothing is kept out.
+
+    Raises:
+        RuntimeError: another process is at work there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # Windows
+            pass
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise RuntimeError(f"{folder}: another mcseg {verb} is at work here; wait for it, or end it") from None
+        yield

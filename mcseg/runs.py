@@ -8,6 +8,7 @@ import pkgutil
 import shutil
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,11 @@ from mcseg.callbacks import (
     score_names,
 )
 from mcseg.checkpoints import (
+    LOCK,
     CheckpointFile,
     CheckpointOnSignal,
     ContinuedCSVLogger,
+    alone,
     read_checkpoint,
     steps_done,
     written_by,
@@ -233,6 +236,12 @@ class SegmentationCLI(LightningCLI):
                 trainer.callbacks.insert(0, LearningRateMonitor("step"))  # type: ignore[attr-defined]
         return trainer
 
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """Train, in a folder where no other training is at work."""
+        folder, first = self.trainer.default_root_dir, self.trainer.is_global_zero
+        with alone(Path(folder), "fit") if first and "://" not in folder else nullcontext():
+            self.trainer.fit(*args, **kwargs)
+
     def after_fit(self) -> None:
         """Say where everything is."""
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
@@ -280,7 +289,7 @@ def _run_folder(recipe: str, verb: str) -> Path:
 
 def remove_if_empty(folder: str | None) -> None:
     """Take back the run folder of a run that failed before it had a result; loggers and settings are written at once."""
-    settings = ("config.yaml", "hparams.yaml")
+    settings = ("config.yaml", "hparams.yaml", LOCK)
     if folder and Path(folder).is_dir() and all(path.is_dir() or path.name in settings for path in Path(folder).rglob("*")):
         shutil.rmtree(folder)
         for parent in list(Path(folder).parents)[:2]:

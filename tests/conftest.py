@@ -1,6 +1,9 @@
 """Fixtures: small folders in real layouts, caches and run folders inside the test's own folder."""
 
 import os
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -72,3 +75,15 @@ def break_three(root):
     mask[3, 3] = 7
     write_png(root / "masks" / "photo 5.png", mask)
     write_png(root / "masks" / "photo 8.png", np.zeros((12, 32), dtype=np.uint8))
+
+
+@contextmanager
+def at_work(folder):
+    """Another process that holds the lock of a folder, until it is killed."""
+    script = "import sys; from pathlib import Path; from mcseg.checkpoints import alone\n"
+    script += "with alone(Path(sys.argv[1]), 'fit'): print('locked', flush=True); sys.stdin.read()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", script, str(folder)], **pipes) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield
+        process.kill()

@@ -19,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import SHARED
+from conftest import SHARED, at_work
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, jaccard_score
@@ -462,7 +462,7 @@ def test_interrupt_ends_the_runs(tmp_path, monkeypatch):
 
 
 def test_one_comparison_at_a_time_in_a_folder(tmp_path):
-    with schedule._alone(tmp_path), pytest.raises(RuntimeError, match="another mcseg compare"):
+    with at_work(tmp_path), pytest.raises(RuntimeError, match="another mcseg compare is at work here"):
         execute(study_of(), Folder(tmp_path), jobs=1)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import at_work
 
 from mcseg.checkpoints import CheckpointFile, steps_done
 
@@ -225,6 +226,22 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tensors, tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     assert writer.load_checkpoint(place)["global_step"] == 1
     assert [path.name for path in place.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path, capsys):
+    """A second one would write over the checkpoints of the first, and their rows would be mixed."""
+    from mcseg.cli import main
+
+    folder = tmp_path / "run"
+    words = ["fit", *WORDS, "--trainer.max_epochs=1", f"--trainer.default_root_dir={folder}"]
+    with at_work(folder):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 1
+        assert f"{folder}: another mcseg fit is at work here; wait for it, or end it" in capsys.readouterr().err
+        assert {path.name for path in folder.iterdir()} == {".lock"}
+    main(words)  # the other one was killed
+    assert steps_done(folder / "checkpoints" / "last.ckpt") == 5
 
 
 class Malicious:

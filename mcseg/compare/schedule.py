@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 import mcseg
+from mcseg.checkpoints import alone
 from mcseg.compare.plan import Outcome, Run, Shifts, runs
 from mcseg.compare.shifts import fit_shifts
 from mcseg.compare.study import Study
@@ -87,7 +87,7 @@ def execute(study: Study, folder: Folder, jobs: int, pictures: int = 4, keep_che
     Returns:
         The runs that failed, and why.
     """
-    with _alone(folder.root):
+    with alone(folder.root, "compare"):
         active: dict[Run, subprocess.Popen[bytes]] = {}
         slots = list(range(jobs))
         taken: dict[Run, int] = {}
@@ -224,17 +224,3 @@ def _stop(processes: "list[subprocess.Popen[bytes]]") -> None:
         while any(process.poll() is None for process in processes) and time.monotonic() < end:
             time.sleep(0.05)
         processes = [process for process in processes if process.poll() is None]
-
-
-@contextlib.contextmanager
-def _alone(root: Path) -> Iterator[None]:
-    """Keep a second comparison out of the folder while one runs."""
-    import fcntl
-
-    root.mkdir(parents=True, exist_ok=True)
-    with (root / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RuntimeError(f"{root}: another mcseg compare is running in this folder; wait for it, or end it") from None
-        yield
