@@ -1,12 +1,13 @@
-"""Kill a training at random moments and compare what comes of it with one that was left alone.
+"""End a training at random moments and compare what comes of it with one that was left alone.
 
-python benchmarks/kills.py                      # ten kills (SIGKILL), a few minutes on two cores
-python benchmarks/kills.py --kills 30 --seed 1
+python benchmarks/kills.py                                   # ten times, a few minutes on two cores
+python benchmarks/kills.py --kills 30 --seed 1 --signals KILL
 
-A run of drawn scenes with loaders, validation, checkpoints and log is killed, with all its processes at once, after a time
-drawn evenly from 0 to 0.4 of that of a whole run, then resumed, and so on. What it ends with must be that of a run of the
-same settings that was never stopped, on the CPU bit by bit: weights, optimiser, scores, rows of metrics.csv. Ends with
-status 1 where anything differs.
+A run of drawn scenes with loaders, validation, checkpoints, log, averaged weights and gradients that are accumulated over two
+batches gets a signal, with all its processes at once, after a time drawn evenly from 0 to 0.4 of that of a whole run, is then
+resumed, and so on. The signals are SIGKILL, SIGTERM and SIGINT (Ctrl-C) in turn. What it ends with must be that of a run of
+the same settings that was never stopped, on the CPU bit by bit: weights, their average, optimiser, scores, rows of
+metrics.csv. Ends with status 1 where anything differs.
 """
 
 import argparse
@@ -37,21 +38,22 @@ SETTINGS = {
     "model.encoder": "tu-test_resnet.r160_in1k",
     "model.network_options": '{"decoder_dropout":0.3}',
     "trainer.max_epochs": 20,
+    "trainer.accumulate_grad_batches": 2,
     "trainer.accelerator": "cpu",
     "trainer.log_every_n_steps": 1,
     "trainer.enable_progress_bar": "false",
 }
 
 
-def fit(words: list[str], seconds: float | None = None) -> bool:
-    """Run ``mcseg fit``; kill it and its loaders after some seconds. Whether it ended by itself."""
+def fit(words: list[str], number: signal.Signals = signal.SIGKILL, seconds: float | None = None) -> bool:
+    """Run ``mcseg fit``; send it and its loaders a signal after some seconds. Whether it ended by itself."""
     command = [sys.executable, "-W", "ignore", "-m", "mcseg", "fit", *words]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as process:
         try:
             _, said = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            os.killpg(process.pid, number)
+            process.communicate(timeout=60)  # longer it must not take
             return False
     if process.returncode:
         sys.exit(said.decode())
@@ -67,7 +69,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
 def differences(whole: Path, killed: Path) -> list[str]:
     """What differs between two runs."""
     one, other = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, killed))
-    found = [name for name, weights in one["state_dict"].items() if not torch.equal(weights, other["state_dict"][name])]
+    parts = ("state_dict", "current_model_state")
+    found = [f"{part}.{name}" for part in parts for name in one[part] if not torch.equal(one[part][name], other[part][name])]
     found += ["optimiser"] * (str(one["optimizer_states"]) != str(other["optimizer_states"]))
     found += ["metrics.csv"] * (rows(whole) != rows(killed))
     files = [{path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (whole, killed)]
@@ -79,9 +82,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM", "INT"), default=["KILL", "TERM", "INT"])
     parser.add_argument("--folder", help="a new folder that is to keep both runs")
     options = parser.parse_args()
-    words = ["synthetic", *(f"--{key}={value}" for key, value in SETTINGS.items())]
+    words = ["synthetic", "--config", "options/ema", *(f"--{key}={value}" for key, value in SETTINGS.items())]
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() if options.folder is None else nullcontext(options.folder) as parent:
         whole, killed = Path(parent, "whole"), Path(parent, "killed")
@@ -95,17 +99,18 @@ def main() -> None:
                 *words, f"--trainer.default_root_dir={killed}"
             ]  # fmt: skip
             seconds = draw.uniform(0, 0.4 * length)
-            if fit(going, seconds):
+            name = options.signals[kills % len(options.signals)]
+            if fit(going, signal.Signals[f"SIG{name}"], seconds):
                 break
             kills += 1
             checkpoint = killed / "checkpoints" / "last.ckpt"
             step = steps_done(checkpoint) if checkpoint.is_file() else 0
             left = sorted(path.name for path in killed.rglob("*.tmp"))
-            print(f"killed after {seconds:.1f} s; step of the checkpoint: {step} {' '.join(left)}", flush=True)
+            print(f"{name} after {seconds:.1f} s; step of the checkpoint: {step} {' '.join(left)}", flush=True)
         else:
             fit(["--resume", str(killed)])
         found = differences(whole, killed)
-    print(f"{kills} kills; differs: {', '.join(found) or 'nothing'}")
+    print(f"{kills} times; differs: {', '.join(found) or 'nothing'}")
     sys.exit(int(bool(found)))
 
 
