@@ -9,6 +9,7 @@ import yaml
 
 RECIPES = Path(__file__).parent / "configs"
 _NO_OBJECTIVE = "--model.objective=null"
+_NO_OPTIONS = "--model.network_options=null"  # which are those of one architecture
 
 
 def recipe_names() -> list[str]:
@@ -32,17 +33,18 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
     """Replace names of packaged recipes by their paths; return the first recipe's name and the arguments."""
     found: list[str] = []
     names: list[str] = []
+    behind = 1  # where the last recipe ends
     after_config = False
     for word in words:
         flag, _, value = word.partition("=")
-        if flag in ("--config", "-c") and value:
-            names.append(value)
-            found += _layer(recipe_path(value))
-        elif after_config:
-            names.append(word)
-            found += _layer(recipe_path(word))
+        if after_config or (flag in ("--config", "-c") and value):
+            names.append(word if after_config else value)
+            found += _layer(recipe_path(names[-1]))
+            behind = len(found)
         elif word not in ("--config", "-c"):
             found += [_NO_OBJECTIVE, word] if flag == "--model.objective" else [word]
+            if flag == "--model.arch":  # the recipe's options go, those on the command line stay
+                found.insert(behind, _NO_OPTIONS)
         after_config = word in ("--config", "-c")
     if after_config:
         found.append("--config")  # without a name: the parser says so
@@ -84,9 +86,10 @@ def _layer(recipe: Path) -> list[str]:
 
     A recipe that names the class of an objective replaces the objective. Without the null before it, an objective of another
     class would keep those of the old one's arguments that it knows as well, and one of the same class all that it does not
-    name.
+    name. One that names an architecture replaces the options of the network.
     """
     model = _content(recipe).get("model")
     objective = model.get("objective") if isinstance(model, dict) else None
     replaces = isinstance(objective, str) or (isinstance(objective, dict) and "class_path" in objective)
-    return [*([_NO_OBJECTIVE] if replaces else []), "--config", str(recipe)]
+    names_arch = isinstance(model, dict) and "arch" in model
+    return [*[_NO_OBJECTIVE] * replaces, *[_NO_OPTIONS] * names_arch, "--config", str(recipe)]

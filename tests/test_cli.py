@@ -312,6 +312,36 @@ def test_an_objective_by_its_name_keeps_nothing_of_the_default(tmp_path):
         assert objective.init_args.classes == "present"  # its own default; that of power Dice is "all"
 
 
+@pytest.mark.parametrize(
+    ("words", "arch", "options"),
+    [
+        (["--config", "camvid"], "unet", {"encoder_depth": 4, "decoder_channels": [64, 48, 32, 16]}),
+        (["--config", "camvid", "--model.arch", "deeplabv3plus"], "deeplabv3plus", None),
+        (
+            ["--model.arch=fpn", "--model.encoder=resnet18"],
+            "fpn",
+            None,
+        ),  # behind the recipe that is taken where none is named
+        (
+            ["--config=camvid", '--model.network_options={"encoder_depth":3}', "--model.arch=fpn"],
+            "fpn",
+            {"encoder_depth": 3},
+        ),
+        (["--config", "camvid", "--config", "cityscapes"], "deeplabv3plus", {"encoder_output_stride": 16}),
+        (["--config", "camvid", "--config", "own.yaml"], "linknet", None),
+        (["--config=synthetic", "--config", "own.yaml", "--config", "options/ema", "--model.arch=pan"], "pan", None),
+    ],
+    ids=str,
+)
+def test_another_architecture_keeps_no_options_of_the_one_below(words, arch, options):
+    """DeepLab with the decoder's channels of a U-Net was an error of its network."""
+    Path("own.yaml").write_text("model: {arch: linknet}\n")
+    parser = _ParseOnly("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False).parser
+    _, found = find_recipes(["fit", *words])
+    model = parser.parse_args(found[1:]).model
+    assert (model.arch, model.network_options) == (arch, options)
+
+
 def test_inference_from_the_command_line(arguments):
     """Settings of whole-image inference reach validate, and what they give is what they give in Python."""
     common = ["--config", "camvid", *arguments("camvid"), *TINY, "--trainer.precision=32-true"]
