@@ -85,13 +85,17 @@ class CheckpointOnSignal(Callback):
         self.path = Path(path)
         self._told = 0  # the signal
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin anew."""
+        self._told = 0
+
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to listen."""
-        self._listen()
+        self._listen(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin to listen."""
-        self._listen()
+        self._listen(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -106,12 +110,13 @@ class CheckpointOnSignal(Callback):
         if trainer.world_size == 1:
             self._end_if_told(trainer)
 
-    def _listen(self) -> None:
+    def _listen(self, trainer: pl.Trainer) -> None:
         def hear(number: int, _: Any) -> None:
             self._told = number
             if number == signal.SIGINT:
                 signal.signal(number, signal.default_int_handler)
-                rank_zero_info("Ctrl-C: ends behind this step, with a checkpoint; once more ends at once, without")
+                if trainer.is_global_zero:  # not by print, which may be what the signal came into
+                    os.write(2, b"\nCtrl-C: ends behind this step, with a checkpoint; once more ends at once, without\n")
 
         if threading.current_thread() is threading.main_thread():  # no other one may
             for number in (signal.SIGTERM, signal.SIGINT):

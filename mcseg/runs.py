@@ -250,7 +250,8 @@ class SegmentationCLI(LightningCLI):
 
 def _go_on(logger: Namespace, done: int) -> None:
     """Let a logger add to what it has of the run, of which the rows of the steps that are done hold."""
-    folder, kind, settings = Path(logger.init_args.save_dir), logger.class_path.rpartition(".")[2], logger.init_args
+    kind, settings = logger.class_path.rpartition(".")[2], logger.init_args
+    folder = Path(settings.get("save_dir") or ".")
     if kind == "CSVLogger":
         logger.class_path = f"{ContinuedCSVLogger.__module__}.{ContinuedCSVLogger.__qualname__}"
         settings.step = done
