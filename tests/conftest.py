@@ -11,6 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+# Before the hub's library is imported: weights that this machine has from elsewhere are not to be found
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": os.path.join(os.devnull, "hub")}
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on the CPU
 
@@ -22,7 +24,6 @@ def isolated(tmp_path, monkeypatch):
     """Caches, run folders and wandb files stay in the test's folder; nothing reaches for the network."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
 
