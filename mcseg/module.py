@@ -179,16 +179,11 @@ class SegmentationModule(pl.LightningModule):
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **options)
 
     def setup(self, stage: str) -> None:
-        """Refuse to train what no checkpoint could hold, or from a file that is not there."""
+        """Refuse to train what no checkpoint could hold."""
         if isinstance(self.trainer.strategy, FSDPStrategy):
             self.network.to(memory_format=torch.contiguous_format)  # weights are shared out only as they lie in a row
-        if stage != "fit":
-            return
-        if self._not_plain:
+        if stage == "fit" and self._not_plain:
             raise ValueError("; ".join(self._not_plain.values()))
-        start = self.hparams["init_from"]
-        if start and not self.has_weights and not Path(start).is_file():
-            raise FileNotFoundError(f"model.init_from: no checkpoint {start}; expected the path of a .ckpt file")
 
     def on_fit_start(self) -> None:
         """Calibrate the objective from the training labels and load the weights to start from.
@@ -457,6 +452,8 @@ class SegmentationModule(pl.LightningModule):
 
     def _init_from(self, path: str) -> None:
         """Copy the network of another run's checkpoint."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"model.init_from: no checkpoint {path}; expected the path of a .ckpt file")
         state = read_checkpoint(path)["state_dict"]
         found = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
         own = self.network.state_dict()

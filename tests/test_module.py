@@ -421,6 +421,24 @@ def test_init_from_takes_the_network_and_nothing_else(tmp_path):
     assert second.objective.is_calibrated
 
 
+def test_a_run_that_goes_on_needs_no_weights_to_start_from(tmp_path):
+    """The first stage's folder may have been tidied away by the time that the second one is killed."""
+    path = tmp_path / "first.ckpt"
+    one = trainer(tmp_path)
+    one.fit(SegmentationModule(**TINY, num_classes=8), data())
+    one.save_checkpoint(path)
+    options = TINY | {"num_classes": 8, "init_from": str(path)}
+    second = trainer(tmp_path / "second")
+    second.fit(SegmentationModule(**options), data())
+    second.save_checkpoint(tmp_path / "second.ckpt")
+    path.unlink()
+    again = trainer(tmp_path / "again", max_epochs=2)
+    again.fit(SegmentationModule(**options), data(), ckpt_path=tmp_path / "second.ckpt")
+    assert again.global_step == 2 * second.global_step > 0
+    with pytest.raises(FileNotFoundError, match=r"init_from: no checkpoint .*first.ckpt"):
+        trainer(tmp_path / "anew").fit(SegmentationModule(**options), data())
+
+
 def test_init_from_leaves_out_a_head_of_other_classes(tmp_path, caplog):
     first = SegmentationModule(**TINY, num_classes=5, objective=KeepsItsArguments())
     torch.save({"state_dict": first.state_dict()}, tmp_path / "first.ckpt")
