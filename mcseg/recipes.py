@@ -39,7 +39,7 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
         flag, _, value = word.partition("=")
         if after_config or (flag in ("--config", "-c") and value):
             names.append(word if after_config else value)
-            found += _layer(recipe_path(names[-1]))
+            found += _layer(recipe_path(names[-1]), first=len(names) == 1)
             behind = len(found)
         elif word not in ("--config", "-c"):
             found += [_NO_OBJECTIVE, word] if flag == "--model.objective" else [word]
@@ -81,8 +81,8 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _layer(recipe: Path) -> list[str]:
-    """Words that lay a recipe over those before it.
+def _layer(recipe: Path, first: bool) -> list[str]:
+    """Words that lay a recipe over those before it; the first one lies over the defaults.
 
     A recipe that names the class of an objective replaces the objective. Without the null before it, an objective of another
     class would keep those of the old one's arguments that it knows as well, and one of the same class all that it does not
@@ -91,5 +91,5 @@ def _layer(recipe: Path) -> list[str]:
     model = _content(recipe).get("model")
     objective = model.get("objective") if isinstance(model, dict) else None
     replaces = isinstance(objective, str) or (isinstance(objective, dict) and "class_path" in objective)
-    names_arch = isinstance(model, dict) and "arch" in model
-    return [*[_NO_OBJECTIVE] * replaces, *[_NO_OPTIONS] * names_arch, "--config", str(recipe)]
+    other_arch = not first and isinstance(model, dict) and "arch" in model
+    return [*[_NO_OBJECTIVE] * replaces, *[_NO_OPTIONS] * other_arch, "--config", str(recipe)]
