@@ -15,7 +15,7 @@ from mcseg.checkpoints import resumed
 from mcseg.data.benchmark import benchmark_names
 from mcseg.messages import one_line
 from mcseg.recipes import find_recipes, in_full, recipe_names
-from mcseg.runs import RUN_FOLDER, SegmentationCLI, quieten, remove_if_empty
+from mcseg.runs import RUN_FOLDER, SegmentationCLI, quieten, run_folder_tidied
 from mcseg.verbs import bound, check, compare, download, show, stats
 
 _HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE ...]
@@ -50,8 +50,8 @@ def main(args: Sequence[str] | None = None) -> None:
             Ctrl-C.
     """
     words = list(sys.argv[1:] if args is None else args)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: it may not know the letters of a class name
+    if isinstance(sys.__stdout__, io.TextIOWrapper):  # which a library may have wrapped in a stream of its own
+        sys.__stdout__.reconfigure(errors="backslashreplace")  # as stderr does: not every class name has letters it knows
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(RUN_FOLDER, None)
     if not words or words[0] in ("-h", "--help"):
@@ -71,22 +71,19 @@ def main(args: Sequence[str] | None = None) -> None:
         own = {"stats": stats, "check": check, "show": show, "bound": bound, "compare": compare}
         if words[0] not in (verbs := [*SegmentationCLI.subcommands(), *own, "download"]):
             raise ValueError(f"found the verb {words[0]!r}, expected one of {', '.join(verbs)}; see mcseg --help")
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), run_folder_tidied():
             quieten()
             if words[0] in own:
                 own[words[0]](recipe, words[1:])
             else:
                 SegmentationCLI(recipe, words, resume=resume)
     except KeyboardInterrupt:
-        remove_if_empty(os.environ.get(RUN_FOLDER))
         _fail("ended by Ctrl-C", 128 + signal.SIGINT)
     except SIGTERMException as end:  # without a code unless a training had to end, as if all had been done
-        remove_if_empty(os.environ.get(RUN_FOLDER))
         sys.exit(end.code or 128 + signal.SIGTERM)
     except ArgumentError as error:
         _fail(one_line(error), 2)
     except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:
-        remove_if_empty(os.environ.get(RUN_FOLDER))
         if os.environ.get("MCSEG_TRACEBACK"):
             raise
         _fail(one_line(error), 1)
