@@ -7,8 +7,8 @@ import os
 import pkgutil
 import shutil
 import warnings
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -264,7 +264,11 @@ def _go_on(logger: Namespace, done: int) -> None:
         # run-<time>-<id>; offline-run-... is not on the server yet, where the next part would take its place
         ids = [path.name.split("-", 2)[2] for path in sorted(folder.glob("wandb/run-*-*"))]
         if ids and settings.id is None and "WANDB_RUN_ID" not in os.environ:
-            settings.id, settings.resume = ids[-1], "allow"
+            settings.id = ids[-1]
+            if (
+                "resume" in settings
+            ):  # the parser gives null, in place of Lightning's own default, where it knows the argument
+                settings.resume = "allow"
 
 
 def _check_checkpoint(path: Path) -> None:
@@ -277,24 +281,41 @@ def _check_checkpoint(path: Path) -> None:
 
 
 def _run_folder(recipe: str, verb: str) -> Path:
-    """runs/<recipe>/<time>, the same on all processes of a run and new for each run."""
+    """runs/<recipe>/<time>, the same on all processes of a run, and made at once: two that begin in a second have two."""
     if "LOCAL_RANK" in os.environ and RUN_FOLDER in os.environ:
         return Path(os.environ[RUN_FOLDER])
     stem = Path("runs") / recipe / (datetime.now().strftime("%Y%m%d-%H%M%S") + ("" if verb == "fit" else f"-{verb}"))
     folder, copy = stem, 2
-    while folder.exists():
-        folder, copy = stem.with_name(f"{stem.name}-{copy}"), copy + 1
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            folder, copy = stem.with_name(f"{stem.name}-{copy}"), copy + 1
+        else:
+            break
     os.environ[RUN_FOLDER] = str(folder)
     return folder
 
 
-def remove_if_empty(folder: str | None) -> None:
-    """Take back the run folder of a run that failed before it had a result; loggers and settings are written at once."""
-    settings = ("config.yaml", "hparams.yaml", LOCK)
-    if folder and Path(folder).is_dir() and all(path.is_dir() or path.name in settings for path in Path(folder).rglob("*")):
-        shutil.rmtree(folder)
-        for parent in list(Path(folder).parents)[:2]:
-            if not any(parent.iterdir()):
+@contextmanager
+def run_folder_tidied() -> Iterator[None]:
+    """Take back the run folder of a run that fails before it has a result, or that writes nothing at all."""
+    settings = {"config.yaml", "hparams.yaml", LOCK}  # which loggers and the command write at once
+    try:
+        yield
+    except BaseException:
+        _remove_if_only(settings)
+        raise
+    _remove_if_only(set())
+
+
+def _remove_if_only(names: set[str]) -> None:
+    folder = Path(os.environ.get(RUN_FOLDER, ""))
+    if RUN_FOLDER in os.environ and all(path.is_dir() or path.name in names for path in folder.rglob("*")):
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in list(folder.parents)[:2]:
+            with suppress(OSError):  # it has other runs
                 parent.rmdir()
 
 

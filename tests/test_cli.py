@@ -28,6 +28,7 @@ from mcseg.losses import POWER_DICE, MarginCalibrationLoss
 from mcseg.metrics import score
 from mcseg.module import SegmentationModule
 from mcseg.recipes import RECIPES, find_recipes
+from mcseg.runs import _run_folder
 
 UNET = ["--model.network_options", '{"decoder_channels": [16, 16, 8, 8, 8]}']
 DEEPLAB = [
@@ -653,6 +654,9 @@ def test_no_run_folder_name_is_used_twice(arguments, monkeypatch):
     for _ in range(2):
         main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY])
     assert sorted(os.listdir("runs/synthetic")) == ["20260102-030405", "20260102-030405-2"]
+    # of two that are started together neither has written anything when the other chooses
+    monkeypatch.setenv("MCSEGRUN_FOLDER", "")  # as the function leaves it set
+    assert [_run_folder("folder", "fit").name for _ in range(2)] == ["20260102-030405", "20260102-030405-2"]
 
 
 def test_class_names_that_the_terminal_cannot_show(photo_folder):
