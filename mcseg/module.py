@@ -175,7 +175,7 @@ class SegmentationModule(pl.LightningModule):
         try:
             refuse_calls(cls, {name: value for key in keys for name, value in checkpoint.get(key, {}).items()}, options)
         except ValueError as error:
-            raise ValueError(f"{checkpoint_path}: {error} ({written_by(checkpoint)})") from None
+            raise ValueError(f"{checkpoint_path} ({written_by(checkpoint)}): {error}") from None
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **options)
 
     def setup(self, stage: str) -> None:
@@ -270,7 +270,8 @@ class SegmentationModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss``; lower the learning rate where the score no longer rises."""
         self._log_evaluated("val")
-        if not self.trainer.sanity_checking and isinstance(plateau := self.lr_schedulers(), ReduceLROnPlateau):
+        training = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
+        if training and isinstance(plateau := self.lr_schedulers(), ReduceLROnPlateau):
             monitor, found = _monitor(plateau), self.trainer.callback_metrics
             if monitor not in found:
                 raise ValueError(f"model.scheduler: no score {monitor}; expected one of {', '.join(found)}")

@@ -244,6 +244,20 @@ def test_a_checkpoint_has_nothing_called_by_the_names_of_old(tmp_path, monkeypat
     assert not Path("owned").exists()
 
 
+def test_a_plateau_is_followed_in_training_alone(tmp_path):
+    """Once for each validation of a training; not by the sanity check, nor when the trained module is scored."""
+    schedule = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, mode="max", patience=0, threshold=10.0)
+    module = SegmentationModule(**TINY, num_classes=8, optimizer=partial(torch.optim.SGD, lr=0.1), scheduler=schedule)
+    run = trainer(tmp_path, max_epochs=3, val_check_interval=0.5)
+    run.fit(module, data())
+    plateau = module.lr_schedulers()
+    assert plateau.last_epoch == 6
+    # the first score is the best, and no later one is ten times higher
+    assert plateau.get_last_lr() == [pytest.approx(0.1 * 0.1**5)]
+    run.validate(module, data(), verbose=False)
+    assert plateau.last_epoch == 6
+
+
 def test_reload_and_resume_fetch_no_encoder_weights(tmp_path, monkeypatch):
     fetched = []
     monkeypatch.setattr("mcseg.networks.SegmentationNetwork.load_pretrained_encoder", lambda *args: fetched.append(args[3]))
