@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mcseg.kernels import ErrorKind, Upsampling, error_counts, pixel_errors, pixel_loss
@@ -63,6 +63,8 @@ def check(case, kind, upstream=None, tolerance=1e-6, upsampling=None):
     truth = run(logits.double(), target, vectors, kind, "reference", upstream, None, upsampling)
     yardstick = run(logits, target, vectors, kind, "reference", upstream, torch.float32, upsampling)
     rounding = torch.finfo(logits.dtype).eps if logits.dtype != torch.float32 else 0.0
+    # 1 - hit loses the digits of a hit near 1, and on a single pixel the yardstick may have been lucky with them
+    near_one = torch.finfo(torch.float32).eps * (kind.surrogate == "sigmoid")
     for name, found, plain, exact in zip(
         ("loss", "gradient", "counts", "of counts"),
         run(*case, kind, "triton", upstream, None, upsampling),
@@ -72,7 +74,9 @@ def check(case, kind, upstream=None, tolerance=1e-6, upsampling=None):
     ):
         if exact.numel():
             scale = max(1e-3, float(exact.abs().max()))
-            allowed = float((plain - exact).abs().max()) + (tolerance + rounding * ("grad" in name or "of" in name)) * scale
+            is_gradient = name in ("gradient", "of counts")
+            allowed = float((plain - exact).abs().max()) + (tolerance + rounding * is_gradient) * scale
+            allowed += 0.0 if is_gradient else near_one
             assert float((found - exact).abs().max()) <= allowed, name
 
 
@@ -98,6 +102,7 @@ def test_errors_are_those_of_the_reference(shape, kind):
     ties=st.booleans(),
     seed=st.integers(0, 1000),
 )
+@example((1, 2, 1, 1), KINDS["soft power"], torch.float32, "contiguous", 0.0, 0.0, False, 168)
 def test_layouts_types_ties(shape, kind, dtype, layout, void, offsets, ties, seed):
     logits, target, vectors = draw(shape, seed, dtype, void, offsets)
     logits = logits.sign() * (logits.abs() > 2) if ties else logits
