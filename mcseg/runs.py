@@ -1,6 +1,7 @@
 """A training, validation, test or prediction by Lightning: its settings, its folder, and the callbacks that mcseg adds."""
 
 import inspect
+import itertools
 import json
 import logging
 import os
@@ -180,11 +181,12 @@ class SegmentationCLI(LightningCLI):
         if trainer.default_root_dir is None:
             trainer.default_root_dir = str(_run_folder(self.recipe, self.verb))
         self.save_config_kwargs["run_folder"] = trainer.default_root_dir
+        done = steps_done(Path(config.ckpt_path)) if self.resume and config.ckpt_path else 0
         for logger in _loggers(config):
             if logger.get("init_args.save_dir", "") in (None, "."):
                 logger.init_args.save_dir = trainer.default_root_dir
             if self.resume:
-                _go_on(logger, steps_done(Path(config.ckpt_path)) if config.ckpt_path else 0)
+                _go_on(logger, done)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         if trainer.precision is None:
@@ -265,9 +267,7 @@ def _go_on(logger: Namespace, done: int) -> None:
         ids = [path.name.split("-", 2)[2] for path in sorted(folder.glob("wandb/run-*-*"))]
         if ids and settings.id is None and "WANDB_RUN_ID" not in os.environ:
             settings.id = ids[-1]
-            if (
-                "resume" in settings
-            ):  # the parser gives null, in place of Lightning's own default, where it knows the argument
+            if "resume" in settings:  # where the parser knows it, it gives null in place of Lightning's own default
                 settings.resume = "allow"
 
 
@@ -285,15 +285,13 @@ def _run_folder(recipe: str, verb: str) -> Path:
     if "LOCAL_RANK" in os.environ and RUN_FOLDER in os.environ:
         return Path(os.environ[RUN_FOLDER])
     stem = Path("runs") / recipe / (datetime.now().strftime("%Y%m%d-%H%M%S") + ("" if verb == "fit" else f"-{verb}"))
-    folder, copy = stem, 2
     stem.parent.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
+    folder = stem
+    for copy in itertools.count(2):
+        with suppress(FileExistsError):
             folder.mkdir()
-        except FileExistsError:
-            folder, copy = stem.with_name(f"{stem.name}-{copy}"), copy + 1
-        else:
             break
+        folder = stem.with_name(f"{stem.name}-{copy}")
     os.environ[RUN_FOLDER] = str(folder)
     return folder
 
