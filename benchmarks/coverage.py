@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import norm
 
-from mcseg.bounds import miou_lower_bound
+from mcseg.evaluation.bounds import miou_lower_bound
 
 PIXELS = 100_000  # of an image
 Floats = npt.NDArray[np.float64]

@@ -37,7 +37,7 @@ from mcseg.data import BenchmarkData, CamVidData, CityscapesData, MapillaryVista
 from mcseg.data.files import Sample
 from mcseg.data.scenes import draw_scene
 from mcseg.data.statistics import count_class_pixels
-from mcseg.recipes import RECIPES
+from mcseg.run.recipes import RECIPES
 
 
 class Decoded(Dataset[object]):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mcseg.inference import Inference
+from mcseg.evaluation.inference import Inference
 from mcseg.networks import SegmentationNetwork
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from mcseg.checkpoints import steps_done
+from mcseg.checkpoints.files import steps_done
 
 SETTINGS = {
     "data.train_scenes": 60,

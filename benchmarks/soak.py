@@ -26,7 +26,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
-from mcseg.cli import main as mcseg
+from mcseg.run.main import main as mcseg
 
 COLUMNS = ("step", "training_mib", "all_mib", "allocated_mib", "objects", "handles", "processes", "threads")
 

@@ -3,32 +3,20 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from mcseg.version import __version__
 
 if TYPE_CHECKING:
-    from mcseg.callbacks import ConfusionPicture, JaccardCallback, PredictionPanel, PredictionWriter
-    from mcseg.data import (
-        BDD100KData,
-        CamVidData,
-        CityscapesData,
-        CocoStuff10kData,
-        EndoVis2017Data,
-        FolderData,
-        MapillaryVistasData,
-        PascalVOCData,
-        SceneParse150Data,
-        SegmentationData,
-        SyntheticData,
-    )
-    from mcseg.losses import MarginCalibrationLoss, margin_calibration_loss
-    from mcseg.margins import MarginOffsets, margin_offsets
-    from mcseg.metrics import Scores, SegmentationScores, score
-    from mcseg.module import SegmentationModule
-    from mcseg.tracking import ObjectiveMonitor
+    from mcseg.callbacks import *  # noqa: F403
+    from mcseg.data import *  # noqa: F403
+    from mcseg.evaluation import *  # noqa: F403
+    from mcseg.losses import *  # noqa: F403
+    from mcseg.margins import *  # noqa: F403
+    from mcseg.module import *  # noqa: F403
 
-_HOMES = {
-    "mcseg.callbacks": ("ConfusionPicture", "JaccardCallback", "PredictionPanel", "PredictionWriter"),
-    "mcseg.data": (
+# Public name -> the module that defines it. `__all__` and `__dir__` follow from it.
+_MODULES = {
+    "callbacks": ("ConfusionPicture", "JaccardCallback", "ObjectiveMonitor", "PredictionPanel", "PredictionWriter"),
+    "data": (
         "BDD100KData",
         "CamVidData",
         "CityscapesData",
@@ -41,44 +29,23 @@ _HOMES = {
         "SegmentationData",
         "SyntheticData",
     ),
-    "mcseg.losses": ("MarginCalibrationLoss", "margin_calibration_loss"),
-    "mcseg.margins": ("MarginOffsets", "margin_offsets"),
-    "mcseg.metrics": ("Scores", "SegmentationScores", "score"),
-    "mcseg.module": ("SegmentationModule",),
-    "mcseg.tracking": ("ObjectiveMonitor",),
+    "evaluation": ("Scores", "SegmentationScores", "score"),
+    "losses": ("DiceLoss", "MarginCalibrationLoss", "margin_calibration_loss"),
+    "margins": ("MarginOffsets", "margin_offsets"),
+    "module": ("SegmentationModule",),
 }
-__all__ = [
-    "BDD100KData",
-    "CamVidData",
-    "CityscapesData",
-    "CocoStuff10kData",
-    "ConfusionPicture",
-    "EndoVis2017Data",
-    "FolderData",
-    "JaccardCallback",
-    "MapillaryVistasData",
-    "MarginCalibrationLoss",
-    "MarginOffsets",
-    "ObjectiveMonitor",
-    "PascalVOCData",
-    "PredictionPanel",
-    "PredictionWriter",
-    "SceneParse150Data",
-    "Scores",
-    "SegmentationData",
-    "SegmentationModule",
-    "SegmentationScores",
-    "SyntheticData",
-    "__version__",
-    "margin_calibration_loss",
-    "margin_offsets",
-    "score",
-]
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name's module when the name is first used, so that ``import mcseg`` stays quick."""
-    for module, names in _HOMES.items():
-        if name in names:
-            return getattr(importlib.import_module(module), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import the module of a public name at first use, so that ``import mcseg`` stays quick."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"mcseg.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List the public names, for tab completion."""
+    return sorted([*globals(), *_HOME])

@@ -1,6 +1,6 @@
 """``python -m mcseg`` is the command ``mcseg``."""
 
-from mcseg.cli import main
+from mcseg.run.main import main
 
 if __name__ == "__main__":
     main()

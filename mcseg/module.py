@@ -18,15 +18,15 @@ from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from mcseg import __version__
-from mcseg.checkpoints import VERSION, differing_tensors, read_checkpoint, written_by
-from mcseg.hyperparameters import plain_hyperparameters, refuse_calls
-from mcseg.inference import Inference, labels_at
+from mcseg.checkpoints.files import VERSION, differing_tensors, read_checkpoint, written_by
+from mcseg.checkpoints.hyperparameters import plain_hyperparameters, refuse_calls
+from mcseg.evaluation.inference import Inference, labels_at
+from mcseg.evaluation.metrics import is_repeated
 from mcseg.kernels import predicted_classes
 from mcseg.losses import POWER_DICE, CrossEntropyLoss, MarginCalibrationLoss, Upsampling
-from mcseg.metrics import is_repeated
 from mcseg.networks import SegmentationNetwork
 from mcseg.seeds import seed_of, seeded
+from mcseg.version import __version__
 
 
 class SegmentationModule(pl.LightningModule):
@@ -71,7 +71,7 @@ class SegmentationModule(pl.LightningModule):
             processes, tells at the end how many there were, and makes the host wait for each step.
 
     Attributes:
-        inference: how validation, test and prediction label whole images, an :class:`~mcseg.inference.Inference`; by default
+        inference: how validation, test and prediction label whole images, an :class:`~mcseg.evaluation.Inference`; by default
             the network sees an image at once. It belongs to the evaluation and not to the weights: checkpoints do not hold
             it. With windows, several scales or mirroring there are no logits of a whole image, and no ``<split>/loss``.
 

@@ -20,11 +20,11 @@ from conftest import write_png
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from mcseg.callbacks import JaccardCallback
-from mcseg.cli import main
+from mcseg.callbacks.scores import JaccardCallback
 from mcseg.data import DataError, FolderData
 from mcseg.data.check import check
 from mcseg.module import SegmentationModule
+from mcseg.run.main import main
 
 NAME = "photo 3"
 

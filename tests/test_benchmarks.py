@@ -29,7 +29,7 @@ from mcseg.data import (
     PascalVOCData,
     SceneParse150Data,
 )
-from mcseg.metrics import SegmentationScores, score
+from mcseg.evaluation.metrics import SegmentationScores, score
 
 # --- what is expected, written by hand ---------------------------------------------------------------------------------
 

@@ -16,8 +16,10 @@ from sklearn.metrics import confusion_matrix
 from torch.utils.data import DataLoader
 
 from mcseg import pictures
-from mcseg.callbacks import JaccardCallback, PredictionPanel, PredictionWriter, TrainingCurves, score_table
-from mcseg.metrics import score
+from mcseg.callbacks.panels import PredictionPanel, TrainingCurves
+from mcseg.callbacks.prediction_writer import PredictionWriter
+from mcseg.callbacks.scores import JaccardCallback, score_table
+from mcseg.evaluation.metrics import score
 
 
 class Answers(pl.LightningModule):
@@ -128,7 +130,7 @@ DDP = """
 import sys, json, torch, pytorch_lightning as pl
 sys.path.insert(0, {tests!r})
 from test_callbacks import Answers, batches, trainer
-from mcseg.callbacks import JaccardCallback
+from mcseg.callbacks.scores import JaccardCallback
 callback = JaccardCallback(["a", "b", "c"])
 run = trainer({folder!r}, [callback], strategy="ddp", devices=2)
 run.validate(Answers(), batches(count=7)[2], verbose=False)

@@ -20,15 +20,15 @@ import yaml
 from conftest import break_three, write_png
 from PIL import Image
 
-from mcseg.cli import main
 from mcseg.compare.study import _ParseOnly
 from mcseg.data import CamVidData
-from mcseg.inference import Inference
+from mcseg.evaluation.inference import Inference
+from mcseg.evaluation.metrics import score
 from mcseg.losses import POWER_DICE, MarginCalibrationLoss
-from mcseg.metrics import score
 from mcseg.module import SegmentationModule
-from mcseg.recipes import RECIPES, find_recipes
-from mcseg.runs import _run_folder
+from mcseg.run.folder import run_folder as new_run_folder
+from mcseg.run.main import main
+from mcseg.run.recipes import RECIPES, find_recipes
 
 UNET = ["--model.network_options", '{"decoder_channels": [16, 16, 8, 8, 8]}']
 DEEPLAB = [
@@ -650,13 +650,13 @@ def test_no_run_folder_name_is_used_twice(arguments, monkeypatch):
 
             return datetime(2026, 1, 2, 3, 4, 5)
 
-    monkeypatch.setattr("mcseg.runs.datetime", Clock)
+    monkeypatch.setattr("mcseg.run.folder.datetime", Clock)
     for _ in range(2):
         main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY])
     assert sorted(os.listdir("runs/synthetic")) == ["20260102-030405", "20260102-030405-2"]
     # of two that are started together neither has written anything when the other chooses
-    monkeypatch.setenv("MCSEGRUN_FOLDER", "")  # as the function leaves it set
-    assert [_run_folder("folder", "fit").name for _ in range(2)] == ["20260102-030405", "20260102-030405-2"]
+    monkeypatch.setenv("MCSEG_RUN_FOLDER", "")  # as the function leaves it set
+    assert [new_run_folder("folder", "fit").name for _ in range(2)] == ["20260102-030405", "20260102-030405-2"]
 
 
 def test_class_names_that_the_terminal_cannot_show(photo_folder):

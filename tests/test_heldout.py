@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 from test_cli import TINY, UNET, fails
 
-from mcseg.bounds import miou_lower_bound
-from mcseg.cli import main
-from mcseg.heldout import MARGINS, HeldOutBounds, MarginCounts, bound_table, save_margins
-from mcseg.metrics import score
+from mcseg.callbacks.held_out import HeldOutBounds, bound_table, save_margins
+from mcseg.evaluation.bounds import miou_lower_bound
+from mcseg.evaluation.margin_counts import MARGINS, MarginCounts
+from mcseg.evaluation.metrics import score
+from mcseg.run.main import main
 
 
 def plain_margins(logits, target, margins, classes):
@@ -53,8 +54,8 @@ def test_margins_are_taken_at_the_size_of_the_mask(monkeypatch):
     preds = torch.nn.functional.interpolate(logits, (12, 13), mode="bilinear", align_corners=False).argmax(1)
     whole, banded = MarginCounts(4), MarginCounts(4)
     whole.update(logits, target)
-    monkeypatch.setattr("mcseg.inference._BAND", 2 * 4 * 13 * 5)  # bands of five rows, counted by two
-    monkeypatch.setattr("mcseg.heldout._CHUNK", 2 * 4 * 13 * 2)
+    monkeypatch.setattr("mcseg.evaluation.inference._BAND", 2 * 4 * 13 * 5)  # bands of five rows, counted by two
+    monkeypatch.setattr("mcseg.evaluation.margin_counts._CHUNK", 2 * 4 * 13 * 2)
     banded.update(logits, target)
     torch.testing.assert_close(whole.iou()[:, 0], score(preds, target, 4).iou)
     torch.testing.assert_close(banded.cleared(), whole.cleared(), rtol=0, atol=0.01)

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mcseg import inference
-from mcseg.inference import Inference, labels_at, window_starts
+from mcseg.evaluation import inference
+from mcseg.evaluation.inference import Inference, labels_at, window_starts
 
 
 def convolution(classes=5, kernel=3):
@@ -298,8 +298,8 @@ def test_memory_does_not_grow_with_the_image(taller):
     script = """
 import re, sys, torch
 from pathlib import Path
-from mcseg import inference
-from mcseg.inference import Inference
+from mcseg.evaluation import inference
+from mcseg.evaluation.inference import Inference
 
 torch.set_num_threads(1)  # two that share cores with other processes wait for each other
 # not ru_maxrss, which a child takes over from the process that started it

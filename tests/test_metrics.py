@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, jaccard_score
 
-from mcseg.metrics import Scores, SegmentationScores, score
+from mcseg.evaluation.metrics import Scores, SegmentationScores, score
 
 
 def test_hand_counted():

@@ -14,9 +14,9 @@ import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import nn
 
-from mcseg.callbacks import JaccardCallback
+from mcseg.callbacks.scores import JaccardCallback
 from mcseg.data import SyntheticData
-from mcseg.inference import Inference, labels_at
+from mcseg.evaluation.inference import Inference, labels_at
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import margin_offsets
 from mcseg.module import SegmentationModule
@@ -260,7 +260,9 @@ def test_a_plateau_is_followed_in_training_alone(tmp_path):
 
 def test_reload_and_resume_fetch_no_encoder_weights(tmp_path, monkeypatch):
     fetched = []
-    monkeypatch.setattr("mcseg.networks.SegmentationNetwork.load_pretrained_encoder", lambda *args: fetched.append(args[3]))
+    monkeypatch.setattr(
+        "mcseg.networks.network.SegmentationNetwork.load_pretrained_encoder", lambda *args: fetched.append(args[3])
+    )
     module = SegmentationModule(**TINY, encoder_weights="imagenet", num_classes=8)
     assert fetched == []
     run = trainer(tmp_path)
@@ -396,7 +398,7 @@ def test_labels_in_bands_are_those_of_the_resized_logits(shape, size, monkeypatc
     logits = torch.randn(shape)
     expected = nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
     assert torch.equal(labels_at(logits, size).long(), expected)
-    monkeypatch.setattr("mcseg.inference._BAND", 3 * shape[0] * shape[1] * size[1])  # bands of three rows
+    monkeypatch.setattr("mcseg.evaluation.inference._BAND", 3 * shape[0] * shape[1] * size[1])  # bands of three rows
     assert torch.equal(labels_at(logits, size).long(), expected)
 
 

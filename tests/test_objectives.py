@@ -13,7 +13,7 @@ import torch
 from conftest import SHARED
 from torch import nn
 
-from mcseg.hyperparameters import _constructor_arguments
+from mcseg.checkpoints.hyperparameters import _constructor_arguments
 from mcseg.losses import (
     BalancedSoftmaxLoss,
     CrossEntropyLoss,

@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.strategies import FSDPStrategy
 
 from mcseg import SegmentationModule, SyntheticData
-from mcseg.checkpoints import steps_done
+from mcseg.checkpoints.files import steps_done
 from mcseg.losses import (
     BalancedSoftmaxLoss,
     CrossEntropyLoss,
@@ -232,7 +232,7 @@ def test_weights_that_are_shared_out_train_as_whole_ones(tmp_path):
 DYING = """
 import os, signal, sys
 import pytorch_lightning as pl
-from mcseg.cli import main
+from mcseg.run.main import main
 
 class Dies(pl.Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):

@@ -13,14 +13,14 @@ import pytest
 import torch
 from conftest import at_work
 
-from mcseg.checkpoints import CheckpointFile, steps_done
+from mcseg.checkpoints.files import CheckpointFile, steps_done
 
 # Imports once and forks for each attempt; the parent computes nothing, so that no thread is missing in its children.
 ATTEMPTS = """
 import json, os, signal, sys
 import pytorch_lightning as pl
-from mcseg import checkpoints
-from mcseg.cli import main
+from mcseg.checkpoints import files as checkpoints
+from mcseg.run.main import main
 
 class Killer(pl.Callback):
     def __init__(self, moment):
@@ -230,7 +230,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tensors, tmp_
 
 def test_one_run_at_a_time_in_a_folder(tmp_path, capsys):
     """A second one would write over the checkpoints of the first, and their rows would be mixed."""
-    from mcseg.cli import main
+    from mcseg.run.main import main
 
     folder = tmp_path / "run"
     words = ["fit", *WORDS, "--trainer.max_epochs=1", f"--trainer.default_root_dir={folder}"]
@@ -267,7 +267,7 @@ def test_a_checkpoint_with_a_malicious_pickle_is_refused(tmp_path):
     ],
 )
 def test_what_cannot_go_on(words, message, capsys):
-    from mcseg.cli import main
+    from mcseg.run.main import main
 
     with pytest.raises(SystemExit):
         main(words)

@@ -10,8 +10,8 @@ import yaml
 from conftest import write_png
 from PIL import Image
 
-from mcseg.cli import main
-from mcseg.recipes import RECIPES
+from mcseg.run.main import main
+from mcseg.run.recipes import RECIPES
 
 TINY = [
     "--trainer.accelerator=cpu", "--trainer.max_epochs=1", "--data.num_workers=0", "--data.crop_size=[32,32]",

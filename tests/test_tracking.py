@@ -26,14 +26,16 @@ from wandb.proto import wandb_internal_pb2
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 from wandb.sdk.lib.exit_hooks import ExitHooks
 
-from mcseg import cli, pictures
-from mcseg.callbacks import ConfusionPicture, JaccardCallback
-from mcseg.cli import main
+import mcseg
+from mcseg import pictures
+from mcseg.callbacks.objective_monitor import ObjectiveMonitor
+from mcseg.callbacks.panels import ConfusionPicture
+from mcseg.callbacks.scores import JaccardCallback
 from mcseg.data import SyntheticData
 from mcseg.losses import MarginCalibrationLoss, SumLoss
 from mcseg.margins import margin_offsets
-from mcseg.recipes import RECIPES, recipe_names
-from mcseg.tracking import ObjectiveMonitor
+from mcseg.run.main import main
+from mcseg.run.recipes import RECIPES, recipe_names
 
 SCENES = {"train_scenes": 4, "val_scenes": 2, "test_scenes": 2, "size": [32, 48], "crop_size": [32, 32]}
 SYNTHETIC = ["--config", "synthetic", *(f"--data.{key}={value}" for key, value in SCENES.items()), *UNET, *TINY]
@@ -387,7 +389,7 @@ def test_two_processes_log_once_what_one_would(tmp_path):
     script = tmp_path / "run.py"
     folder = tmp_path / "out"
     script.write_text(DDP.format(tests=str(Path(__file__).parent), folder=str(folder)))
-    here = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    here = {**os.environ, "PYTHONPATH": str(Path(mcseg.__file__).parents[1])}
     here.pop("WANDB_SERVICE", None)  # of an earlier test's run
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False, env=here)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mcseg.compare import report, tables
 from mcseg.compare.schedule import Folder, default_jobs, execute, save_text, workers_per_job
 from mcseg.compare.study import ObjectiveSettings, Study, make_study, setting_words
-from mcseg.recipes import RECIPES, find_recipes
+from mcseg.run.recipes import RECIPES, find_recipes
 
 if TYPE_CHECKING:
     from pandas import DataFrame

@@ -16,10 +16,10 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from mcseg import pictures
-from mcseg.callbacks import EvaluationCallback
+from mcseg.callbacks.base import EvaluationCallback
 from mcseg.data import IGNORE_INDEX, SegmentationData
-from mcseg.inference import labels_at
-from mcseg.metrics import image_counts
+from mcseg.evaluation.inference import labels_at
+from mcseg.evaluation.metrics import image_counts
 
 _LOG_PROBS = 4_000_000  # values (pixels x classes) that a run keeps for the choice of shifts: 8 MB
 _SIDE = 480  # pixels of the longer side of a picture in the report

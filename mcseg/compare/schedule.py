@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 import mcseg
-from mcseg.checkpoints import alone
 from mcseg.compare.plan import Outcome, Run, Shifts, runs
 from mcseg.compare.shifts import fit_shifts
 from mcseg.compare.study import Study
 from mcseg.pictures import atomically
+from mcseg.run.folder import exclusive_lock
 
 _PATIENCE = 10.0  # seconds that a process has to end when it is told to
 
@@ -87,7 +87,7 @@ def execute(study: Study, folder: Folder, jobs: int, pictures: int = 4, keep_che
     Returns:
         The runs that failed, and why.
     """
-    with alone(folder.root, "compare"):
+    with exclusive_lock(folder.root, "compare"):
         active: dict[Run, subprocess.Popen[bytes]] = {}
         slots = list(range(jobs))
         taken: dict[Run, int] = {}

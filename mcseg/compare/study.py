@@ -12,8 +12,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from mcseg.data import SegmentationData
-from mcseg.recipes import RECIPES
-from mcseg.runs import SegmentationCLI
+from mcseg.run.cli import SegmentationCLI
+from mcseg.run.recipes import RECIPES
 
 Words = tuple[str, ...]
 ObjectiveSettings = str | Mapping[str, Any]

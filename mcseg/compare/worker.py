@@ -24,15 +24,16 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from mcseg.callbacks import ConfusionPicture, PredictionPanel, PredictionWriter, TrainingCurves
-from mcseg.checkpoints import CheckpointOnSignal
+from mcseg.callbacks.objective_monitor import ObjectiveMonitor
+from mcseg.callbacks.panels import ConfusionPicture, PredictionPanel, TrainingCurves
+from mcseg.callbacks.prediction_writer import PredictionWriter
 from mcseg.compare.record import EvaluationRecord, TrainingRecord
 from mcseg.compare.schedule import save_text
+from mcseg.evaluation.metrics import Scores, rarest_third
 from mcseg.messages import one_line
-from mcseg.metrics import Scores, rarest_third
 from mcseg.pictures import atomically
-from mcseg.runs import SegmentationCLI, quieten
-from mcseg.tracking import ObjectiveMonitor
+from mcseg.run.cli import SegmentationCLI, silence_warnings
+from mcseg.run.signals import CheckpointOnSignal
 
 FORMAT = 1  # of result.json and counts.npz
 
@@ -202,7 +203,7 @@ def main(folder: Path) -> None:
     """Run; on an error leave ``error.txt`` with one line, and exit with 1."""
     try:
         with warnings.catch_warnings():
-            quieten()
+            silence_warnings()
             run(folder)
     except Exception as error:
         traceback.print_exc()

@@ -113,7 +113,7 @@ class Objective(nn.Module):
 
     Attributes:
         class_statistics: What the last call found of each class, ``(C,)`` each by name, without gradient; NaN where the
-            batch does not say. Over all processes, where the objective is. `mcseg.tracking.ObjectiveMonitor` logs them.
+            batch does not say. Over all processes, where the objective is. `mcseg.callbacks.ObjectiveMonitor` logs them.
     """
 
     def __init__(self, ignore_index: int = 255) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from mcseg.coplenet import COPLENet
+from mcseg.networks.coplenet import COPLENet
 
 
 class SegmentationNetwork(nn.Module):
@@ -28,7 +28,7 @@ class SegmentationNetwork(nn.Module):
 
     Args:
         arch: SMP architecture, for example ``unet``, ``deeplabv3plus``, ``segformer``; or ``coplenet``,
-            :class:`~mcseg.coplenet.COPLENet`.
+            :class:`~mcseg.networks.coplenet.COPLENet`.
         encoder: SMP or timm (``tu-...``) encoder. COPLE-Net has its own, and any name does.
         num_classes: number of classes C.
         options: further arguments of the architecture, for example ``{"decoder_channels": [64, 32, 16]}``; those of

@@ -1,16 +1,13 @@
 """A training, validation, test or prediction by Lightning: its settings, its folder, and the callbacks that mcseg adds."""
 
 import inspect
-import itertools
 import json
 import logging
 import os
 import pkgutil
-import shutil
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from datetime import datetime
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +19,21 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
 
-from mcseg.callbacks import (
-    ConfusionPicture,
-    JaccardCallback,
-    PredictionPanel,
-    PredictionWriter,
-    TrainingCurves,
-    score_names,
-)
-from mcseg.checkpoints import (
-    LOCK,
-    CheckpointFile,
-    CheckpointOnSignal,
-    ContinuedCSVLogger,
-    alone,
-    read_checkpoint,
-    steps_done,
-    written_by,
-)
+from mcseg.callbacks.objective_monitor import ObjectiveMonitor
+from mcseg.callbacks.panels import ConfusionPicture, PredictionPanel, TrainingCurves
+from mcseg.callbacks.prediction_writer import PredictionWriter
+from mcseg.callbacks.scores import JaccardCallback, score_names
+from mcseg.callbacks.trackers import log_configuration
+from mcseg.checkpoints.files import CheckpointFile, read_checkpoint, steps_done, written_by
+from mcseg.checkpoints.hyperparameters import refuse_calls
 from mcseg.data import SegmentationData
-from mcseg.hyperparameters import refuse_calls
-from mcseg.inference import Inference
+from mcseg.evaluation.inference import Inference
 from mcseg.losses import POWER_DICE
 from mcseg.messages import one_line
 from mcseg.module import SegmentationModule
-from mcseg.tracking import ObjectiveMonitor, log_configuration
-
-# Lightning starts further DDP processes with this environment variable, and LOCAL_RANK, in place.
-RUN_FOLDER = "MCSEGRUN_FOLDER"
+from mcseg.run.folder import exclusive_lock, run_folder
+from mcseg.run.resume import ContinuedCSVLogger
+from mcseg.run.signals import CheckpointOnSignal
 
 
 class SaveConfig(SaveConfigCallback):
@@ -179,7 +163,7 @@ class SegmentationCLI(LightningCLI):
             config.return_predictions = False  # they are written; keeping them would fill the memory
         trainer = config.trainer
         if trainer.default_root_dir is None:
-            trainer.default_root_dir = str(_run_folder(self.recipe, self.verb))
+            trainer.default_root_dir = str(run_folder(self.recipe, self.verb))
         self.save_config_kwargs["run_folder"] = trainer.default_root_dir
         done = steps_done(Path(config.ckpt_path)) if self.resume and config.ckpt_path else 0
         for logger in _loggers(config):
@@ -241,7 +225,7 @@ class SegmentationCLI(LightningCLI):
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Train, in a folder where no other training is at work."""
         folder, first = self.trainer.default_root_dir, self.trainer.is_global_zero
-        with alone(Path(folder), "fit") if first and "://" not in folder else nullcontext():
+        with exclusive_lock(Path(folder), "fit") if first and "://" not in folder else nullcontext():
             self.trainer.fit(*args, **kwargs)
 
     def after_fit(self) -> None:
@@ -280,43 +264,6 @@ def _check_checkpoint(path: Path) -> None:
         raise ValueError(f"--ckpt_path: {path} is a folder; expected a file such as {path}/checkpoints/best.ckpt")
 
 
-def _run_folder(recipe: str, verb: str) -> Path:
-    """runs/<recipe>/<time>, the same on all processes of a run, and made at once: two that begin in a second have two."""
-    if "LOCAL_RANK" in os.environ and RUN_FOLDER in os.environ:
-        return Path(os.environ[RUN_FOLDER])
-    stem = Path("runs") / recipe / (datetime.now().strftime("%Y%m%d-%H%M%S") + ("" if verb == "fit" else f"-{verb}"))
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    folder = stem
-    for copy in itertools.count(2):
-        with suppress(FileExistsError):
-            folder.mkdir()
-            break
-        folder = stem.with_name(f"{stem.name}-{copy}")
-    os.environ[RUN_FOLDER] = str(folder)
-    return folder
-
-
-@contextmanager
-def run_folder_tidied() -> Iterator[None]:
-    """Take back the run folder of a run that fails before it has a result, or that writes nothing at all."""
-    settings = {"config.yaml", "hparams.yaml", LOCK}  # which loggers and the command write at once
-    try:
-        yield
-    except BaseException:
-        _remove_if_only(settings)
-        raise
-    _remove_if_only(set())
-
-
-def _remove_if_only(names: set[str]) -> None:
-    folder = Path(os.environ.get(RUN_FOLDER, ""))
-    if RUN_FOLDER in os.environ and all(path.is_dir() or path.name in names for path in folder.rglob("*")):
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in list(folder.parents)[:2]:
-            with suppress(OSError):  # it has other runs
-                parent.rmdir()
-
-
 def _default_precision(accelerator: str) -> str:
     """bfloat16 where the machine computes in it, float32 elsewhere."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
@@ -329,7 +276,7 @@ def _default_precision(accelerator: str) -> str:
     return "32-true"
 
 
-def quieten() -> None:
+def silence_warnings() -> None:
     """Leave out advertisements, and what Lightning says about choices that mcseg made on purpose."""
     chatter = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to", "Loading `train_dataloader`")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda r: not r.getMessage().startswith(chatter))

@@ -11,12 +11,13 @@ from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from mcseg.checkpoints import resumed
 from mcseg.data.benchmark import benchmark_names
 from mcseg.messages import one_line
-from mcseg.recipes import find_recipes, in_full, recipe_names
-from mcseg.runs import RUN_FOLDER, SegmentationCLI, quieten, run_folder_tidied
-from mcseg.verbs import bound, check, compare, download, show, stats
+from mcseg.run.cli import SegmentationCLI, silence_warnings
+from mcseg.run.folder import RUN_FOLDER, run_folder_tidied
+from mcseg.run.recipes import expand_shorthand, find_recipes, recipe_names
+from mcseg.run.resume import expand_resume
+from mcseg.run.verbs import bound, check, compare, download, show, stats
 
 _HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE ...]
 
@@ -58,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(_HELP.format(recipes=", ".join(recipe_names()), benchmarks=", ".join(benchmark_names())))
         return
     if words[0] == "--version":
-        from mcseg import __version__
+        from mcseg.version import __version__
 
         print(__version__)
         return
@@ -66,13 +67,13 @@ def main(args: Sequence[str] | None = None) -> None:
         if words[0] == "download":
             download(words[1:])
             return
-        words, resume = resumed(words)
-        recipe, words = find_recipes(in_full(words))
+        words, resume = expand_resume(words)
+        recipe, words = find_recipes(expand_shorthand(words))
         own = {"stats": stats, "check": check, "show": show, "bound": bound, "compare": compare}
         if words[0] not in (verbs := [*SegmentationCLI.subcommands(), *own, "download"]):
             raise ValueError(f"found the verb {words[0]!r}, expected one of {', '.join(verbs)}; see mcseg --help")
         with warnings.catch_warnings(), run_folder_tidied():
-            quieten()
+            silence_warnings()
             if words[0] in own:
                 own[words[0]](recipe, words[1:])
             else:

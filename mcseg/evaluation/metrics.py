@@ -11,6 +11,8 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from mcseg.kernels import confusion_counts
 
+IGNORE_INDEX = 255  # label of void pixels
+
 
 @dataclass(frozen=True)
 class Scores:

@@ -10,19 +10,19 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 
+from mcseg.callbacks.held_out import HeldOutBounds
 from mcseg.data import IGNORE_INDEX, DataError, SegmentationData
 from mcseg.data.benchmark import benchmark_facts, benchmark_names
 from mcseg.data.datamodule import SPLITS
 from mcseg.data.files import Sample
-from mcseg.heldout import HeldOutBounds
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import MarginOffsets, margin_offsets
-from mcseg.runs import SegmentationCLI
+from mcseg.run.cli import SegmentationCLI
 
 
 def download(args: Sequence[str]) -> None:
     """``mcseg download``: fetch a benchmark's archives, or say which to get and where."""
-    from mcseg.download import download as fetch
+    from mcseg.data.download import download as fetch
 
     parser = ArgumentParser(prog="mcseg download", exit_on_error=False)
     parser.add_argument("name", help=f"one of {', '.join(benchmark_names())}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-RECIPES = Path(__file__).parent / "configs"
+RECIPES = Path(__file__).parents[1] / "configs"
 _NO_OBJECTIVE = "--model.objective=null"
 _NO_OPTIONS = "--model.network_options=null"  # which are those of one architecture
 
@@ -17,7 +17,7 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
 
-def in_full(words: Sequence[str]) -> list[str]:
+def expand_shorthand(words: Sequence[str]) -> list[str]:
     """Spell out what may be said short: a recipe behind the verb, ``--root``, ``--format``, the settings of ``bound``."""
     verb, *rest = words
     if rest and not rest[0].startswith("-"):

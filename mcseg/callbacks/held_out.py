@@ -1,4 +1,4 @@
-"""What a held-out split promises: counts of each image, bounds for unseen images, and how far the margins reach."""
+"""Bounds for unseen images from a held-out split."""
 
 import json
 import math
@@ -13,73 +13,15 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from mcseg import pictures
-from mcseg.bounds import iou_lower_bounds, miou_lower_bound
-from mcseg.callbacks import IGNORE_INDEX, EvaluationCallback
-from mcseg.inference import bands_at
-from mcseg.metrics import image_counts
+from mcseg.callbacks.base import EvaluationCallback
+from mcseg.evaluation.bounds import iou_lower_bounds, miou_lower_bound
+from mcseg.evaluation.margin_counts import MARGINS, MarginCounts
+from mcseg.evaluation.metrics import image_counts
 
-_STEPS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
-MARGINS = (0.0, *(round(step * scale, 2) for scale in (0.1, 1.0, 10.0) for step in _STEPS))  # logits
 _COLUMNS = (0.0, 0.5, 1.0, 2.0, 5.0)  # margins of the table
-_CHUNK = 1 << 22  # margins that are counted at once; each takes some 30 bytes
+
+
 _FEW_UNITS = 50  # below this the level of the bootstrap has not been checked
-
-
-class MarginCounts:
-    """Counts, over any number of images, the pixels whose class margin clears each of some margins.
-
-    The class margin of class k is s_k = z_k - max of the other logits. A pixel of class k clears the margin m if s_k > m; a
-    pixel of another class is a false alarm of k at m if s_k > -m. At m = 0 these are the hits and false alarms of the
-    prediction, up to ties.
-
-    Args:
-        num_classes: number of classes C.
-        margins: ascending and >= 0.
-        device: where the logits are.
-    """
-
-    def __init__(self, num_classes: int, margins: Sequence[float] = MARGINS, device: torch.device | str = "cpu") -> None:
-        self._margins = torch.tensor(margins, device=device)
-        # How many pixels clear exactly the first r margins; how many are false alarms from margin r on.
-        self._reach = torch.zeros((num_classes, len(margins) + 1), dtype=torch.int64, device=device)
-        self._alarm = torch.zeros_like(self._reach)
-
-    def update(self, logits: Tensor, target: Tensor) -> None:
-        """Count images: logits (N,C,h,w), resized to the size of the target (N,H,W) of 0..C-1 or 255, band by band."""
-        height = max(1, _CHUNK // (logits.shape[0] * logits.shape[1] * target.shape[-1]))
-        for rows, band in bands_at(logits, target.shape[-2:]):
-            labels = target[:, rows]
-            for top in range(0, labels.shape[1], height):
-                part, own = band[:, :, top : top + height], labels[:, top : top + height]
-                self._count(part.float().movedim(1, 0).flatten(1).contiguous(), own.flatten())
-
-    def _count(self, logits: Tensor, target: Tensor) -> None:
-        """Count pixels (P,) with logits (C,P)."""
-        classes, bins = self._reach.shape
-        top, first = logits.max(0, keepdim=True)
-        second = logits.scatter(0, first, -torch.inf).max(0, keepdim=True).values
-        margin = (logits - top).scatter_(0, first, top - second)
-        labelled = target != IGNORE_INDEX
-        own = target.masked_fill(~labelled, 0)[None]
-        reached = torch.bucketize(margin.gather(0, own)[0], self._margins)  # margins below it
-        cell = torch.where(labelled, own[0] * bins + reached, classes * bins)
-        self._reach += torch.bincount(cell, minlength=classes * bins + 1)[:-1].view(classes, bins)
-        alarm = torch.bucketize(margin.neg_(), self._margins, right=True)
-        alarm += bins * torch.arange(classes, device=alarm.device)[:, None]
-        alarm.scatter_(0, own, classes * bins).masked_fill_(~labelled, classes * bins)
-        self._alarm += torch.bincount(alarm.flatten(), minlength=classes * bins + 1)[:-1].view(classes, bins)
-
-    def cleared(self) -> Tensor:
-        """(C, margins) share of the pixels of each class that clear each margin; NaN for a class without pixels."""
-        return self._clear().double() / self._reach.sum(1, keepdim=True)
-
-    def iou(self) -> Tensor:
-        """(C, margins) IoU where only cleared pixels are hits and only pixels beyond the margin are no false alarms."""
-        alarms = self._alarm.cumsum(1)[:, :-1]
-        return self._clear().double() / (self._reach.sum(1, keepdim=True) + alarms)
-
-    def _clear(self) -> Tensor:
-        return self._reach.flip(1).cumsum(1).flip(1)[:, 1:]
 
 
 class HeldOutBounds(EvaluationCallback):

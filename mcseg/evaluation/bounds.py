@@ -1,7 +1,7 @@
 r"""Lower bounds for the IoU of unseen images: from training margins (theory), and from a held-out set (to rely on).
 
 **Margin bound.** :func:`margin_bound` says how the error on unseen images depends on pixel counts and margin offsets, and
-:func:`optimal_offsets` which offsets make it tightest. Statement, assumptions and proof: ``bounds.md`` beside this file.
+:func:`optimal_offsets` which offsets make it tightest. Statement, assumptions and proof: ``docs/theory/bounds.md``.
 The bound needs the complexity K of the networks, of which no useful value is known for deep ones: it explains and promises
 nothing.
 

@@ -1,0 +1,20 @@
+"""Lightning callbacks: scores, pictures, prediction files, and what experiment trackers receive."""
+
+from mcseg.callbacks.base import EvaluationCallback
+from mcseg.callbacks.held_out import HeldOutBounds
+from mcseg.callbacks.objective_monitor import ObjectiveMonitor
+from mcseg.callbacks.panels import ConfusionPicture, PredictionPanel, TrainingCurves
+from mcseg.callbacks.prediction_writer import PredictionWriter
+from mcseg.callbacks.scores import JaccardCallback, score_table
+
+__all__ = [
+    "ConfusionPicture",
+    "EvaluationCallback",
+    "HeldOutBounds",
+    "JaccardCallback",
+    "ObjectiveMonitor",
+    "PredictionPanel",
+    "PredictionWriter",
+    "TrainingCurves",
+    "score_table",
+]

@@ -1,0 +1,101 @@
+"""Prediction files: masks, overlays and the archives that benchmark servers accept."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import BasePredictionWriter
+from pytorch_lightning.utilities import rank_zero_info
+
+from mcseg import pictures
+from mcseg.callbacks.trackers import class_names, class_palette
+
+Format = Literal["cityscapes", "bdd100k", "sceneparse150", "pascal_voc", "mapillary_vistas"]
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes each prediction as palette PNG (pixel value = train id) and as overlay on its image, at the image's size.
+
+    Files are named after the images, sub-folders kept: ``masks/<name>.png`` and ``overlays/<name>.jpg``.
+
+    Args:
+        output_dir: where to write; None is the run folder.
+        overlays: write the overlays as well.
+        format: benchmark whose evaluation server the label maps are meant for. They then have its values, names and folders
+            and lie in ``submission``, and are packed into ``<format>.zip`` or ``<format>.tar.gz``. The data must be that
+            benchmark's. None writes train ids.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        overlays: bool = True,
+        format: Format | None = None,
+    ) -> None:
+        super().__init__(write_interval="batch")
+        self.output_dir = output_dir
+        self.overlays = overlays
+        self.format = format
+        self._written = 0
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a format that does not fit the data."""
+        self._written = 0
+        if self.format is not None:
+            self._submission(trainer)
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        return Path(self.output_dir or trainer.default_root_dir)
+
+    def _submission(self, trainer: pl.Trainer) -> Any:
+        """Benchmark's own format, from its data module."""
+        data = getattr(trainer, "datamodule", None)
+        found = getattr(data, "submission", None)
+        if found is None or found.benchmark != self.format:
+            raise ValueError(
+                f"format {self.format}: the data are {type(data).__name__}, expected those of {self.format}, whose label "
+                f"values the submission needs (--config {self.format})"
+            )
+        return found
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the files of a batch."""
+        folder = self._folder(trainer)
+        palette = class_palette(trainer, len(class_names(trainer)))
+        submission = None if self.format is None else self._submission(trainer)
+        for name, image, preds in zip(batch["name"], batch["image"], prediction, strict=True):
+            if submission is None:
+                pictures.save(pictures.palette_image(preds.cpu(), palette), folder / "masks" / f"{name}.png")
+            else:
+                values = torch.tensor(submission.values, dtype=torch.uint8)[preds.cpu().long()]
+                picture = pictures.palette_image(values, palette) if submission.palette else pictures.grey_image(values)
+                pictures.save(picture, folder / "submission" / submission.file.format(name=name))
+            if self.overlays:
+                pictures.save(pictures.overlay(image.cpu(), preds.cpu(), palette), folder / "overlays" / f"{name}.jpg")
+            self._written += 1
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pack the archive; say where the files are."""
+        folder = self._folder(trainer)
+        if self.format is None:
+            rank_zero_info(f"{self._written} predictions written to {folder / 'masks'}")
+            return
+        trainer.strategy.barrier()  # the archive holds the files of all processes
+        if trainer.is_global_zero:
+            kind = self._submission(trainer).archive
+            archive = pictures.pack(folder / "submission", folder / f"{self.format}.{kind}")
+            rank_zero_info(
+                f"{self._written} label maps for {self.format} written to {folder / 'submission'}; upload {archive}"
+            )

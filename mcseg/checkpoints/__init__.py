@@ -1,0 +1,1 @@
+"""Checkpoints: files that a crash cannot damage, and hyperparameters as plain types."""
