@@ -71,9 +71,10 @@ class SegmentationModule(pl.LightningModule):
             processes, tells at the end how many there were, and makes the host wait for each step.
 
     Attributes:
-        inference: how validation, test and prediction label whole images, an :class:`~mcseg.evaluation.Inference`; by default
-            the network sees an image at once. It belongs to the evaluation and not to the weights: checkpoints do not hold
-            it. With windows, several scales or mirroring there are no logits of a whole image, and no ``<split>/loss``.
+        inference: how validation, test and prediction label whole images, an :class:`~mcseg.evaluation.Inference`; by
+            default the network sees an image at once. It belongs to the evaluation and not to the weights: checkpoints do
+            not hold it. With windows, several scales or mirroring there are no logits of a whole image, and no
+            ``<split>/loss``.
 
     Raises:
         ValueError: unknown architecture or encoder; when training starts, an objective, optimiser or scheduler that a

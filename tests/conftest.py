@@ -81,7 +81,7 @@ def break_three(root):
 @contextmanager
 def at_work(folder):
     """Another process that holds the lock of a folder, until it is killed."""
-    script = "import sys; from pathlib import Path; from mcseg.checkpoints import exclusive_lock\n"
+    script = "import sys; from pathlib import Path; from mcseg.run.folder import exclusive_lock\n"
     script += "with exclusive_lock(Path(sys.argv[1]), 'fit'): print('locked', flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", script, str(folder)], **pipes) as process:

@@ -78,11 +78,20 @@ def test_import_loads_no_more_than_torch_and_lightning():
     assert loaded[0] - loaded[1] == {"mcseg"}
 
 
+@pytest.mark.parametrize("words", [["--help"], ["--version"]], ids=" ".join)
+def test_help_and_version_load_no_heavy_library(words):
+    code = "import sys; from mcseg.run.main import main; main(sys.argv[1:]); print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, text=True).stdout.split()
+    heavy = {"torch", "numpy", "pytorch_lightning", "jsonargparse", "torchmetrics", "PIL"}
+    assert not heavy & set(found)
+
+
 def test_public_names_can_be_had():
     import mcseg
 
     for name in mcseg.__all__:
         assert getattr(mcseg, name) is not None
+    assert set(mcseg.__all__) <= set(dir(mcseg))  # tab completion
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = mcseg.nonsense
 

@@ -89,3 +89,9 @@ def test_modules_do_not_share_their_settings():
     entries[0]["weight"] = 7
     assert loss.objectives == [{"class_path": "mcseg.losses.CrossEntropyLoss"}]
     assert isinstance(loss.parts[0], nn.Module)
+
+
+@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf")])
+def test_weights_are_finite_and_not_negative(weight):
+    with pytest.raises(ValueError, match=f"weight: found {weight}"):
+        SumLoss(3, [{"class_path": "mcseg.losses.DiceLoss", "weight": weight}])

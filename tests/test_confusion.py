@@ -187,3 +187,20 @@ def test_captured_in_a_graph():
     graph.replay()
     for replayed, eager in zip(captured, step(), strict=True):
         assert torch.equal(replayed, eager)
+
+
+@each_count
+def test_an_ignore_index_that_the_labels_type_cannot_hold(counted):
+    """-100 is 156 in uint8: pixels of class 156 count all the same."""
+    target = torch.tensor([156, 156, 3], dtype=torch.uint8)
+    found, unknown = counted(torch.tensor([156, 0, 3]), target, 171, -100)
+    assert found.nonzero().tolist() == [[3, 3], [156, 0], [156, 156]]
+    assert int(found.sum()) == 3
+    assert unknown == 0
+
+
+def test_counts_of_other_shapes_or_types_are_refused():
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\)"):
+        confusion_counts(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64), 4)
+    with pytest.raises(TypeError, match="preds.*float32"):
+        confusion_counts(torch.zeros(2), torch.zeros(2, dtype=torch.int64), 4)

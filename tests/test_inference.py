@@ -323,3 +323,9 @@ for size in ((1000, 800), (2400, 800) if sys.argv[1] == "True" else (1000, 1920)
     assert low < kept + 120  # activations, bands, what torch loads at the first call
     images = 3 * 1400 * 800 * (0.25 + 1 + 2.25 + 1) / 2**20  # MB by which image, scaled copies, a temporary grow: 14
     assert large - low < images + 10  # the probabilities of the whole image grow by 284 MB
+
+
+@pytest.mark.parametrize("settings", [{}, {"flip": True}], ids=["plain", "mirrored"])
+def test_more_classes_than_labels_can_name(settings):
+    with pytest.raises(ValueError, match="found 257 classes"):
+        Inference(**settings)(lambda image: image.new_zeros(1, 257, 4, 4), torch.zeros(1, 3, 4, 4), (4, 4))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mcseg.margins import MarginOffsets, margin_offsets
 
-GOLDEN = sorted((Path(__file__).parents[2] / "shared" / "golden").glob("margin_case_*.npz"))
+GOLDEN = sorted((Path(__file__).parent / "golden").glob("margin_case_*.npz"))
 COUNTS = st.lists(st.integers(1, 10**9), min_size=2, max_size=30)
 
 
@@ -31,7 +31,6 @@ def assert_close(offsets, foreground, background, rtol=1e-12):
         torch.testing.assert_close(found, torch.as_tensor(expected, dtype=torch.float64), rtol=rtol, atol=0)
 
 
-@pytest.mark.skipif(not GOLDEN, reason="golden numbers are not beside this checkout")
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_numbers_of_the_authors_implementation(path):
     case = np.load(path)

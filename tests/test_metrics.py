@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, jaccard_score
 
-from mcseg.evaluation.metrics import Scores, SegmentationScores, score
+from mcseg.evaluation.metrics import Scores, SegmentationScores, image_counts, score
 
 
 def test_hand_counted():
@@ -87,3 +87,11 @@ def test_classes_out_of_range_are_refused(preds, target):
     metric = SegmentationScores(2)
     with pytest.raises(ValueError, match=r"(predictions|target): found class [74], expected 0 to 1, or 255"):
         metric.update(torch.tensor(preds), torch.tensor(target))
+
+
+def test_counts_of_an_image_with_an_ignore_index_that_uint8_cannot_hold():
+    target = torch.tensor([[156, 156, 3]], dtype=torch.uint8)
+    found = image_counts(torch.tensor([[156, 0, 3]]), target, 171, ignore_index=-100)
+    assert found[:, [0, 3, 156]].tolist() == [[0, 1, 1], [0, 1, 2], [1, 1, 1]]
+    with pytest.raises(ValueError, match=r"\(3, 1\).*\(1, 3\)"):
+        image_counts(target.T, target, 171)

@@ -85,7 +85,7 @@ def same_weights(first, second):
 
 def test_it_learns_one_batch():
     torch.manual_seed(0)
-    module = SegmentationModule(**TINY, num_classes=8)
+    module = SegmentationModule(**TINY, num_classes=8, objective=MARGINS())
     source = data(train_scenes=2)
     source.setup("fit")
     module.objective.calibrate(source.class_pixels())
@@ -164,7 +164,7 @@ def test_checkpoint_round_trip_from_python(tmp_path, objective):
 
 def test_a_loaded_margin_loss_needs_no_labels(tmp_path):
     run = trainer(tmp_path)
-    module = SegmentationModule(**TINY, num_classes=8)
+    module = SegmentationModule(**TINY, num_classes=8, objective=MARGINS())
     run.fit(module, data())
     run.save_checkpoint(tmp_path / "x.ckpt")
     again = SegmentationModule.load_from_checkpoint(tmp_path / "x.ckpt")
@@ -428,7 +428,7 @@ def test_init_from_takes_the_network_and_nothing_else(tmp_path):
     one = trainer(tmp_path)
     one.fit(first, data())
     one.save_checkpoint(tmp_path / "first.ckpt")
-    second = SegmentationModule(**TINY, num_classes=8, init_from=str(tmp_path / "first.ckpt"))
+    second = SegmentationModule(**TINY, num_classes=8, init_from=str(tmp_path / "first.ckpt"), objective=MARGINS())
     assert not same_weights(first.network, second.network)
     second.trainer = trainer(tmp_path / "second")
     second.trainer.datamodule = data()
@@ -480,7 +480,7 @@ def test_init_from_another_network_is_refused(tmp_path):
 
 def test_whole_images_are_labelled_as_the_inference_says(tmp_path):
     """Validation, test and prediction take the labels of Inference; without averaging they are the plain ones."""
-    module = SegmentationModule(**TINY, num_classes=8)
+    module = SegmentationModule(**TINY, num_classes=8, objective=MARGINS())
     module.objective.calibrate(torch.arange(1, 9) * 1000)
     module.has_weights = True
     batch = next(iter(evaluation_loader(data())))
@@ -519,7 +519,7 @@ class Seen(pl.Callback):
 
 def test_auxiliary_head_is_trained_along_and_left_out_of_predictions(tmp_path):
     torch.manual_seed(0)
-    module = SegmentationModule(**TINY, num_classes=8, aux_weight=0.4, aux_channels=16)
+    module = SegmentationModule(**TINY, num_classes=8, objective=MARGINS(), aux_weight=0.4, aux_channels=16)
     source = data(train_scenes=2)
     source.setup("fit")
     batch = next(iter(source.train_dataloader()))
@@ -562,7 +562,7 @@ def test_moving_average_of_the_weights_is_validated_and_kept(tmp_path):
         def on_train_batch_end(self, trainer, module, *args):
             self.weights.append({name: value.detach().clone() for name, value in module.network.named_parameters()})
 
-    module = SegmentationModule(**TINY, num_classes=8)
+    module = SegmentationModule(**TINY, num_classes=8, objective=MARGINS())
     ema = EMAWeightAveraging(decay=0.7)
     run = trainer(tmp_path, max_epochs=2, num_sanity_val_steps=1, callbacks=[JaccardCallback(), Steps(), ema])
     run.fit(module, data())

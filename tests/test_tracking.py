@@ -505,6 +505,14 @@ def test_sweep_file_is_one_that_wandb_takes_and_the_command_runs(tmp_path):
     ]
     for key, value in first.items():
         assert kept[key.rpartition(".")[2]] == value["value"]
+    # The parameters act: the offsets in the checkpoint are those of the first trial, and other values give others
+    state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    pixels = SyntheticData(**SCENES).class_pixels()
+    scheme, tau, upsilon = (first[f"model.objective.{key}"]["value"] for key in ("scheme", "tau", "upsilon"))
+    expected = margin_offsets(pixels, scheme, tau, upsilon)
+    assert torch.equal(state["objective.foreground_offsets"], expected.foreground)
+    assert torch.equal(state["objective.background_offsets"], expected.background)
+    assert not torch.equal(margin_offsets(pixels, scheme, 2 * tau, upsilon).foreground, expected.foreground)
     _, history = wandb_run(tmp_path)
     assert sum("val/miou" in row for row in history) == 1
     assert "sweeps" not in " ".join(recipe_names())

@@ -75,6 +75,9 @@ class Inference:
 
         Returns:
             (N,height,width) uint8 train ids on the image's device.
+
+        Raises:
+            ValueError: an empty image or size, or more than 256 classes, which uint8 cannot hold.
         """
         if image.ndim != 4 or min(image.shape) < 1:
             raise ValueError(f"image: found shape {tuple(image.shape)}; expected (N,3,H,W), nothing of it empty")
@@ -178,6 +181,7 @@ class _Rows:
             windows = [self._image[:, :, top:bottom, left : left + self._tile[1]] for left in lefts]
             added = self._probabilities(torch.cat(windows))
             if self._buffer is None:  # only now the number of classes is known
+                _check_classes(added.shape[1])
                 shape = (len(self._image), added.shape[1], self._length, self._stop - self._start)
                 self._buffer = added.new_empty(shape)
                 self._down, self._across = self._down.to(added), self._across.to(added)
@@ -235,11 +239,20 @@ def labels_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
 
     Returns:
         (N,H,W) uint8 train ids.
+
+    Raises:
+        ValueError: more than 256 classes, which uint8 cannot hold.
     """
+    _check_classes(logits.shape[1])
     labels = torch.empty((len(logits), *size), dtype=torch.uint8, device=logits.device)
     for band, resized in bands_at(logits, size):
         labels[:, band] = predicted_classes(resized)
     return labels
+
+
+def _check_classes(num_classes: int) -> None:
+    if num_classes > 256:
+        raise ValueError(f"logits: found {num_classes} classes, expected at most 256, as labels are uint8")
 
 
 def bands_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Iterator[tuple[slice, Tensor]]:

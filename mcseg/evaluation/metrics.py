@@ -101,8 +101,10 @@ def image_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_index: 
     Returns:
         (3,C) int64: pixels predicted right, in the target, in the prediction; see :meth:`Scores.from_counts`.
     """
+    if preds.shape != target.shape:
+        raise ValueError(f"preds: found shape {tuple(preds.shape)}, expected {tuple(target.shape)}, the shape of the target")
+    preds, target = preds.long(), target.long()  # before the comparison: uint8 would wrap an ignore_index outside 0..255
     labelled = target != ignore_index
-    preds, target = preds.long(), target.long()
     chosen = (labelled & (preds == target), target), (labelled, target), (labelled, preds)
     ids = [torch.where(mask, ids, num_classes).flatten() for mask, ids in chosen]  # what is left out gets a bin of its own
     return torch.stack([torch.bincount(found, minlength=num_classes + 1) for found in ids])[:, :num_classes]

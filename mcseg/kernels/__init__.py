@@ -246,8 +246,14 @@ def confusion_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_ind
         as their target or prediction is no class: always 0 on the CPU. The host does not wait for a GPU.
 
     Raises:
-        ValueError: Such a pixel, on the CPU.
+        TypeError: Predictions or target are not integers.
+        ValueError: Predictions and target have different shapes, or, on the CPU, such a pixel.
     """
+    for name, labels in (("preds", preds), ("target", target)):
+        if labels.is_floating_point() or labels.is_complex():
+            raise TypeError(f"{name}: found dtype {labels.dtype}, expected integer classes")
+    if preds.shape != target.shape:
+        raise ValueError(f"preds: found shape {tuple(preds.shape)}, expected {tuple(target.shape)}, the shape of the target")
     if target.is_cuda and _HAS_TRITON:
         from . import gpu
 

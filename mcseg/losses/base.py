@@ -150,7 +150,9 @@ class Objective(nn.Module):
         if logits.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait
             check_labels(target, logits.shape[1], self.ignore_index)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return self._loss(logits, target, target != self.ignore_index)
+        labelled = target != self.ignore_index
+        # before any arithmetic: a NaN or infinite logit under void would reach the gradient as 0 * NaN
+        return self._loss(logits.masked_fill(~labelled.unsqueeze(1), 0.0), target, labelled)
 
     def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
         """Compute the loss of checked inputs: logits in float32 or wider, target in int64, True where labelled."""

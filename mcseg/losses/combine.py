@@ -8,6 +8,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from mcseg.losses.base import check_range
 from mcseg.losses.pixelwise import CrossEntropyLoss
 from mcseg.margins import ClassPixels
 
@@ -32,7 +33,8 @@ class SumLoss(nn.Module):
             module logs them.
 
     Raises:
-        ValueError: no objectives, a mapping with other keys, a class that cannot be found or made, a negative number.
+        ValueError: no objectives, a mapping with other keys, a class that cannot be found or made, a
+            weight that is negative or not finite, a negative number of steps.
     """
 
     steps: Tensor
@@ -56,6 +58,8 @@ class SumLoss(nn.Module):
         self.blend_steps = blend_steps
         self.ignore_index = ignore_index
         self.weights = [float(entry.get("weight", 1.0)) for entry in self.objectives]
+        for weight in self.weights:
+            check_range("objectives: weight", weight, 0)
         self.parts = nn.ModuleList([_made(entry, num_classes) for entry in self.objectives])
         kinds = [type(part).__name__ for part in self.parts]
         self.names = [

@@ -1,0 +1,58 @@
+"""Run one verb of the command ``mcseg``, and report an error in one line."""
+
+import io
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentError
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+
+from mcseg.messages import one_line
+from mcseg.run.cli import SegmentationCLI, silence_warnings
+from mcseg.run.folder import RUN_FOLDER, run_folder_tidied
+from mcseg.run.recipes import expand_shorthand, find_recipes
+from mcseg.run.resume import expand_resume
+from mcseg.run.verbs import bound, check, compare, download, show, stats
+
+
+def run(words: Sequence[str]) -> None:
+    """Run a verb with its arguments; :func:`mcseg.run.main.main` lists what it raises."""
+    words = list(words)
+    if isinstance(sys.__stdout__, io.TextIOWrapper):  # which a library may have wrapped in a stream of its own
+        sys.__stdout__.reconfigure(errors="backslashreplace")  # as stderr does: not every class name has letters it knows
+    if "LOCAL_RANK" not in os.environ:
+        os.environ.pop(RUN_FOLDER, None)
+    try:
+        if words[0] == "download":
+            download(words[1:])
+            return
+        words, resume = expand_resume(words)
+        recipe, words = find_recipes(expand_shorthand(words))
+        own = {"stats": stats, "check": check, "show": show, "bound": bound, "compare": compare}
+        if words[0] not in (verbs := [*SegmentationCLI.subcommands(), *own, "download"]):
+            raise ValueError(f"found the verb {words[0]!r}, expected one of {', '.join(verbs)}; see mcseg --help")
+        with warnings.catch_warnings(), run_folder_tidied():
+            silence_warnings()
+            if words[0] in own:
+                own[words[0]](recipe, words[1:])
+            else:
+                SegmentationCLI(recipe, words, resume=resume)
+    except KeyboardInterrupt:
+        _fail("ended by Ctrl-C", 128 + signal.SIGINT)
+    except SIGTERMException as end:  # without a code unless a training had to end, as if all had been done
+        sys.exit(end.code or 128 + signal.SIGTERM)
+    except ArgumentError as error:
+        _fail(one_line(error), 2)
+    except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:
+        if os.environ.get("MCSEG_TRACEBACK"):
+            raise
+        _fail(one_line(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"mcseg: error: {message}", file=sys.stderr)
+    sys.exit(code)  # not raised by hand: W&B notes the code of a failed run in this function
