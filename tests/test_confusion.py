@@ -204,3 +204,9 @@ def test_counts_of_other_shapes_or_types_are_refused():
         confusion_counts(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64), 4)
     with pytest.raises(TypeError, match="preds.*float32"):
         confusion_counts(torch.zeros(2), torch.zeros(2, dtype=torch.int64), 4)
+
+
+def test_labels_are_left_as_they_are():
+    target = torch.tensor([0, 255, 1])
+    confusion_counts(torch.tensor([0, 1, 1]), target, 2)
+    assert target.tolist() == [0, 255, 1]

@@ -64,7 +64,7 @@ def counted(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int) 
         for index, part in parts:
             y = target[part].long()  # before the comparison: uint8 would wrap an ignore_index outside 0..255
             void = y == ignore_index
-            y, k = y.masked_fill_(void, 0), preds[part].masked_fill(void, 0)
+            y, k = y.masked_fill(void, 0), preds[part].masked_fill(void, 0)
             for name, ids in (("target", y), ("predictions", k)):
                 low, high = (int(extreme) for extreme in ids.aminmax())
                 if low < 0 or high >= num_classes:
