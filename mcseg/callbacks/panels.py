@@ -108,7 +108,7 @@ class TrainingCurves(Callback):
         self.history: list[dict[str, float]] = []
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add the epoch and draw anew."""
+        """Append the epoch and redraw the curves."""
         if not trainer.is_global_zero:
             return
         wanted = ("train/loss", "val/miou", "val/iou/")
@@ -117,7 +117,7 @@ class TrainingCurves(Callback):
         pictures.save_curves(self.history, Path(trainer.default_root_dir) / "curves.png")
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the history to the checkpoint, so that a resumed run goes on with it."""
+        """Save the history in the checkpoint, so that a resumed run continues it."""
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -91,7 +91,7 @@ class JaccardCallback(EvaluationCallback):
         self._silent = silent
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the table, unless a training run goes on."""
+        """Print the table after ``validate``; in a training run :meth:`on_fit_end` prints it."""
         if trainer.state.fn == "validate":
             self._print(trainer, "val")
 

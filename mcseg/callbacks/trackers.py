@@ -1,4 +1,4 @@
-"""What experiment trackers receive beside Lightning's scalars: pictures and the configuration of the run."""
+"""Pictures and the run's configuration for experiment trackers, beside Lightning's own scalars."""
 
 import json
 from collections.abc import Sequence

@@ -284,7 +284,8 @@ class MarginCalibrationLoss(Objective):
             RuntimeError: The loss is not calibrated.
             TypeError: As `margin_calibration_loss`, likewise ValueError.
         """
-        check_inputs(logits, target, least_classes=2, upsampling=_upsampling(upsample, target))
+        upsampling = _upsampling(upsample, target)
+        _check_inputs(logits, target, self.offsets, upsampling)
         target = target.long()  # before any comparison: uint8 would wrap an ignore_index outside 0..255
         corner = (self.margin, self.surrogate, self.aggregation, self.false_alarm_weight) == ("hard", "log", "sum", 1.0)
         if corner and self.weighting != "iou":  # the paper's, which has kernels
@@ -296,11 +297,9 @@ class MarginCalibrationLoss(Objective):
                 ignore_index=self.ignore_index,
                 reduction="sum" if self.reduction == "mean" else self.reduction,
                 backend=self.backend,
-                upsample=upsample,
+                upsample=upsampling or False,
             )
             return self._reduced(total, target)
-        upsampling = _upsampling(upsample, target)
-        _check_inputs(logits, target, self.offsets, upsampling)
         kind = ErrorKind(self.margin, self.surrogate, self.power, self.ignore_index)
         if self.aggregation != "sum":
             offsets = None if self.scheme == "none" else self.offsets

@@ -1,6 +1,5 @@
 """The folder of a run: its name, its lock, and its removal after a run that left nothing."""
 
-# Lightning starts further DDP processes with this environment variable, and LOCAL_RANK, in place.
 import errno
 import itertools
 import os
@@ -42,7 +41,10 @@ RUN_FOLDER = "MCSEG_RUN_FOLDER"
 
 
 def run_folder(recipe: str, verb: str) -> Path:
-    """runs/<recipe>/<time>, the same on all processes of a run, and made at once: two that begin in a second have two."""
+    """Create ``runs/<recipe>/<time>``, the same folder for all processes of a run.
+
+    It is created immediately, so that two runs started in the same second get different folders.
+    """
     if "LOCAL_RANK" in os.environ and RUN_FOLDER in os.environ:
         return Path(os.environ[RUN_FOLDER])
     stem = Path("runs") / recipe / (datetime.now().strftime("%Y%m%d-%H%M%S") + ("" if verb == "fit" else f"-{verb}"))
@@ -59,7 +61,7 @@ def run_folder(recipe: str, verb: str) -> Path:
 
 @contextmanager
 def run_folder_tidied() -> Iterator[None]:
-    """Take back the run folder of a run that fails before it has a result, or that writes nothing at all."""
+    """Remove the folder of a run that fails before it has a result, or that writes nothing."""
     settings = {"config.yaml", "hparams.yaml", LOCK}  # which loggers and the command write at once
     try:
         yield

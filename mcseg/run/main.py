@@ -12,7 +12,7 @@ _FACTS = Path(__file__).parents[1] / "data" / "facts"  # one TOML file per bench
 _HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE ...]
 
   fit       train; writes checkpoints, metrics.csv, curves and panels into runs/<recipe>/<time>
-            (--resume RUN_FOLDER goes on with a run that was stopped)
+            (--resume RUN_FOLDER continues a run that was stopped)
   validate  score a checkpoint on the validation split       (--ckpt_path)
   test      score a checkpoint on the test split             (--ckpt_path)
   bound     what a held-out split promises for unseen images (--ckpt_path, --split val --level 0.95)
@@ -28,7 +28,7 @@ _HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE .
 recipes that come with mcseg: {recipes}
 benchmarks: {benchmarks}
 Any key of a recipe can be set behind it: mcseg fit --config camvid --data.root DIR --trainer.max_epochs 10
---root is short for --data.root, --format for --writer.format, and a name behind the verb for --config.
+--root is short for --data.root, --format for --writer.format, and a name after the verb for --config.
 `mcseg VERB --help` lists the keys; MCSEG_TRACEBACK=1 shows where an error came from.
 """
 

@@ -10,10 +10,10 @@ from pytorch_lightning.loggers import CSVLogger
 
 
 class ContinuedCSVLogger(CSVLogger):
-    """Lightning's CSV logger, which goes on with the file that is there instead of deleting it.
+    """Lightning's CSV logger, which appends to an existing file instead of deleting it.
 
     Args:
-        step: training steps that are done: rows of later ones are left out, as they will come again.
+        step: completed training steps; rows of later steps are dropped, as the resumed run writes them again.
         save_dir: folder of ``metrics.csv``.
         **options: of the CSV logger.
     """

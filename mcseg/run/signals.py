@@ -13,16 +13,16 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 
 class CheckpointOnSignal(Callback):
-    """Writes a checkpoint when a training is told to end by SIGTERM or Ctrl-C; of several processes, when any of them is.
+    """Saves a checkpoint and stops the training after SIGTERM or Ctrl-C to any of its processes.
 
-    It ends where no gradient is half collected: behind an optimiser's step, or between two batches of a validation where
-    there is one process. Several end together, behind the same step; a validation that is under way is finished before.
-    Lightning's own handler talks to the other processes from within, wherever they are: they may be waiting for something
-    else, and then all wait for ever. The second Ctrl-C ends at once.
+    Training stops when no gradient is partly accumulated: after an optimiser step, or, with one process, between two
+    batches of a validation. Several processes stop after the same step; a validation in progress is finished first.
+    Lightning's own handler communicates with the other processes from inside the signal handler. They may be waiting in
+    another collective at that time, and then all of them deadlock. A second Ctrl-C stops immediately.
 
     Args:
-        path: where; a run that goes on from it has the next batch that it would have had, and repeats a validation that
-            was under way.
+        path: file of the checkpoint. A run resumed from it continues with the next batch, and repeats a validation that
+            was interrupted.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -30,7 +30,7 @@ class CheckpointOnSignal(Callback):
         self._told = 0  # the signal
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin anew."""
+        """Forget a signal of an earlier run."""
         self._told = 0
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -44,13 +44,13 @@ class CheckpointOnSignal(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """End all processes behind this step where one was told to."""
+        """Stop all processes after this step if any of them received a signal."""
         self._end_if_told(trainer)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """End behind this batch; several processes have different numbers of them, and end later."""
+        """Stop after this batch with one process; several may have different numbers of batches and stop later."""
         if trainer.world_size == 1:
             self._end_if_told(trainer)
 
