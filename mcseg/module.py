@@ -20,10 +20,11 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from mcseg.checkpoints.files import VERSION, differing_tensors, read_checkpoint, written_by
 from mcseg.checkpoints.hyperparameters import plain_hyperparameters, refuse_calls
+from mcseg.checkpoints.translate import drop_unused_offsets, translated
 from mcseg.evaluation.inference import Inference, labels_at
 from mcseg.evaluation.metrics import is_repeated
 from mcseg.kernels import predicted_classes
-from mcseg.losses import POWER_DICE, CrossEntropyLoss, MarginCalibrationLoss, Upsampling
+from mcseg.losses import CrossEntropyLoss, Upsampling, default_objective, offered
 from mcseg.networks import SegmentationNetwork
 from mcseg.seeds import seed_of, seeded
 from mcseg.version import __version__
@@ -45,9 +46,9 @@ class SegmentationModule(pl.LightningModule):
             Its last layer is left out where the number of classes differs. Objective, optimiser and epochs start anew.
         num_classes: number of classes C; the command line takes it from the data.
         objective: any module called with logits (N,C,H,W) float32 and target (N,H,W) int64 that returns a scalar. None is
-            power Dice (:data:`mcseg.losses.POWER_DICE`), the winner of the study on CamVid. An objective with a method
-            ``calibrate`` gets the pixel counts of the training labels when training starts. In Python, a
-            ``functools.partial`` of a class serves for objectives that do not keep their arguments.
+            power Dice, :func:`~mcseg.losses.default_objective`. One with a method ``calibrate`` gets the pixel counts of
+            the training labels when training starts; :class:`~mcseg.losses.ObjectiveProtocol` says what else is asked for.
+            In Python, a ``functools.partial`` of a class serves for objectives that do not keep their arguments.
         optimizer: callable from parameters to optimiser: a class, or a ``functools.partial`` of one.
         scheduler: callable from optimiser to learning-rate schedule, stepped after every optimiser step;
             ``torch.optim.lr_scheduler.ReduceLROnPlateau`` after every validation, by ``val/miou``, and Lightning's class of
@@ -64,8 +65,8 @@ class SegmentationModule(pl.LightningModule):
         aux_channels: width of the auxiliary head.
         fused_upsample: train and validate on the coarse logits of a network that ends in a bilinear upsampling, which the
             objective then does a strip of rows at a time: less memory, the same loss within rounding. Where the network or
-            the objective cannot (only :class:`~mcseg.losses.MarginCalibrationLoss` can, in training without an auxiliary
-            head), or the masks have another size than the images, nothing changes.
+            the objective cannot (those of margins and of soft counts can; in training not beside an auxiliary head), or the
+        masks have another size than the images, nothing changes.
         on_nonfinite: what to do about a loss that is NaN or infinite: ``"stop"`` ends the training with the names of the
             batch's images, one step later, so that no GPU waits for the check; ``"skip"`` leaves the batch out on all
             processes, tells at the end how many there were, and makes the host wait for each step.
@@ -125,7 +126,7 @@ class SegmentationModule(pl.LightningModule):
         )
         self.inference = Inference()
         if not isinstance(objective, nn.Module):
-            objective = MarginCalibrationLoss(num_classes, **POWER_DICE) if objective is None else objective()
+            objective = default_objective() if objective is None else objective()
         self.objective = objective
         self._aux_objective = CrossEntropyLoss()
         self.optimizer = optimizer
@@ -173,10 +174,15 @@ class SegmentationModule(pl.LightningModule):
             if hasattr(checkpoint_path, "seek"):
                 checkpoint_path.seek(0)
         keys = (*CHECKPOINT_PAST_HPARAMS_KEYS, cls.CHECKPOINT_HYPER_PARAMS_KEY)  # all that Lightning takes arguments from
+        stored = {name: value for key in keys for name, value in checkpoint.get(key, {}).items() if name not in options}
         try:
-            refuse_calls(cls, {name: value for key in keys for name, value in checkpoint.get(key, {}).items()}, options)
+            arguments, remarks = translated(stored)
+            refuse_calls(cls, arguments, options)
         except ValueError as error:
             raise ValueError(f"{checkpoint_path} ({written_by(checkpoint)}): {error}") from None
+        for remark in remarks:
+            rank_zero_info(f"{checkpoint_path}: {remark}")
+        options |= {name: value for name, value in arguments.items() if value != stored[name]}
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **options)
 
     def setup(self, stage: str) -> None:
@@ -200,13 +206,13 @@ class SegmentationModule(pl.LightningModule):
         elif self.hparams["encoder_weights"] and not self.has_weights:
             names = (self.hparams[name] for name in ("arch", "encoder", "encoder_weights", "network_options"))
             self.network.load_pretrained_encoder(*names)
-        calibrate = getattr(self.objective, "calibrate", None)
+        calibrate = offered(self.objective, "calibrate")
         if calibrate is None:
             return
         class_pixels = getattr(getattr(self.trainer, "datamodule", None), "class_pixels", None)
         if class_pixels is not None:
             calibrate(class_pixels())
-        elif not getattr(self.objective, "is_calibrated", True):
+        elif not offered(self.objective, "is_calibrated"):
             raise RuntimeError(
                 "the objective is not calibrated and the data module has no class_pixels(); call "
                 "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before fit"
@@ -300,7 +306,7 @@ class SegmentationModule(pl.LightningModule):
             loss, terms = self._loss(self.objective, logits, target), {"aux": aux.detach()}
             loss = loss + self.hparams["aux_weight"] * aux
         self.log("train/loss", loss, prog_bar=True, batch_size=len(target), sync_dist=True)
-        terms |= getattr(self.objective, "terms", {})  # of a sum of objectives
+        terms |= offered(self.objective, "terms")
         for name, term in terms.items():
             self.log(f"train/loss/{name}", term, batch_size=len(target), sync_dist=True)
         return loss
@@ -345,6 +351,7 @@ class SegmentationModule(pl.LightningModule):
                 "the data that it was trained on, or start a training from it by model.init_from"
             )
         self._compare_classes(checkpoint.get("class_names"))
+        drop_unused_offsets(checkpoint.get("state_dict", {}), self.state_dict())
         self._compare_networks(checkpoint)
         self.has_weights = True
         self._resumed = self._trainer is not None and self._trainer.state.fn == "fit"
@@ -401,8 +408,8 @@ class SegmentationModule(pl.LightningModule):
 
     @property
     def _fuses_upsampling(self) -> bool:
-        can = self.network.ends_in_upsampling and isinstance(self.objective, MarginCalibrationLoss)
-        return bool(self.hparams["fused_upsample"]) and can
+        can = self.network.ends_in_upsampling and offered(self.objective, "takes_coarse_logits")
+        return bool(self.hparams["fused_upsample"] and can)
 
     def _training_loss(self, image: Tensor, target: Tensor) -> Tensor:
         if self._fuses_upsampling:
@@ -441,7 +448,7 @@ class SegmentationModule(pl.LightningModule):
             dropped = batch.get("dropped", ())
             repeated = is_repeated(loader, number, batch_idx, self.trainer.world_size, self.global_rank, dropped)
             number -= int(repeated.sum())
-        if number and getattr(self.objective, "is_calibrated", True):
+        if number and offered(self.objective, "is_calibrated"):
             loss = self._loss(self.objective, logits[:number], labels[:number], *fused)
             self._evaluated += torch.stack([number * loss, torch.full_like(loss, number)])
         return {"preds": preds, "target": target}

@@ -26,12 +26,13 @@ from mcseg.callbacks.scores import JaccardCallback, score_names
 from mcseg.callbacks.trackers import log_configuration
 from mcseg.checkpoints.files import CheckpointFile, read_checkpoint, steps_done, written_by
 from mcseg.checkpoints.hyperparameters import refuse_calls
+from mcseg.checkpoints.translate import translated
 from mcseg.data import SegmentationData
 from mcseg.evaluation.inference import Inference
-from mcseg.losses import POWER_DICE
 from mcseg.messages import one_line
 from mcseg.module import SegmentationModule
 from mcseg.run.folder import exclusive_lock, run_folder
+from mcseg.run.recipes import default_objective
 from mcseg.run.resume import ContinuedCSVLogger
 from mcseg.run.signals import CheckpointOnSignal
 
@@ -96,7 +97,7 @@ class SegmentationCLI(LightningCLI):
         parser.add_class_arguments(Inference, "inference")
         parser.set_defaults(
             {
-                "model.objective": {"class_path": "mcseg.losses.MarginCalibrationLoss", "init_args": dict(POWER_DICE)},
+                "model.objective": default_objective(),
                 "trainer.logger": {
                     "class_path": "CSVLogger",
                     "init_args": {"save_dir": ".", "name": "", "version": ""},
@@ -130,21 +131,35 @@ class SegmentationCLI(LightningCLI):
             raise ValueError(f"mcseg {self.verb} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt")
 
     def _parse_ckpt_path(self) -> None:
-        """Take a checkpoint's objective whole: what an earlier version did not know has its default, not the recipe's."""
+        """Take over a checkpoint's settings, its objective whole: what the checkpoint does not name has its default.
+
+        In place of Lightning's, which knows nothing of earlier versions.
+        """
         verb = self.config.get("subcommand")
         path = self.config[verb].get("ckpt_path") if verb else None
-        checkpoint = read_checkpoint(path, mmap=True) if path and Path(path).is_file() else {}
+        if not path or not Path(path).is_file():
+            return
+        checkpoint = read_checkpoint(path, mmap=True)
         try:
-            refuse_calls(SegmentationModule, checkpoint.get("hyper_parameters", {}), {})
-            super()._parse_ckpt_path()
+            stored, remarks = translated(checkpoint.get("hyper_parameters", {}))
+            if not stored:
+                return
+            refuse_calls(SegmentationModule, stored, {})
+            named = stored.get("objective")
+            stored.pop("_instantiator", None)
+            if kind := stored.pop("_class_path", None):
+                stored = {"class_path": kind, "dict_kwargs": stored}
+            self.config = self.parser.parse_object({verb: {"model": stored}}, self.config)
         except (ArgumentError, ValueError) as error:
             raise ValueError(
                 f"--ckpt_path: {path} has settings that do not hold here ({written_by(checkpoint)}): {one_line(error)}"
             ) from None
-        if stored := checkpoint.get("hyper_parameters", {}).get("objective"):
+        for remark in remarks:
+            rank_zero_info(f"{path}: {remark}")
+        if named:
             objective = self.config[verb].model.objective
             for name, parameter in inspect.signature(pkgutil.resolve_name(objective.class_path)).parameters.items():
-                known = name == "num_classes" or name in stored.get("init_args", {})
+                known = name == "num_classes" or name in named.get("init_args", {})
                 if not known and name in objective.init_args and parameter.default is not parameter.empty:
                     objective.init_args[name] = parameter.default
 

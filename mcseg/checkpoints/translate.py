@@ -1,0 +1,97 @@
+"""Checkpoints of earlier versions: settings that have other names now."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+# What the margin-calibration loss took besides its arguments of today, with the defaults of then
+_FAMILY = {
+    "margin": "hard",
+    "surrogate": "log",
+    "aggregation": "sum",
+    "weighting": "foreground",
+    "false_alarm_weight": 1.0,
+    "classes": "present",
+    "smooth": 1.0,
+    "decay": 0.95,
+    "power": 1.0,
+}
+_SCALES = {"ijcv2022": ("tau", "upsilon"), "miou": ("max_margin",), "none": ()}
+
+
+def translated(stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Hyperparameters of a checkpoint as this version takes them.
+
+    Args:
+        stored: the module's arguments in plain types, as a checkpoint holds them; left as they are.
+
+    Returns:
+        The arguments, and a line for each change.
+
+    Raises:
+        ValueError: an objective that has no successor; in one line, with what to do.
+    """
+    arguments = dict(stored)
+    remarks: list[str] = []
+    if isinstance(objective := arguments.get("objective"), Mapping):
+        arguments["objective"] = _objective(objective, remarks)
+    return arguments, remarks
+
+
+def drop_unused_offsets(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Take the offsets of an objective that has none any more out of a checkpoint's ``state_dict``."""
+    for name in list(state):
+        if name.startswith("objective.") and name.endswith(("foreground_offsets", "background_offsets")) and name not in own:
+            del state[name]
+
+
+def _objective(objective: Mapping[str, Any], remarks: list[str]) -> dict[str, Any]:
+    path, given = objective.get("class_path", ""), dict(objective.get("init_args") or {})
+    kind = path.rpartition(".")[2]
+    if kind == "SumLoss":
+        given["objectives"] = [
+            _objective(part, remarks) | ({"weight": part["weight"]} if "weight" in part else {})
+            for part in given.get("objectives", ())
+        ]
+        return {**objective, "init_args": given}
+    if kind != "MarginCalibrationLoss" or not path.startswith("mcseg."):
+        return dict(objective)
+    scheme = given.get("scheme", "ijcv2022")
+    effective = {name: value for name, value in given.items() if name not in ("tau", "upsilon", "max_margin")}
+    effective |= {name: given[name] for name in _SCALES.get(scheme, ()) if name in given}
+    if not _FAMILY.keys() & given.keys():
+        return {**objective, "init_args": effective}
+    family = {name: given.get(name, default) for name, default in _FAMILY.items()}
+    own = {name: value for name, value in effective.items() if name not in _FAMILY}
+    shared = {name: own[name] for name in ("ignore_index", "backend") if name in own}
+    form = (family["margin"], family["surrogate"], family["aggregation"])
+    if form in (("soft", "sigmoid", "dice"), ("soft", "sigmoid", "jaccard")) and scheme == "none":
+        successor = {"dice": "DiceLoss", "jaccard": "JaccardLoss"}[form[2]]
+        arguments = {name: family[name] for name in ("classes", "smooth", "power")} | shared
+    elif form != ("hard", "log", "sum") or family["false_alarm_weight"] != 1.0:
+        raise _no_successor(family, scheme)
+    elif family["weighting"] == "iou":
+        if scheme != "miou" or own.get("reduction", "mean") != "mean":
+            raise _no_successor(family, scheme)
+        successor = "IoUWeightedLoss"
+        kept = {name: own[name] for name in ("num_classes", "max_margin") if name in own}
+        arguments = kept | {"decay": family["decay"]} | shared
+    else:
+        successor, arguments = "MarginCalibrationLoss", dict(own)
+        if family["weighting"] == "uniform":
+            arguments["foreground_weight"] = 1.0
+    path = f"mcseg.losses.{successor}"
+    if successor != kind or arguments != own:
+        differing = ", ".join(f"{name} {value}" for name, value in {"scheme": scheme, **family}.items() if name in given)
+        new = ", ".join(f"{name} {value}" for name, value in arguments.items())
+        remarks.append(f"objective: {kind} of an earlier version ({differing}) is read as {path} ({new})")
+    return {"class_path": path, "init_args": arguments}
+
+
+def _no_successor(family: Mapping[str, Any], scheme: str) -> ValueError:
+    found = ", ".join(f"{name} {value}" for name, value in family.items() if value != _FAMILY[name])
+    return ValueError(
+        f"objective: MarginCalibrationLoss of an earlier version with {found}, scheme {scheme} has no successor; give "
+        "another one: load_from_checkpoint(..., objective=...) in Python, --model.init_from on the command line"
+    )
