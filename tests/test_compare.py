@@ -1,5 +1,6 @@
 """Comparisons: plan, statistics and shifts against oracles, a real one end to end, and its report."""
 
+import base64
 import csv
 import html.parser
 import inspect
@@ -13,8 +14,10 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +29,7 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 
 from mcseg import pictures
 from mcseg.compare import compare, report, schedule, tables, worker
+from mcseg.compare.counts import comparison, read_counts, write_counts
 from mcseg.compare.plan import Run, runs
 from mcseg.compare.record import _place, sample_log_probs
 from mcseg.compare.schedule import Folder, execute
@@ -543,7 +547,9 @@ class Fabricated:
         for name in ("counts", "counts_shifted") if run.shifts else ("counts",):
             hit = rng.integers(0, 30, (5, 3)) + (9 if run.objective == "dice" else 0)
             counts[name] = np.stack([hit, np.full_like(hit, 40), hit + rng.integers(0, 9, (5, 3))], axis=1)
-        np.savez(path / "counts.npz", names=np.array(["a", "b", "c", "d", "e"]), **counts)
+        patterns = [] if run.fold is None else list(self.study.folds[run.fold])
+        names = [patterns[i % len(patterns)].replace("*", str(i)) if patterns else "abcde"[i] for i in range(5)]
+        np.savez(path / "counts.npz", names=np.array(names), **counts)
         if run.keeps_log_probs:
             np.savez(path / "log_probs.npz", log_probs=rng.normal(size=(40, 3)), target=rng.integers(0, 3, 40))
         if run.role == "final":
@@ -566,6 +572,12 @@ class Fabricated:
         result["curves"] = [{"epoch": epoch, "loss": 1 / epoch, "miou": 0.1 * epoch, "seconds": 1.0} for epoch in (1, 2)]
         result["seconds"] = {"step": 0.05 + 0.01 * run.seed, "step_with_data": 0.08, "fit": 3.0, "evaluation": 1.0}
         result["memory_bytes"] = {"process": 3 * 2**20}
+        objective = {"class_path": "A" if run.objective == "dice" else "B", "init_args": {"x": run.trial}}
+        result["settings"] = {
+            "seed_everything": run.seed,
+            "model": {"objective": objective, "lr_power": 1 + (run.trial or 0), "warmup_steps": 5},
+            "data": {"init_args": {"held_out": patterns}},
+        }
         result["fingerprint"] = {"weights": f"w{run.seed}", "batches": f"b{run.seed}"}
         result |= {"machine": {"device": "cpu"}, "versions": {"torch": "2"}}
         result.setdefault("scores_shifted", None)
@@ -628,9 +640,95 @@ def test_files_of_a_comparison(tmp_path):
     assert found["remarks"] == ["a remark"]
     assert len(found["shifts"]["dice"]) == 3
     assert [len(scores) for scores in found["tuning"]["dice"].values()] == [2, 2]
-    text = tables.as_text(made.results).splitlines()
+    text = str(made.results.comparison).splitlines()
     assert text[2].startswith("dice")
     assert f"{100 * max(row['miou_mean'] for row in found['table']):.2f} ±" in text[2]
+
+
+def read_plainly(path):
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz", ".csv.xz"])
+def test_table_of_counts_gives_the_comparison_again(tmp_path, ending, capsys):
+    study = study_of(
+        {"NA": "cross_entropy", "dice": "dice"},
+        seeds=[0, 1],
+        folds=["train-000*", ["train-001*", "train-002*"]],
+        tune={"model.lr_power": [1, 2]},
+    )
+
+    def edit(result):
+        result["classes"]["names"][2] = "a/b"
+
+    made = Fabricated(tmp_path / "study", study, edit)
+    runs_of = [(made.folder.path(run), run.about) for run, _, _ in made.results.runs]
+    path = tmp_path / f"kept{ending}"
+    write_counts(runs_of, path)
+    content = path.read_bytes()
+    write_counts(runs_of, path)
+    assert path.read_bytes() == content
+    again = comparison(read_counts(path))
+    assert (again.baseline_label, again.class_names, again.tail) == ("NA", ["road", "sky", "a/b"], [2])
+    assert len(again.rows) == len(made.results.comparison.rows) == 4
+    for ours, theirs in zip(again.rows, made.results.comparison.rows, strict=True):
+        assert ours == pytest.approx(theirs, nan_ok=True)
+    main(["compare", "--read", str(path), "--baseline", "dice"])
+    assert "mIoU minus dice's" in capsys.readouterr().out
+    # and read without mcseg
+    table = read_plainly(path)
+    # patterns of the runs on folds, images of the others with and without shifts
+    assert len(table) == 4 * (1 + 2) + 2 * 2 * 2 * 5
+    for run, found, _ in made.results.runs:
+        rows = table[table.run == run.key]
+        assert set(rows.objective) == {run.objective}
+        assert json.loads(rows["model.objective"].iloc[0]) == found["settings"]["model"]["objective"]
+        assert set(rows["model.lr_power"]) == {found["settings"]["model"]["lr_power"]}
+        with np.load(made.folder.path(run) / "counts.npz") as file:
+            names, expected = file["names"], {False: file["counts"], True: file.get("counts_shifted")}
+        for shifted, part in rows.groupby("shifted"):
+            got = part.filter(regex="^(correct|target|predicted)/").to_numpy().reshape(len(part), 3, 3)
+            if run.fold is None:
+                assert list(part.images) == list(names)
+                assert np.array_equal(got, expected[shifted])
+            else:
+                patterns = list(study.folds[run.fold])
+                assert list(part.images) == patterns
+                for pattern, sums in zip(patterns, got, strict=True):
+                    prefix = np.char.startswith(names, pattern[:-1])
+                    assert np.array_equal(sums, expected[shifted][prefix].sum(0))
+            shifts = part[["shift/road", "shift/sky", "shift/a/b"]].drop_duplicates().to_numpy()
+            assert shifts == pytest.approx(np.array([run.shifts if shifted else 3 * [np.nan]]), nan_ok=True)
+    assert "model.warmup_steps" not in table
+    assert "data.init_args.held_out" not in table
+
+
+def test_counts_of_a_run_go_by_its_label_in_the_study(tmp_path):
+    """Two objectives with the same settings share a run."""
+    study = study_of({"first": "dice", "second": "dice"}, seeds=[0])
+    made = Fabricated(tmp_path, study)
+    assert len(list(tmp_path.glob("runs/*"))) == 1
+    tables.write(made.results)
+    assert list(read_plainly(tmp_path / "counts.csv.xz").objective) == 5 * ["first"] + 5 * ["second"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("a,b\n1,2\n1,2,3,4\n", "not a table of pixel counts"),
+        ("objective,role,seed,shifted\nx,final,0,False\n", "no column images"),
+        ("objective,role,seed,shifted,images\nx,final,0,False,a\n", "no column correct/<class>"),
+    ],
+)
+def test_what_is_no_table_of_counts_is_refused_in_one_line(tmp_path, content, told, capsys):
+    (tmp_path / "kept.csv").write_text(content)
+    with pytest.raises(SystemExit):
+        main(["compare", "--read", str(tmp_path / "kept.csv")])
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("mcseg: error: ")
+    assert "kept.csv" in said
+    assert told in said
+    assert "\n" not in said
 
 
 def test_runs_that_did_not_see_the_same_are_named(tmp_path):
@@ -683,7 +781,7 @@ def test_report_shows_everything_without_scripts_and_fetches_nothing(tmp_path):
     page = made.report()
     reader = Reader(page)
     shown = " ".join(reader.text)
-    row = max(made.results.rows, key=lambda row: row["miou_mean"])
+    row = max(made.results.rows(), key=lambda row: row["miou_mean"])
     for expected in (
         f"{100 * row['miou_mean']:.2f} ± {100 * row['miou_sd']:.2f}",
         f"{100 * row['iou/pole_mean']:.1f}",
@@ -697,7 +795,19 @@ def test_report_shows_everything_without_scripts_and_fetches_nothing(tmp_path):
     assert reader.sources
     assert all(source.startswith("data:image/") for source in reader.sources)
     assert not re.search(r"https?:|url\(|@import|//cdn", page)
-    assert reader.tags.count("svg") == 2 * 2 + 1
+    # differences without and with shifts, curves of both objectives, offsets of dice
+    pictures_of_charts = [source.partition(",")[2] for source in reader.sources if source.startswith("data:image/svg")]
+    charts = [ElementTree.fromstring(base64.b64decode(content)) for content in pictures_of_charts]
+    texts = [" ".join(chart.itertext()) for chart in charts]
+    assert [("rare third" in text, "training loss" in text, "offset in logits" in text) for text in texts] == [
+        *2 * [(True, False, False)],
+        *2 * [(False, True, False)],
+        (False, False, True),
+    ]
+    dice = next(row for row in made.results.rows() if row["objective"] == "dice" and not row["shifted"])
+    for end in ("", "_low", "_high"):
+        for measure in ("miou", "miou_tail", "pixel_accuracy"):
+            assert f"{100 * dice[f'{measure}_difference{end}']:+.2f}".replace("-", "\N{MINUS SIGN}") in texts[0]
 
 
 def test_report_escapes_names(tmp_path):
@@ -726,7 +836,7 @@ def test_report_of_an_unfinished_comparison_says_what_is_missing(tmp_path):
     for path in tmp_path.glob("runs/*/result.json"):
         path.unlink()
     assert "No final run is finished" in " ".join(Reader(made.report()).text)
-    assert tables.as_text(made.results) == "no final run is finished"
+    assert str(made.results.comparison) == "no final run is finished"
 
 
 # End to end

@@ -119,10 +119,10 @@ def run_study(
     results = tables.Results(study, place)
     tables.write(results)
     report.write(results)
-    print(tables.as_text(results))
+    print(results.comparison)
     for run, reason in results.failures:
         print(f"failed: {run}: {reason} ({place.path(run)})")
-    print(f"written to {place.root}: table.csv, runs.csv, results.json, report.html")
+    print(f"written to {place.root}: table.csv, runs.csv, counts.csv.xz, results.json, report.html")
     return results
 
 

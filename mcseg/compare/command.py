@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import yaml
 
 from mcseg.compare import run_study
+from mcseg.compare.counts import comparison, read_counts
 from mcseg.compare.study import parse_grid, parse_overrides, setting_words
 
 _DESCRIPTION = """\
@@ -61,8 +62,12 @@ def command(recipe: str, words: Sequence[str]) -> None:
     option("--jobs", type=int, metavar="N", help="runs at the same time (one for each GPU, or 1)")
     option("--keep_checkpoints", action="store_true", default=None, help="keep the last weights of the final runs")
     option("--only_report", action="store_true", help="run nothing; make tables and report of what there is")
+    option("--read", metavar="FILE", help="run nothing; print the comparison of a study that was kept as counts.csv.xz")
     option("--config", "-c", action="append", default=[], metavar="NAME_OR_PATH", help="data recipe; several are layered")
     found, shared = parser.parse_known_args(list(words))
+    if found.read:
+        print(comparison(read_counts(found.read), found.baseline))
+        return
     given = {key: value for key, value in vars(found).items() if value is not None and key in _STUDY}
     given |= {key: read(given[key]) for key, read in (("tune", parse_grid), ("then", parse_overrides)) if key in given}
     settings = (_read_study(Path(found.study)) if found.study else {}) | given

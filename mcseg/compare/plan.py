@@ -54,6 +54,11 @@ class Run:
         """Whether others start from its weights."""
         return self.role == "first"
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What it is in the study."""
+        return {"objective": self.objective, "role": self.role, "seed": self.seed, "fold": self.fold, "trial": self.trial}
+
     @cached_property
     def key(self) -> str:
         """Hash of what the run's numbers depend on: the settings that hold in the end, not the label or the files' paths.
