@@ -35,7 +35,7 @@ from mcseg.compare.record import _place, sample_log_probs
 from mcseg.compare.schedule import Folder, execute
 from mcseg.compare.shifts import _GRID, _miou_on_grid, fit_shifts, shifted_miou
 from mcseg.compare.statistics import class_iou, measures, paired_intervals
-from mcseg.compare.study import _ParseOnly, make_study, parse_grid, setting_words
+from mcseg.compare.study import StudySettings, _ParseOnly, _parser, explicit_settings, make_study, parse_grid, setting_words
 from mcseg.evaluation.metrics import Scores, image_counts, rarest_third
 from mcseg.run.main import main
 from mcseg.run.recipes import RECIPES
@@ -210,7 +210,7 @@ def test_tail_of_a_class_that_is_nowhere_has_no_interval():
 
 
 def study_of(objectives=("cross_entropy", "dice"), words=(), **options):
-    return make_study("synthetic", [*SYNTHETIC, *words], objectives, **options)
+    return make_study("synthetic", [*SYNTHETIC, *words], StudySettings(objectives, **options))
 
 
 def test_objectives_as_people_write_them(tmp_path):
@@ -351,37 +351,57 @@ def test_plan_of_two_stages_starts_each_run_from_the_same_data_and_seed():
     assert planned(study, outcomes)["dice, seed 1"][1] == "its first stage has failed"
 
 
+CAMVID = ("--config", str(RECIPES / "camvid.yaml"))
+
+
 def test_key_follows_what_changes_the_numbers(tmp_path):
     recipe = tmp_path / "a.yaml"
 
     def key(content="model: {lr_power: 1}", name=recipe, label="x", **options):
         name.write_text(content)
-        return Run(label, "final", 0, ("--config", str(name), *options.pop("words", ())), **options).key
+        return Run(label, "final", 0, (*CAMVID, "--config", str(name), *options.pop("words", ())), **options).key
 
     base = key()
     assert base == key(label="y") == key("# the same\nmodel:\n  lr_power: 1\n") == key(name=tmp_path / "b.yaml")
-    assert base == key(words=("--trainer.enable_progress_bar=false",))
+    assert base == key(words=("--trainer.enable_progress_bar=false",)) == key(words=("--trainer.logger=false",))
     assert key(words=("--data.root", "x")) == key(words=("--data.root=x",)) == key(words=("--data.root=elsewhere/x",))
     assert key(words=("--data.root=x",)) != key(words=("--data.root=y",))
     others = [key("model: {lr_power: 2}"), key(words=("--seed_everything=1",)), key(shifts=(1.0, -1.0))]
-    others.append(key(start=Run("z", "first", 0, ())))
+    others.append(key(start=Run("z", "first", 0, CAMVID)))
     assert len({base, *others}) == 5
 
 
 def test_key_is_of_the_settings_that_hold_in_the_end():
     def key(*words):
-        return Run("x", "final", 0, words).key
+        return Run("x", "final", 0, (*CAMVID, *words)).key
 
-    old = "--model.objective={class_path: A, init_args: {a: 1, b: 2}}"
-    new = "--model.objective={class_path: B, init_args: {a: 1}}"
+    old = "--model.objective={class_path: mcseg.losses.DiceLoss, init_args: {smooth: 1, classes: all}}"
+    new = "--model.objective={class_path: mcseg.losses.JaccardLoss, init_args: {smooth: 1}}"
     assert key(old, "--model.objective=null", new) == key(new)
-    assert key(old, "--model.objective.b=2") == key(old, "--model.objective.init_args.b=2") == key(old)
-    assert key(old, "--model.objective.b=3", "--model.objective.b=2") == key(old)
-    assert key(old, "--model.lr_power=1") == key("--model.lr_power=1", old) == key("--model={lr_power: 1}", old)
-    # B may know the b of A; so may A where it comes back
-    different = [(new,), (old, new), (old, new, old), (old,), (old, "--model.objective.b=3"), (old, "--model.objective.c=2")]
-    different += [("--data=A", "--data.root=x"), ("--data=B", "--data.root=x"), ("--data.root=x",)]
+    assert key(old, "--model.objective.smooth=2", "--model.objective.smooth=1") == key(old)
+    assert key(old, "--model.objective.smooth=2") == key(old, "--model.objective.init_args.smooth=2.0")
+    assert key(old, "--model.lr_power=1") == key("--model.lr_power=1", old) == key("--model={lr_power: 1.0}", old)
+    # as the parser does, a new class keeps the arguments of the old one that it knows
+    kept = "--model.objective={class_path: mcseg.losses.JaccardLoss, init_args: {smooth: 1, classes: all}}"
+    assert key(old, new) == key(kept)
+    assert key(old, new, old) == key(old)
+    different = [(new,), (old, new), (old,), (old, "--model.objective.smooth=3"), (old, "--model.objective.smooth=2")]
+    different += [("--data=SyntheticData",), ("--data.root=x",), ()]
     assert len({key(*words) for words in different}) == len(different)
+    # of the default objective and logger, which the words do not name
+    assert key("--model.objective.power=0.3") != key("--model.objective.power=0.4") != key("--trainer.logger.name=x")
+
+
+@pytest.mark.parametrize("objective", sorted(path.stem for path in (RECIPES / "objectives").glob("*.yaml")))
+def test_explicit_settings_over_the_defaults_are_all_settings(objective, tmp_path):
+    """So that the key of a run has all that holds: what is parsed without defaults gives, over the defaults, the same."""
+    words = (*CAMVID, "--model.objective=null", "--config", str(RECIPES / "objectives" / f"{objective}.yaml"))
+    words += ("--data.root=x", "--model.optimizer.lr=0.5", '--data.held_out=["a*"]', "--seed_everything=3")
+    (tmp_path / "explicit.yaml").write_text(json.dumps(explicit_settings(words)))
+    whole = _parser().parse_args(list(words))
+    again = _parser().parse_args(["--model.objective=null", "--config", str(tmp_path / "explicit.yaml")])
+    assert whole.pop("config") != again.pop("config")  # the files
+    assert again.as_dict() == whole.as_dict()
 
 
 # Processes
@@ -494,7 +514,7 @@ def tiny_words():
 
 @pytest.mark.filterwarnings("ignore:.*has no labelled pixels:UserWarning", "ignore:.*no pixels of class")
 def test_second_stage_begins_with_the_last_weights_of_the_first(tmp_path, monkeypatch):
-    study = make_study("synthetic", tiny_words(), ["dice"], seeds=[0], first="cross_entropy")
+    study = make_study("synthetic", tiny_words(), StudySettings(["dice"], seeds=[0], first="cross_entropy"))
     plan = [run for run, _ in Folder(tmp_path).runs(study)]
     first, found_first = in_process(tmp_path, plan[0], monkeypatch)
     _, found = in_process(tmp_path, plan[1], monkeypatch)
@@ -876,6 +896,9 @@ def test_compare_end_to_end(tmp_path, capsys):
         *(folder / name for name in ("study.json", "results.json", "runs.csv")),
     ):
         assert not any(str(place) in path.read_text() for place in (tmp_path, RECIPES)), path  # results can be shared
+    table = read_counts(folder / "counts.csv.xz")
+    assert not table.astype(str).apply(lambda column: column.str.contains(str(tmp_path), regex=False)).to_numpy().any()
+    assert set(table["run"]) == {json.loads(path.read_text())["key"] for path in folder.glob("runs/*/result.json")}
     assert json.loads((folder / "study.json").read_text())["words"][:2] == ["--config", "synthetic"]
     assert found["cross_entropy-final-seed0"]["settings"]["model"]["arch"] == "unet"
 
