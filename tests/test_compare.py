@@ -707,7 +707,8 @@ def test_table_of_counts_gives_the_comparison_again(tmp_path, ending, capsys):
         with np.load(made.folder.path(run) / "counts.npz") as file:
             names, expected = file["names"], {False: file["counts"], True: file.get("counts_shifted")}
         for shifted, part in rows.groupby("shifted"):
-            got = part.filter(regex="^(correct|target|predicted)/").to_numpy().reshape(len(part), 3, 3)
+            columns = [f"{kind}/{name}" for kind in ("correct", "target", "predicted") for name in ("road", "sky", "a/b")]
+            got = part[columns].to_numpy().reshape(len(part), 3, 3)
             if run.fold is None:
                 assert list(part.images) == list(names)
                 assert np.array_equal(got, expected[shifted])
