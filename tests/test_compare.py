@@ -1,5 +1,6 @@
 """Comparisons: plan, statistics and shifts against oracles, a real one end to end, and its report."""
 
+import base64
 import csv
 import html.parser
 import inspect
@@ -13,8 +14,10 @@ import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,12 +29,13 @@ from sklearn.metrics import confusion_matrix, jaccard_score
 
 from mcseg import pictures
 from mcseg.compare import compare, report, schedule, tables, worker
+from mcseg.compare.counts import comparison, read_counts, write_counts
 from mcseg.compare.plan import Run, runs
 from mcseg.compare.record import _place, sample_log_probs
 from mcseg.compare.schedule import Folder, execute
 from mcseg.compare.shifts import _GRID, _miou_on_grid, fit_shifts, shifted_miou
 from mcseg.compare.statistics import class_iou, measures, paired_intervals
-from mcseg.compare.study import _ParseOnly, make_study, parse_grid, setting_words
+from mcseg.compare.study import StudySettings, _ParseOnly, _parser, explicit_settings, make_study, parse_grid, setting_words
 from mcseg.evaluation.metrics import Scores, image_counts, rarest_third
 from mcseg.run.main import main
 from mcseg.run.recipes import RECIPES
@@ -206,7 +210,7 @@ def test_tail_of_a_class_that_is_nowhere_has_no_interval():
 
 
 def study_of(objectives=("cross_entropy", "dice"), words=(), **options):
-    return make_study("synthetic", [*SYNTHETIC, *words], objectives, **options)
+    return make_study("synthetic", [*SYNTHETIC, *words], StudySettings(objectives, **options))
 
 
 def test_objectives_as_people_write_them(tmp_path):
@@ -347,37 +351,57 @@ def test_plan_of_two_stages_starts_each_run_from_the_same_data_and_seed():
     assert planned(study, outcomes)["dice, seed 1"][1] == "its first stage has failed"
 
 
+CAMVID = ("--config", str(RECIPES / "camvid.yaml"))
+
+
 def test_key_follows_what_changes_the_numbers(tmp_path):
     recipe = tmp_path / "a.yaml"
 
     def key(content="model: {lr_power: 1}", name=recipe, label="x", **options):
         name.write_text(content)
-        return Run(label, "final", 0, ("--config", str(name), *options.pop("words", ())), **options).key
+        return Run(label, "final", 0, (*CAMVID, "--config", str(name), *options.pop("words", ())), **options).key
 
     base = key()
     assert base == key(label="y") == key("# the same\nmodel:\n  lr_power: 1\n") == key(name=tmp_path / "b.yaml")
-    assert base == key(words=("--trainer.enable_progress_bar=false",))
+    assert base == key(words=("--trainer.enable_progress_bar=false",)) == key(words=("--trainer.logger=false",))
     assert key(words=("--data.root", "x")) == key(words=("--data.root=x",)) == key(words=("--data.root=elsewhere/x",))
     assert key(words=("--data.root=x",)) != key(words=("--data.root=y",))
     others = [key("model: {lr_power: 2}"), key(words=("--seed_everything=1",)), key(shifts=(1.0, -1.0))]
-    others.append(key(start=Run("z", "first", 0, ())))
+    others.append(key(start=Run("z", "first", 0, CAMVID)))
     assert len({base, *others}) == 5
 
 
 def test_key_is_of_the_settings_that_hold_in_the_end():
     def key(*words):
-        return Run("x", "final", 0, words).key
+        return Run("x", "final", 0, (*CAMVID, *words)).key
 
-    old = "--model.objective={class_path: A, init_args: {a: 1, b: 2}}"
-    new = "--model.objective={class_path: B, init_args: {a: 1}}"
+    old = "--model.objective={class_path: mcseg.losses.DiceLoss, init_args: {smooth: 1, classes: all}}"
+    new = "--model.objective={class_path: mcseg.losses.JaccardLoss, init_args: {smooth: 1}}"
     assert key(old, "--model.objective=null", new) == key(new)
-    assert key(old, "--model.objective.b=2") == key(old, "--model.objective.init_args.b=2") == key(old)
-    assert key(old, "--model.objective.b=3", "--model.objective.b=2") == key(old)
-    assert key(old, "--model.lr_power=1") == key("--model.lr_power=1", old) == key("--model={lr_power: 1}", old)
-    # B may know the b of A; so may A where it comes back
-    different = [(new,), (old, new), (old, new, old), (old,), (old, "--model.objective.b=3"), (old, "--model.objective.c=2")]
-    different += [("--data=A", "--data.root=x"), ("--data=B", "--data.root=x"), ("--data.root=x",)]
+    assert key(old, "--model.objective.smooth=2", "--model.objective.smooth=1") == key(old)
+    assert key(old, "--model.objective.smooth=2") == key(old, "--model.objective.init_args.smooth=2.0")
+    assert key(old, "--model.lr_power=1") == key("--model.lr_power=1", old) == key("--model={lr_power: 1.0}", old)
+    # as the parser does, a new class keeps the arguments of the old one that it knows
+    kept = "--model.objective={class_path: mcseg.losses.JaccardLoss, init_args: {smooth: 1, classes: all}}"
+    assert key(old, new) == key(kept)
+    assert key(old, new, old) == key(old)
+    different = [(new,), (old, new), (old,), (old, "--model.objective.smooth=3"), (old, "--model.objective.smooth=2")]
+    different += [("--data=SyntheticData",), ("--data.root=x",), ()]
     assert len({key(*words) for words in different}) == len(different)
+    # of the default objective and logger, which the words do not name
+    assert key("--model.objective.power=0.3") != key("--model.objective.power=0.4") != key("--trainer.logger.name=x")
+
+
+@pytest.mark.parametrize("objective", sorted(path.stem for path in (RECIPES / "objectives").glob("*.yaml")))
+def test_explicit_settings_over_the_defaults_are_all_settings(objective, tmp_path):
+    """So that the key of a run has all that holds: what is parsed without defaults gives, over the defaults, the same."""
+    words = (*CAMVID, "--model.objective=null", "--config", str(RECIPES / "objectives" / f"{objective}.yaml"))
+    words += ("--data.root=x", "--model.optimizer.lr=0.5", '--data.held_out=["a*"]', "--seed_everything=3")
+    (tmp_path / "explicit.yaml").write_text(json.dumps(explicit_settings(words)))
+    whole = _parser().parse_args(list(words))
+    again = _parser().parse_args(["--model.objective=null", "--config", str(tmp_path / "explicit.yaml")])
+    assert whole.pop("config") != again.pop("config")  # the files
+    assert again.as_dict() == whole.as_dict()
 
 
 # Processes
@@ -490,7 +514,7 @@ def tiny_words():
 
 @pytest.mark.filterwarnings("ignore:.*has no labelled pixels:UserWarning", "ignore:.*no pixels of class")
 def test_second_stage_begins_with_the_last_weights_of_the_first(tmp_path, monkeypatch):
-    study = make_study("synthetic", tiny_words(), ["dice"], seeds=[0], first="cross_entropy")
+    study = make_study("synthetic", tiny_words(), StudySettings(["dice"], seeds=[0], first="cross_entropy"))
     plan = [run for run, _ in Folder(tmp_path).runs(study)]
     first, found_first = in_process(tmp_path, plan[0], monkeypatch)
     _, found = in_process(tmp_path, plan[1], monkeypatch)
@@ -543,7 +567,9 @@ class Fabricated:
         for name in ("counts", "counts_shifted") if run.shifts else ("counts",):
             hit = rng.integers(0, 30, (5, 3)) + (9 if run.objective == "dice" else 0)
             counts[name] = np.stack([hit, np.full_like(hit, 40), hit + rng.integers(0, 9, (5, 3))], axis=1)
-        np.savez(path / "counts.npz", names=np.array(["a", "b", "c", "d", "e"]), **counts)
+        patterns = [] if run.fold is None else list(self.study.folds[run.fold])
+        names = [patterns[i % len(patterns)].replace("*", str(i)) if patterns else "abcde"[i] for i in range(5)]
+        np.savez(path / "counts.npz", names=np.array(names), **counts)
         if run.keeps_log_probs:
             np.savez(path / "log_probs.npz", log_probs=rng.normal(size=(40, 3)), target=rng.integers(0, 3, 40))
         if run.role == "final":
@@ -566,6 +592,12 @@ class Fabricated:
         result["curves"] = [{"epoch": epoch, "loss": 1 / epoch, "miou": 0.1 * epoch, "seconds": 1.0} for epoch in (1, 2)]
         result["seconds"] = {"step": 0.05 + 0.01 * run.seed, "step_with_data": 0.08, "fit": 3.0, "evaluation": 1.0}
         result["memory_bytes"] = {"process": 3 * 2**20}
+        objective = {"class_path": "A" if run.objective == "dice" else "B", "init_args": {"x": run.trial}}
+        result["settings"] = {
+            "seed_everything": run.seed,
+            "model": {"objective": objective, "lr_power": 1 + (run.trial or 0), "warmup_steps": 5},
+            "data": {"init_args": {"held_out": patterns}},
+        }
         result["fingerprint"] = {"weights": f"w{run.seed}", "batches": f"b{run.seed}"}
         result |= {"machine": {"device": "cpu"}, "versions": {"torch": "2"}}
         result.setdefault("scores_shifted", None)
@@ -628,9 +660,96 @@ def test_files_of_a_comparison(tmp_path):
     assert found["remarks"] == ["a remark"]
     assert len(found["shifts"]["dice"]) == 3
     assert [len(scores) for scores in found["tuning"]["dice"].values()] == [2, 2]
-    text = tables.as_text(made.results).splitlines()
+    text = str(made.results.comparison).splitlines()
     assert text[2].startswith("dice")
     assert f"{100 * max(row['miou_mean'] for row in found['table']):.2f} ±" in text[2]
+
+
+def read_plainly(path):
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
+@pytest.mark.parametrize("ending", [".csv", ".csv.gz", ".csv.xz"])
+def test_table_of_counts_gives_the_comparison_again(tmp_path, ending, capsys):
+    study = study_of(
+        {"NA": "cross_entropy", "dice": "dice"},
+        seeds=[0, 1],
+        folds=["train-000*", ["train-001*", "train-002*"]],
+        tune={"model.lr_power": [1, 2]},
+    )
+
+    def edit(result):
+        result["classes"]["names"][2] = "a/b"
+
+    made = Fabricated(tmp_path / "study", study, edit)
+    runs_of = [(made.folder.path(run), run.about) for run, _, _ in made.results.runs]
+    path = tmp_path / f"kept{ending}"
+    write_counts(runs_of, path)
+    content = path.read_bytes()
+    write_counts(runs_of, path)
+    assert path.read_bytes() == content
+    again = comparison(read_counts(path))
+    assert (again.baseline_label, again.class_names, again.tail) == ("NA", ["road", "sky", "a/b"], [2])
+    assert len(again.rows) == len(made.results.comparison.rows) == 4
+    for ours, theirs in zip(again.rows, made.results.comparison.rows, strict=True):
+        assert ours == pytest.approx(theirs, nan_ok=True)
+    main(["compare", "--read", str(path), "--baseline", "dice"])
+    assert "mIoU minus dice's" in capsys.readouterr().out
+    # and read without mcseg
+    table = read_plainly(path)
+    # patterns of the runs on folds, images of the others with and without shifts
+    assert len(table) == 4 * (1 + 2) + 2 * 2 * 2 * 5
+    for run, found, _ in made.results.runs:
+        rows = table[table.run == run.key]
+        assert set(rows.objective) == {run.objective}
+        assert json.loads(rows["model.objective"].iloc[0]) == found["settings"]["model"]["objective"]
+        assert set(rows["model.lr_power"]) == {found["settings"]["model"]["lr_power"]}
+        with np.load(made.folder.path(run) / "counts.npz") as file:
+            names, expected = file["names"], {False: file["counts"], True: file.get("counts_shifted")}
+        for shifted, part in rows.groupby("shifted"):
+            columns = [f"{kind}/{name}" for kind in ("correct", "target", "predicted") for name in ("road", "sky", "a/b")]
+            got = part[columns].to_numpy().reshape(len(part), 3, 3)
+            if run.fold is None:
+                assert list(part.images) == list(names)
+                assert np.array_equal(got, expected[shifted])
+            else:
+                patterns = list(study.folds[run.fold])
+                assert list(part.images) == patterns
+                for pattern, sums in zip(patterns, got, strict=True):
+                    prefix = np.char.startswith(names, pattern[:-1])
+                    assert np.array_equal(sums, expected[shifted][prefix].sum(0))
+            shifts = part[["shift/road", "shift/sky", "shift/a/b"]].drop_duplicates().to_numpy()
+            assert shifts == pytest.approx(np.array([run.shifts if shifted else 3 * [np.nan]]), nan_ok=True)
+    assert "model.warmup_steps" not in table
+    assert "data.init_args.held_out" not in table
+
+
+def test_counts_of_a_run_go_by_its_label_in_the_study(tmp_path):
+    """Two objectives with the same settings share a run."""
+    study = study_of({"first": "dice", "second": "dice"}, seeds=[0])
+    made = Fabricated(tmp_path, study)
+    assert len(list(tmp_path.glob("runs/*"))) == 1
+    tables.write(made.results)
+    assert list(read_plainly(tmp_path / "counts.csv.xz").objective) == 5 * ["first"] + 5 * ["second"]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("a,b\n1,2\n1,2,3,4\n", "not a table of pixel counts"),
+        ("objective,role,seed,shifted\nx,final,0,False\n", "no column images"),
+        ("objective,role,seed,shifted,images\nx,final,0,False,a\n", "no column correct/<class>"),
+    ],
+)
+def test_what_is_no_table_of_counts_is_refused_in_one_line(tmp_path, content, told, capsys):
+    (tmp_path / "kept.csv").write_text(content)
+    with pytest.raises(SystemExit):
+        main(["compare", "--read", str(tmp_path / "kept.csv")])
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("mcseg: error: ")
+    assert "kept.csv" in said
+    assert told in said
+    assert "\n" not in said
 
 
 def test_runs_that_did_not_see_the_same_are_named(tmp_path):
@@ -683,7 +802,7 @@ def test_report_shows_everything_without_scripts_and_fetches_nothing(tmp_path):
     page = made.report()
     reader = Reader(page)
     shown = " ".join(reader.text)
-    row = max(made.results.rows, key=lambda row: row["miou_mean"])
+    row = max(made.results.rows(), key=lambda row: row["miou_mean"])
     for expected in (
         f"{100 * row['miou_mean']:.2f} ± {100 * row['miou_sd']:.2f}",
         f"{100 * row['iou/pole_mean']:.1f}",
@@ -697,7 +816,19 @@ def test_report_shows_everything_without_scripts_and_fetches_nothing(tmp_path):
     assert reader.sources
     assert all(source.startswith("data:image/") for source in reader.sources)
     assert not re.search(r"https?:|url\(|@import|//cdn", page)
-    assert reader.tags.count("svg") == 2 * 2 + 1
+    # differences without and with shifts, curves of both objectives, offsets of dice
+    pictures_of_charts = [source.partition(",")[2] for source in reader.sources if source.startswith("data:image/svg")]
+    charts = [ElementTree.fromstring(base64.b64decode(content)) for content in pictures_of_charts]
+    texts = [" ".join(chart.itertext()) for chart in charts]
+    assert [("rare third" in text, "training loss" in text, "offset in logits" in text) for text in texts] == [
+        *2 * [(True, False, False)],
+        *2 * [(False, True, False)],
+        (False, False, True),
+    ]
+    dice = next(row for row in made.results.rows() if row["objective"] == "dice" and not row["shifted"])
+    for end in ("", "_low", "_high"):
+        for measure in ("miou", "miou_tail", "pixel_accuracy"):
+            assert f"{100 * dice[f'{measure}_difference{end}']:+.2f}".replace("-", "\N{MINUS SIGN}") in texts[0]
 
 
 def test_report_escapes_names(tmp_path):
@@ -726,7 +857,7 @@ def test_report_of_an_unfinished_comparison_says_what_is_missing(tmp_path):
     for path in tmp_path.glob("runs/*/result.json"):
         path.unlink()
     assert "No final run is finished" in " ".join(Reader(made.report()).text)
-    assert tables.as_text(made.results) == "no final run is finished"
+    assert str(made.results.comparison) == "no final run is finished"
 
 
 # End to end
@@ -766,6 +897,9 @@ def test_compare_end_to_end(tmp_path, capsys):
         *(folder / name for name in ("study.json", "results.json", "runs.csv")),
     ):
         assert not any(str(place) in path.read_text() for place in (tmp_path, RECIPES)), path  # results can be shared
+    table = read_counts(folder / "counts.csv.xz")
+    assert not table.astype(str).apply(lambda column: column.str.contains(str(tmp_path), regex=False)).to_numpy().any()
+    assert set(table["run"]) == {json.loads(path.read_text())["key"] for path in folder.glob("runs/*/result.json")}
     assert json.loads((folder / "study.json").read_text())["words"][:2] == ["--config", "synthetic"]
     assert found["cross_entropy-final-seed0"]["settings"]["model"]["arch"] == "unet"
 

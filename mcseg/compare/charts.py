@@ -1,79 +1,105 @@
-"""Charts of the report as positions: in percent of a track, or in the units of an SVG picture."""
+"""Charts of the report: SVG pictures by matplotlib, as data URIs."""
 
+import base64
+import io
 import math
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mcseg.compare.statistics import MEASURES, measures
-from mcseg.compare.tables import Entry, Results
+from mcseg.compare.comparison import Comparison, Entry
+from mcseg.compare.statistics import MEASURES, Floats, Interval, measures
+from mcseg.compare.tables import Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _TITLES = {"miou": "mIoU", "miou_tail": "rare third", "pixel_accuracy": "pixels right"}
-_CURVE = (220, 120)  # width and height of the area in which a curve is drawn
-_SCATTER = (220, 160)
+_ABOVE, _BELOW, _NEUTRAL = "#2563eb", "#c2410c", "#77828e"
+_NAMED = 30  # classes; the names of more would hide the points
 
 
-def forest(results: Results, order: Sequence[tuple[Entry, dict[str, Any]]]) -> dict[str, Any]:
-    """Differences to the baseline as positions on a track per measure, in percent of its width."""
-    groups: list[tuple[bool, list[tuple[str, dict[str, list[float]]]]]] = []
+@contextmanager
+def _picture(width: float, height: float) -> "Iterator[tuple[Figure, list[str]]]":
+    """Open a figure of this size in inches; its data URI is in the list once the context is left."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    # Names are whatever a user has: no formulas in them. Text stays text, in a font of the reader's.
+    style: dict[Any, Any] = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 8, "axes.spines.top": False}
+    style |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "mcseg"}
+    uri: list[str] = []
+    with mpl.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # only the layout is measured in matplotlib's font
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, uri
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        uri.append(data_uri("svg+xml", buffer.getvalue()))
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """Write an image into the page itself."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def forest(comparison: Comparison, order: Sequence[tuple[Entry, dict[str, Any]]]) -> list[tuple[bool, str]]:
+    """Draw the differences to the baseline with their intervals, without and with shifts.
+
+    Args:
+        comparison: what is compared.
+        order: entries and their rows in the order of the chart.
+
+    Returns:
+        Whether all have their shifts, and the picture; none if there is nothing to compare.
+    """
+    pictures = []
     for shifted in (False, True):
-        baseline, ending = results.baseline(shifted), "_to_shifted" if shifted else ""
-        rows = []
-        for entry, row in order:
-            if entry.shifted != shifted or baseline is None or math.isnan(row[f"miou_difference{ending}"]):
-                continue
-            seeds = [seed for seed in entry.counts if seed in baseline.counts]
-            single = [
-                measures(entry.counts[seed].sum(0), results.tail) - measures(baseline.counts[seed].sum(0), results.tail)
-                for seed in seeds
-            ]
-            values = {
-                measure: [
-                    *(100 * row[f"{measure}_difference{ending}{end}"] for end in ("", "_low", "_high")),
-                    *(100 * float(found[index]) for found in single),
-                ]
-                for index, measure in enumerate(MEASURES)
-            }
-            rows.append((entry.name, values))
-        if rows:
-            groups.append((shifted, rows))
-    columns: list[dict[str, Any]] = []
-    for measure in MEASURES:
-        every = [v for _, rows in groups for _, found in rows for v in found[measure] if not math.isnan(v)]
-        ticks = _ticks(min([0.0, *every]), max([0.0, *every]), 4)
-        columns.append({"measure": measure, "title": _TITLES[measure], "low": ticks[0], "high": ticks[-1], "ticks": ticks})
-    drawn = []
-    for shifted, rows in groups:
-        lines = []
-        for name, values in rows:
-            cells = [_interval(values[column["measure"]], column["low"], column["high"]) for column in columns]
-            lines.append({"name": name, "cells": cells})
-        drawn.append({"shifted": shifted, "rows": lines})
-    for column in columns:
-        low, high = column["low"], column["high"]
-        column["ticks"] = [(_place(tick, low, high), minus(f"{tick:+g}") if tick else "0") for tick in column["ticks"]]
-        column["zero"] = _place(0, low, high)
-    return {"columns": columns, "groups": drawn}
+        baseline, ending = comparison.baseline(shifted), "_to_shifted" if shifted else ""
+        rows = [
+            (entry, row)
+            for entry, row in order
+            if entry.shifted == shifted and baseline is not None and not math.isnan(row[f"miou_difference{ending}"])
+        ]
+        if not rows or baseline is None:
+            continue
+        with _picture(11, 0.9 + 0.42 * len(rows)) as (figure, uri):
+            panels = figure.subplots(1, 3, sharey=True)
+            for index, (measure, axes) in enumerate(zip(MEASURES, panels, strict=True)):
+                for place, (entry, row) in enumerate(reversed(rows)):
+                    interval = Interval(*(100 * row[f"{measure}_difference{ending}{end}"] for end in ("", "_low", "_high")))
+                    seeds = [seed for seed in entry.counts if seed in baseline.counts]
+                    scores = [
+                        np.stack([measures(found.counts[seed].sum(0), comparison.tail) for seed in seeds])[:, index]
+                        for found in (entry, baseline)
+                    ]
+                    _draw_interval(axes, place, interval, 100 * (scores[0] - scores[1]))
+                axes.axvline(0, color="black", linewidth=0.8)
+                axes.set_title(_TITLES[measure])
+                axes.grid(axis="y", visible=False)
+                axes.set(ylim=(-0.6, len(rows) - 0.2))
+            panels[0].set_yticks(range(len(rows)), [entry.name for entry, _ in reversed(rows)])
+        pictures.append((shifted, uri[0]))
+    return pictures
 
 
-def _interval(values: list[float], low: float, high: float) -> dict[str, Any] | None:
-    point, begin, end, *single = values
+def _draw_interval(axes: "Axes", place: int, interval: Interval, single: Floats) -> None:
+    point, low, high = interval
     if math.isnan(point):
-        return None
-    left, right = _place(begin, low, high), _place(end, low, high)
-    return {
-        "left": left,
-        "width": round(right - left, 2),
-        "point": _place(point, low, high),
-        "single": [_place(value, low, high) for value in single if not math.isnan(value)],
-        "text": signed(point, begin, end),
-        "sign": "above" if begin > 0 else "below" if end < 0 else "",
-    }
+        return
+    color = _ABOVE if low > 0 else _BELOW if high < 0 else _NEUTRAL
+    axes.plot([low, high], [place, place], color=color, linewidth=4, alpha=0.6, solid_capstyle="round")
+    axes.plot(single, [place] * len(single), "|", color="black", alpha=0.4)
+    axes.plot(point, place, "o", color=color)
+    axes.annotate(signed(point, low, high), (point, place + 0.2), ha="center", va="bottom", fontsize=6.5, color=color)
 
 
-def curves(results: Results) -> list[dict[str, Any]]:
-    """Validation mIoU and training loss over the epochs: one picture per objective, with the baseline in grey."""
+def curves(results: Results) -> list[tuple[str, str]]:
+    """Draw validation mIoU and training loss over the epochs: one picture per objective, the baseline's mIoU in grey."""
     found = {
         objective.label: [
             results.finals[objective.label, seed][1]["curves"]
@@ -82,77 +108,58 @@ def curves(results: Results) -> list[dict[str, Any]]:
         ]
         for objective in results.study.objectives
     }
-    every = [point for curves in found.values() for curve in curves for point in curve]
-    epochs = max(point["epoch"] for point in every)
-    top = _ticks(0, max([0.01, *(100 * point["miou"] for point in every if "miou" in point)]), 4)
-    baseline = [_line(curve, "miou", epochs, 0, top[-1], 100) for curve in found.get(results.study.baseline, [])]
+    top = max((100 * point.get("miou", 0) for lines in found.values() for line in lines for point in line), default=0)
     pictures = []
-    for label, curves in found.items():
-        if not curves:
+    for label, lines in found.items():
+        if not lines:
             continue
-        losses = [point["loss"] for curve in curves for point in curve if math.isfinite(point["loss"])]
-        loss_ticks = _ticks(min([0.0, *losses]), max(losses, default=1.0), 3)
-        pictures.append(
-            {
-                "label": label,
-                "baseline": [] if label == results.study.baseline else baseline,
-                "miou": [_line(curve, "miou", epochs, 0, top[-1], 100) for curve in curves],
-                "miou_ticks": [(_height(tick, 0, top[-1], _CURVE), f"{tick:g}") for tick in top],
-                "loss": [_line(curve, "loss", epochs, loss_ticks[0], loss_ticks[-1], 1) for curve in curves],
-                "loss_ticks": [(_height(t, loss_ticks[0], loss_ticks[-1], _CURVE), f"{t:g}") for t in loss_ticks],
-                "epochs": epochs,
-                "size": _CURVE,
-            }
-        )
+        with _picture(2.7, 3.4) as (figure, uri):
+            score, loss = figure.subplots(2, 1, sharex=True)
+            if label != results.study.baseline:
+                _draw_lines(score, found.get(results.study.baseline, []), "miou", 100, _NEUTRAL)
+            _draw_lines(score, lines, "miou", 100, _ABOVE)
+            _draw_lines(loss, lines, "loss", 1, "black")
+            score.set(ylabel="mIoU %", ylim=(0, 1.05 * top or 1))
+            loss.set(ylabel="training loss", xlabel="epoch")
+            loss.xaxis.get_major_locator().set_params(integer=True)
+        pictures.append((label, uri[0]))
     return pictures
 
 
-def _line(curve: Sequence[dict[str, float]], key: str, epochs: float, low: float, high: float, factor: float) -> str:
-    """Points of an SVG polyline."""
-    width = _CURVE[0]
-    points = [
-        (width * (point["epoch"] - 1) / max(1, epochs - 1), _height(factor * point[key], low, high, _CURVE))
-        for point in curve
-        if math.isfinite(point.get(key, math.nan))
-    ]
-    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points * (2 if len(points) == 1 else 1))
+def _draw_lines(axes: "Axes", lines: Sequence[Sequence[dict[str, float]]], key: str, factor: float, color: str) -> None:
+    for line in lines:
+        points = [(point["epoch"], factor * point[key]) for point in line if math.isfinite(point.get(key, math.nan))]
+        if points:
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=1.2, marker="." if len(points) == 1 else None)
 
 
-def offsets(results: Results) -> list[dict[str, Any]]:
-    """Margin offsets against pixel shares, both on logarithmic scales."""
+def offsets(results: Results) -> list[tuple[str, str]]:
+    """Draw margin offsets against pixel shares on logarithmic scales, one picture per objective that has offsets."""
     found = {label: result["offsets"] for (label, _), (_, result) in results.finals.items() if result["offsets"]}
-    shares = 100 * results.shares
-    decades = _decades(shares)
+    shares = 100 * results.comparison.shares
     pictures = []
-    for label, offsets in found.items():
-        values = np.array([offsets["foreground"], offsets["background"]])
-        span = _decades(values)
-        points = []
-        for index in np.nonzero(shares > 0)[0]:
-            x = _SCATTER[0] * (math.log10(shares[index]) - decades[0]) / (decades[-1] - decades[0])
-            for kind, value in zip(("foreground", "background"), values[:, index], strict=True):
-                y = _height(math.log10(value), span[0], span[-1], _SCATTER) if value > 0 else _SCATTER[1]
-                title = f"{results.class_names[index]}: {share(results.shares[index])} % of the pixels, {kind} {value:.3g}"
-                points.append({"x": round(x, 1), "y": round(y, 1), "kind": kind, "title": title})
-        pictures.append(
-            {
-                "label": label,
-                "points": points,
-                "x_ticks": [(_SCATTER[0] * i / (len(decades) - 1), _power(d)) for i, d in enumerate(decades)],
-                "y_ticks": [(_height(d, span[0], span[-1], _SCATTER), _power(d)) for d in span],
-                "size": _SCATTER,
-            }
-        )
+    for label, both in found.items():
+        values = np.array([both["foreground"], both["background"]])
+        floor = 10 ** math.floor(math.log10(values[values > 0].min())) if (values > 0).any() else 0.1
+        with _picture(4.2, 3.2) as (figure, uri):
+            axes = figure.subplots()
+            axes.set(xscale="log", yscale="log", xlabel="share of the training pixels in %", ylabel="offset in logits")
+            for kind, offset, face in zip(("foreground", "background"), values, (_ABOVE, "none"), strict=True):
+                color = _ABOVE if kind == "foreground" else _BELOW
+                shown = np.maximum(offset, floor)[shares > 0]
+                axes.scatter(shares[shares > 0], shown, facecolors=face, edgecolors=color, label=kind, clip_on=False)
+            for index, name in enumerate(results.comparison.class_names if len(shares) <= _NAMED else ()):
+                if shares[index] == 0:
+                    continue
+                place = (shares[index], max(floor, values[:, index].max()))
+                axes.annotate(name, place, (0, 5), textcoords="offset points", fontsize=6, ha="center")
+            axes.set_ylim(bottom=floor)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_formatter("")
+            axes.legend(fontsize=7)
+        pictures.append((label, uri[0]))
     return pictures
-
-
-def _decades(values: np.ndarray[Any, Any]) -> list[int]:
-    """Exponents of the powers of ten around the positive values, at most six of them by leaving some out."""
-    positive = values[values > 0]
-    low, high = (math.floor(math.log10(positive.min())), math.ceil(math.log10(positive.max()))) if len(positive) else (-1, 0)
-    high = max(high, low + 1)
-    step = math.ceil((high - low) / 5)
-    return list(range(low, high + step, step))
 
 
 def signed(point: float, low: float, high: float) -> str:
@@ -168,32 +175,3 @@ def minus(text: str) -> str:
 def share(part: float) -> str:
     """A share of the pixels in percent."""
     return f"{100 * part:.2f}" if part < 0.01 else f"{100 * part:.1f}"
-
-
-def _power(exponent: int) -> str:
-    """A power of ten for an axis."""
-    digits = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-    return f"{10.0**exponent:g}" if -4 < exponent < 5 else "10" + str(exponent).translate(digits)
-
-
-def _place(value: float, low: float, high: float) -> float:
-    """Position on a track in percent."""
-    return round(100 * (value - low) / (high - low), 2)
-
-
-def _height(value: float, low: float, high: float, size: tuple[int, int]) -> float:
-    """Position in a picture from its top."""
-    return round(size[1] * (1 - (value - low) / (high - low)), 1)
-
-
-def _ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers that enclose the range, about ``count`` steps apart."""
-    span = max(high - low, 1e-9)
-    step = next(
-        base * 10.0**power
-        for power in range(math.floor(math.log10(span / count)), 20)
-        for base in (1, 2, 5)
-        if base * 10.0**power >= span / count
-    )
-    begin, end = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 10) for index in range(begin, max(end, begin + 1) + 1)]

@@ -1,26 +1,19 @@
 """The runs of a study: which there are, given what earlier ones have found."""
 
-import copy
 import hashlib
 import json
 import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property
 from typing import Any, Literal
 
-import yaml
-
-from mcseg.compare.study import Objective, Study, Words
+from mcseg.compare.study import Objective, Study, Words, explicit_settings
 
 # What a finished run found (result.json); "failed"; None while it is not finished.
 Outcome = dict[str, Any] | Literal["failed"] | None
 Shifts = tuple[float, ...]
-
-# Words that change no number that a run finds.
-_IRRELEVANT = ("--trainer.enable_progress_bar", "--trainer.enable_model_summary", "--trainer.logger")
 
 
 @dataclass(frozen=True)
@@ -54,6 +47,11 @@ class Run:
         """Whether others start from its weights."""
         return self.role == "first"
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What it is in the study."""
+        return {"objective": self.objective, "role": self.role, "seed": self.seed, "fold": self.fold, "trial": self.trial}
+
     @cached_property
     def key(self) -> str:
         """Hash of what the run's numbers depend on: the settings that hold in the end, not the label or the files' paths.
@@ -61,7 +59,7 @@ class Run:
         Of the data's root the last folder counts: results stay valid where data set and study are moved to another place.
         """
         found = {
-            "settings": _settled(self.words),
+            "settings": explicit_settings(self.words),
             "start": self.start.key if self.start else None,
             "shifts": self.shifts,
             "keeps": [self.keeps_weights, self.keeps_log_probs],
@@ -80,66 +78,6 @@ class Run:
         parts = [{"first": "first stage", "fold": f"trial {self.trial}", "final": ""}[self.role]]
         parts += [f"fold {self.fold}" if self.fold is not None else "", f"seed {self.seed}"]
         return ", ".join([self.objective, *filter(None, parts)])
-
-
-def _settled(words: Words) -> dict[str, Any]:
-    """Settings that hold in the end; of an objective that another one replaced, nothing is left."""
-    found: dict[str, Any] = {}
-    for flag, value in _pairs(words):
-        key = flag.removeprefix("--")
-        if key == "config":
-            _lay(found, _settings_in(value, Path(value).stat().st_mtime_ns) or {})
-        elif key == "data.root":
-            _set(found, key, Path(value).name)
-        elif flag not in _IRRELEVANT:
-            _set(found, key, None if value is None else yaml.safe_load(value))
-    return found
-
-
-def _pairs(words: Words) -> Iterator[tuple[str, Any]]:
-    pending: str | None = None
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if pending is not None:  # the value of the flag before
-            yield pending, word
-            pending = None
-        elif word.startswith("--") and not equals:
-            pending = word
-        else:
-            yield flag, value
-    if pending is not None:
-        yield pending, None
-
-
-def _set(found: dict[str, Any], key: str, value: Any) -> None:
-    """Set ``a.b.c``; below a class path, what is not one of its two keys is an argument."""
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    _lay(found, value)
-
-
-def _lay(below: dict[str, Any], above: dict[str, Any]) -> None:
-    """Lay settings over others, as the command's parser does it."""
-    if "class_path" in below and not {"class_path", "init_args"} & above.keys():
-        above = {"init_args": above}
-    elif "class_path" in above and above["class_path"] != below.get("class_path"):
-        # the new class keeps those old arguments that it knows; which these are is not looked up here
-        old = dict(below)
-        below.clear()
-        below |= {"before": old} if old else {}
-    for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), str):  # a class named by its path alone
-            below[key] = {"class_path": below[key]}
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
-            _lay(below[key], value)
-        else:
-            below[key] = copy.deepcopy(value)
-
-
-@lru_cache
-def _settings_in(path: str, _: int) -> Any:
-    """Contents of a YAML file as it is at this time; runs are listed often."""
-    return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
 
 
 def runs(

@@ -1,6 +1,5 @@
 """The report: one HTML file that needs nothing else, drawn from the results by ``report.html``, a Jinja template."""
 
-import base64
 import io
 import math
 import re
@@ -11,10 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mcseg.compare.charts import curves, forest, minus, offsets, share, signed
+from mcseg.compare.charts import curves, data_uri, forest, minus, offsets, share, signed
+from mcseg.compare.comparison import Entry
 from mcseg.compare.schedule import save_text
 from mcseg.compare.statistics import LEVEL, MEASURES, class_iou
-from mcseg.compare.tables import Entry, Results
+from mcseg.compare.tables import Results
 
 _FULL_TINT = 0.15  # difference of an IoU, or a third of a logit ten times as large, that is tinted in full
 
@@ -48,17 +48,18 @@ def _content(results: Results) -> dict[str, Any]:
     }
     if not results.finals:
         return content
-    order = sorted(zip(results.entries, results.rows, strict=True), key=lambda pair: -pair[1]["miou_mean"])
+    compared = results.comparison
+    order = sorted(zip(compared.entries, results.rows(), strict=True), key=lambda pair: -pair[1]["miou_mean"])
     return content | {
         "lead": _lead(results, order),
         "rows": [_table_row(entry, row) for entry, row in order],
         "tuned": study.tuned,
-        "forest": forest(results, order),
+        "forest": forest(compared, order),
         "classes": [table for shifted in (False, True) if (table := _class_table(results, [e for e, _ in order], shifted))],
         "curves": curves(results),
         "scenes": _scenes(results),
         "legend": [
-            (name, _css(color)) for name, color in zip(results.class_names, results.any["classes"]["palette"], strict=True)
+            (name, _css(color)) for name, color in zip(compared.class_names, results.any["classes"]["palette"], strict=True)
         ],
         "offsets": offsets(results),
         "shifts": _shifts(results),
@@ -77,7 +78,7 @@ def _lead(results: Results, order: Sequence[tuple[Entry, dict[str, Any]]]) -> di
         "epochs": len(found["curves"]),
         "steps": found["steps"],
         "images": found["images"],
-        "classes": len(results.class_names),
+        "classes": len(results.comparison.class_names),
         "best": entry.name,
         "best_miou": _percent(row["miou_mean"], row["miou_sd"]),
         "baseline_miou": baseline and _percent(baseline["miou_mean"], baseline["miou_sd"]),
@@ -106,11 +107,11 @@ def _class_table(results: Results, entries: Sequence[Entry], shifted: bool) -> d
     if not columns:
         return None
     iou = {e.name: np.stack([class_iou(counts.sum(0)) for counts in e.counts.values()]) for e in columns}
-    baseline = results.baseline(shifted)
-    reference = _means(iou[baseline.name]) if baseline is not None else np.full(len(results.class_names), np.nan)
+    baseline = results.comparison.baseline(shifted)
+    reference = _means(iou[baseline.name]) if baseline is not None else np.full(len(results.comparison.class_names), np.nan)
     means = {name: _means(values) for name, values in iou.items()}
     rows = []
-    for index in np.argsort(-results.shares, kind="stable"):
+    for index in np.argsort(-results.comparison.shares, kind="stable"):
         best = np.nanmax([*(mean[index] for mean in means.values()), -1])
         cells = []
         for entry in columns:
@@ -126,11 +127,11 @@ def _class_table(results: Results, entries: Sequence[Entry], shifted: bool) -> d
             )
         rows.append(
             {
-                "name": results.class_names[index],
+                "name": results.comparison.class_names[index],
                 "color": _css(results.any["classes"]["palette"][index]),
-                "share": float(results.shares[index]),
-                "share_text": share(float(results.shares[index])),
-                "tail": int(index) in results.tail,
+                "share": float(results.comparison.shares[index]),
+                "share_text": share(float(results.comparison.shares[index])),
+                "tail": int(index) in results.comparison.tail,
                 "cells": cells,
             }
         )
@@ -148,7 +149,7 @@ def _scenes(results: Results) -> list[dict[str, Any]]:
     first = next(iter(folders.values()))
     for place in range(len(list(first.glob("*-image.jpg")))):
         target = np.asarray(Image.open(first / f"{place}-target.png"))
-        pictures = [("image", _data_uri(first / f"{place}-image.jpg")), ("target", _data_uri(first / f"{place}-target.png"))]
+        pictures = [("image", _read_uri(first / f"{place}-image.jpg")), ("target", _read_uri(first / f"{place}-target.png"))]
         for label, folder in folders.items():
             with Image.open(folder / f"{place}-prediction.png") as picture:
                 pixels = np.where(target == 255, 255, np.asarray(picture)).astype(np.uint8)  # void is not scored
@@ -156,7 +157,7 @@ def _scenes(results: Results) -> list[dict[str, Any]]:
                 drawn.putpalette(picture.getpalette() or [])
             buffer = io.BytesIO()
             drawn.save(buffer, "PNG", optimize=True)
-            pictures.append((label, _uri("png", buffer.getvalue())))
+            pictures.append((label, data_uri("png", buffer.getvalue())))
         scenes.append({"pictures": pictures, "height": target.shape[0], "width": target.shape[1]})
     return scenes
 
@@ -167,10 +168,11 @@ def _shifts(results: Results) -> dict[str, Any] | None:
     if not found:
         return None
     rows = []
-    for index in np.argsort(-results.shares, kind="stable"):
+    compared = results.comparison
+    for index in np.argsort(-compared.shares, kind="stable"):
         cells = [(minus(f"{shifts[index]:+.2f}"), _tint(shifts[index] / 2), shifts[index]) for shifts in found.values()]
-        rows.append({"name": results.class_names[index], "share": float(results.shares[index]), "cells": cells})
-        rows[-1]["share_text"] = share(float(results.shares[index]))
+        rows.append({"name": compared.class_names[index], "share": float(compared.shares[index]), "cells": cells})
+        rows[-1]["share_text"] = share(float(compared.shares[index]))
         rows[-1]["color"] = _css(results.any["classes"]["palette"][index])
     return {"columns": list(found), "rows": rows}
 
@@ -256,9 +258,5 @@ def _css(color: Sequence[int]) -> str:
     return "#{:02x}{:02x}{:02x}".format(*color)
 
 
-def _data_uri(path: Path) -> str:
-    return _uri("jpeg" if path.suffix == ".jpg" else "png", path.read_bytes())
-
-
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+def _read_uri(path: Path) -> str:
+    return data_uri("jpeg" if path.suffix == ".jpg" else "png", path.read_bytes())

@@ -157,7 +157,7 @@ def _start(
         "log_probs": run.keeps_log_probs,
         "pictures": pictures if run.role == "final" else 0,
         "threads": threads,
-        "about": {"objective": run.objective, "role": run.role, "seed": run.seed, "fold": run.fold, "trial": run.trial},
+        "about": run.about,
     }
     save_text(path / "spec.json", json.dumps(spec, indent=1))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([_source(), *_python_path()])}

@@ -5,7 +5,8 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,94 @@ from mcseg.run.recipes import RECIPES
 Words = tuple[str, ...]
 ObjectiveSettings = str | Mapping[str, Any]
 
+# Settings that change no number that a run finds.
+_IRRELEVANT = ("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger")
 # Settings in which the objectives of a comparison may differ without a remark.
 _OBJECTIVES_OWN = ("model.objective", "model.optimizer", "model.scheduler", "model.lr_power", "model.warmup_steps")
+
+
+def parse_overrides(texts: Sequence[str]) -> dict[str, str]:
+    """Read ``KEY=VALUE``."""
+    return dict(map(_pair, texts))
+
+
+def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Read ``KEY=V1,V2``; a comma within brackets belongs to the value."""
+    return {key: re.split(r",(?![^\[{(]*[\]})])", value) for key, value in map(_pair, texts)}
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"found {text}, expected KEY=VALUE")
+    return key, value
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """Settings of a study as a person writes them: in Python, in a study file, or as options of ``mcseg compare``.
+
+    Attributes:
+        objectives: each is ``NAME`` or ``NAME:key=value,key=value``, NAME being a recipe below ``objectives`` or a YAML
+            file; or a mapping with ``recipe``, ``overrides`` (key -> value) and ``trials`` (list of key -> value). A key
+            without a dot is one of the objective's arguments. In a mapping the keys are the labels.
+        seeds: of the final runs; runs on folds take the first.
+        baseline: label of the objective that the others are compared to; None is the first.
+        folds: for each fold a glob pattern of names of training images, or several.
+        tune: values by key; every objective tries all combinations.
+        first: objective of a first stage, from whose weights all others start.
+        then: settings of the second stage by key, for example fewer epochs.
+        settings: of all runs by key, for example ``{"data.root": "CamVid", "trainer.max_epochs": 30}``.
+        folder: where results go and are looked for; None is ``runs/compare/<recipe>``.
+        jobs: runs at the same time; None is one for each GPU, or one.
+        keep_checkpoints: keep the last weights of the final runs.
+    """
+
+    # The metadata are arguments of argparse's add_argument; `read` turns the words of an option into the setting. Without
+    # metadata there is no such option: on the command line, settings of all runs are options of their own.
+    objectives: Sequence[ObjectiveSettings] | Mapping[str, ObjectiveSettings] = field(
+        default=(),
+        metadata={"nargs": "+", "metavar": "NAME[:KEY=VALUE,...]", "help": "recipes below objectives, or YAML files"},
+    )
+    seeds: Sequence[int] = field(
+        default=(0, 1, 2),
+        metadata={"nargs": "+", "type": int, "metavar": "N", "help": "seeds of the final runs (0 1 2)"},
+    )
+    baseline: str | None = field(
+        default=None, metadata={"metavar": "NAME", "help": "objective that the others are compared to (the first)"}
+    )
+    folds: Sequence[str | Sequence[str]] = field(
+        default=(),
+        metadata={"nargs": "+", "metavar": "PATTERN", "help": "names of the training images that each fold holds out"},
+    )
+    tune: Mapping[str, Sequence[Any]] | None = field(
+        default=None,
+        metadata={
+            "nargs": "+",
+            "metavar": "KEY=V1,V2",
+            "help": "settings to tune for each objective on the folds",
+            "read": parse_grid,
+        },
+    )
+    first: ObjectiveSettings | None = field(
+        default=None,
+        metadata={"metavar": "NAME", "help": "objective of a first stage; all others start from its weights"},
+    )
+    then: Mapping[str, Any] | None = field(
+        default=None,
+        metadata={"nargs": "+", "metavar": "KEY=VALUE", "help": "settings of the second stage", "read": parse_overrides},
+    )
+    settings: Mapping[str, Any] | None = None
+    folder: str | Path | None = field(
+        default=None, metadata={"metavar": "DIR", "help": "where results go and are looked for (runs/compare/RECIPE)"}
+    )
+    jobs: int | None = field(
+        default=None,
+        metadata={"type": int, "metavar": "N", "help": "runs at the same time (one for each GPU, or 1)"},
+    )
+    keep_checkpoints: bool = field(
+        default=False, metadata={"action": "store_true", "help": "keep the last weights of the final runs"}
+    )
 
 
 @dataclass(frozen=True)
@@ -65,50 +152,30 @@ class Study:
         return any(len(objective.trials) > 1 for objective in self.objectives)
 
 
-def make_study(
-    recipe: str,
-    words: Sequence[str],
-    objectives: Sequence[ObjectiveSettings] | Mapping[str, ObjectiveSettings],
-    *,
-    seeds: Sequence[int] = (0, 1, 2),
-    baseline: str | None = None,
-    folds: Sequence[str | Sequence[str]] = (),
-    tune: Mapping[str, Sequence[Any]] | None = None,
-    first: ObjectiveSettings | None = None,
-    then: Mapping[str, Any] | None = None,
-) -> Study:
-    """Make a study of settings as a person writes them, and check them.
+def make_study(recipe: str, words: Sequence[str], settings: StudySettings) -> Study:
+    """Make a study of its settings, and check them.
 
     Args:
         recipe: name of the data recipe, for messages.
         words: what all runs share, as words of ``mcseg fit``, recipes as paths.
-        objectives: each is ``NAME`` or ``NAME:key=value,key=value``, NAME being a recipe below ``objectives`` or a YAML
-            file; or a mapping with ``recipe``, ``overrides`` (key -> value) and ``trials`` (list of key -> value). A key
-            without a dot is one of the objective's arguments. In a mapping the keys are the labels.
-        seeds: of the final runs.
-        baseline: label; None is the first objective.
-        folds: a glob pattern of names of training images, or several, for each fold.
-        tune: values by key; every objective tries all combinations.
-        first: objective of a first stage.
-        then: settings of the second stage by key.
+        settings: the others; those of all runs, ``settings.settings``, are in ``words``.
 
     Raises:
         ValueError: a setting cannot be used.
     """
-    if isinstance(objectives, Mapping):
-        found = [_objective(label, settings, tune) for label, settings in objectives.items()]
+    if isinstance(settings.objectives, Mapping):
+        found = [_objective(label, one, settings.tune) for label, one in settings.objectives.items()]
     else:
-        found = [_objective(None, settings, tune) for settings in objectives]
-    labels = [objective.label for objective in found]
+        found = [_objective(None, one, settings.tune) for one in settings.objectives]
     study = Study(
         recipe=recipe,
         words=tuple(words),
         objectives=tuple(found),
-        seeds=tuple(seeds),
-        baseline=baseline if baseline is not None else next(iter(labels), ""),
-        folds=tuple((fold,) if isinstance(fold, str) else tuple(fold) for fold in folds),
-        first=_objective(None, first, None) if first is not None else None,
-        then=setting_words(then or {}),
+        seeds=tuple(settings.seeds),
+        baseline=settings.baseline if settings.baseline is not None else next((one.label for one in found), ""),
+        folds=tuple((fold,) if isinstance(fold, str) else tuple(fold) for fold in settings.folds),
+        first=_objective(None, settings.first, None) if settings.first is not None else None,
+        then=setting_words(settings.then or {}),
     )
     _check(study)
     return _checked(study)
@@ -150,13 +217,6 @@ def _path(name: str) -> Path:
     raise ValueError(f"objective {name}: neither a YAML file nor a recipe of mcseg; the recipes are {known}")
 
 
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ValueError(f"found {text}, expected KEY=VALUE")
-    return key, value
-
-
 def setting_words(settings: Mapping[str, Any]) -> Words:
     """Turn settings by key into words; a key without a dot is an argument of the objective."""
     return tuple(
@@ -165,22 +225,44 @@ def setting_words(settings: Mapping[str, Any]) -> Words:
     )
 
 
-def parse_overrides(texts: Sequence[str]) -> dict[str, str]:
-    """Read ``KEY=VALUE``."""
-    return dict(map(_pair, texts))
-
-
-def parse_grid(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Read ``KEY=V1,V2``; a comma within brackets belongs to the value."""
-    return {key: re.split(r",(?![^\[{(]*[\]})])", value) for key, value in map(_pair, texts)}
-
-
 class _ParseOnly(SegmentationCLI):
     def before_instantiate_classes(self) -> None:
         pass
 
     def instantiate_classes(self) -> None:
         pass
+
+
+@cache
+def _parser() -> ArgumentParser:
+    """Parser of ``mcseg fit``."""
+    return _ParseOnly("compare", ["--config", str(RECIPES / "synthetic.yaml")], run=False).parser
+
+
+def explicit_settings(words: Words) -> dict[str, Any]:
+    """Parse words of ``mcseg fit`` into the settings that hold in the end, without defaults.
+
+    Settings that change no number are left out, and of the data's root all but the last folder.
+    """
+    before = ("", *words)
+    files = [word for word, flag in zip(words, before, strict=False) if flag == "--config"]
+    files += [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    return _explicit_settings(words, tuple(Path(file).stat().st_mtime_ns for file in files))
+
+
+@cache  # runs are listed often
+def _explicit_settings(words: Words, _: tuple[int, ...]) -> dict[str, Any]:
+    """Settings of these words with their files as they are at this time."""
+    try:
+        found: Namespace = _parser().parse_args(list(words), defaults=False)
+    except ArgumentError:  # settings that hold only on top of a default, such as the name of the default logger
+        found = _parser().parse_args(list(words))
+    for key in ("config", *_IRRELEVANT):
+        found.pop(key, None)
+    if root := found.get("data.init_args.root"):
+        found["data.init_args.root"] = Path(root).name
+    settings: dict[str, Any] = found.as_dict()
+    return settings
 
 
 def _check(study: Study) -> None:
@@ -208,14 +290,15 @@ def _check(study: Study) -> None:
 
 def _checked(study: Study) -> Study:
     """Parse the settings of all runs; fill in what they say about the study."""
-    cli = _ParseOnly(study.recipe, study.words, run=False)
+    parser = _parser()
+    shared: Namespace = parser.parse_args(list(study.words))
     plain = True
     if study.folds:
-        _check_folds(study, cli.config)
+        _check_folds(study, shared)
 
     def parsed(label: str, words: Words) -> Namespace:
         try:
-            config: Namespace = cli.parser.parse_args([*study.words, *words])
+            config: Namespace = parser.parse_args([*study.words, *words])
         except ArgumentError as error:
             raise ValueError(f"objective {label}: {_short(error)}") from None
         return config

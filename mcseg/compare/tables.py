@@ -1,42 +1,20 @@
-"""What a comparison found: one table of objectives, one of runs, as CSV, JSON and text."""
+"""What a study found: one table of objectives, one of runs, and one of pixel counts, as CSV and JSON."""
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mcseg.compare import counts
+from mcseg.compare.comparison import Comparison, Entry
 from mcseg.compare.plan import Run
 from mcseg.compare.schedule import Folder, save_text
-from mcseg.compare.statistics import LEVEL, MEASURES, Counts, Floats, Interval, class_iou, measures, paired_intervals
+from mcseg.compare.statistics import LEVEL, MEASURES, Counts
 from mcseg.compare.study import Study
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-
-@dataclass(frozen=True)
-class Entry:
-    """An objective as it is compared: with its settings chosen, and with or without shifts of the logits.
-
-    Attributes:
-        label: of the objective.
-        shifted: whether predictions are those with shifts.
-        results: result.json of the finished final runs, by seed.
-        counts: (N,3,C) of the validation images, by seed.
-    """
-
-    label: str
-    shifted: bool
-    results: dict[int, dict[str, Any]]
-    counts: dict[int, Counts]
-
-    @property
-    def name(self) -> str:
-        """Label, with the shifts."""
-        return f"{self.label} + shifts" if self.shifted else self.label
 
 
 class Results:
@@ -61,30 +39,13 @@ class Results:
         }
         if self.finals:
             self._check_images()
+        classes = self.any["classes"] if self.finals else {"names": [], "training_pixels": []}
+        self.comparison = Comparison(self._entries(), classes["names"], classes["training_pixels"], study.baseline)
 
     @property
     def any(self) -> dict[str, Any]:
         """A finished final run, for what all have in common."""
         return next(iter(self.finals.values()))[1]
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names of the classes."""
-        names: list[str] = self.any["classes"]["names"]
-        return names
-
-    @property
-    def tail(self) -> list[int]:
-        """Train ids of the rarest third of the classes by training pixels."""
-        tail: list[int] = self.any["classes"]["tail"]
-        return tail
-
-    @property
-    def shares(self) -> Floats:
-        """(C,) shares of the labelled training pixels."""
-        pixels = np.array(self.any["classes"]["training_pixels"], dtype=np.float64)
-        shares: Floats = pixels / max(1.0, pixels.sum())
-        return shares
 
     @property
     def failures(self) -> list[tuple[Run, str]]:
@@ -97,69 +58,19 @@ class Results:
         wanted = ((objective.label, seed) for objective in self.study.objectives for seed in self.study.seeds)
         return [f"{label}, seed {seed}" for label, seed in wanted if (label, seed) not in self.finals]
 
-    @cached_property
-    def entries(self) -> list[Entry]:
-        """Objectives without shifts, then with them, as far as runs are finished."""
-        entries = []
-        for shifted in (False, True):
-            for objective in self.study.objectives:
-                found = {s: self.finals[objective.label, s] for s in self.study.seeds if (objective.label, s) in self.finals}
-                if shifted and any(result["shifts"] is None for _, result in found.values()):
-                    continue
-                if found:
-                    results = {seed: result for seed, (_, result) in found.items()}
-                    counts = {seed: self._counts(run, shifted) for seed, (run, _) in found.items()}
-                    entries.append(Entry(objective.label, shifted, results, counts))
-        return entries
-
-    def baseline(self, shifted: bool = False) -> Entry | None:
-        """The baseline's entry, None where none of its runs is finished."""
-        wanted = (self.study.baseline, shifted)
-        return next((entry for entry in self.entries if (entry.label, entry.shifted) == wanted), None)
-
-    def intervals(self, entry: Entry, baseline: Entry | None) -> dict[str, Interval] | None:
-        """Differences of an entry to another over the seeds that both have, by measure; None where there are none."""
-        if baseline is None or (entry.label, entry.shifted) == (baseline.label, baseline.shifted):
-            return None
-        seeds = [seed for seed in entry.counts if seed in baseline.counts]
-        if not seeds:
-            return None
-        ours, theirs = (np.stack([found.counts[seed] for seed in seeds]) for found in (entry, baseline))
-        return dict(zip(MEASURES, paired_intervals(ours, theirs, self.tail), strict=True))
-
-    @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        """One row per entry: shares as fractions, times in milliseconds, memory in MiB."""
-        return [self._row(entry) for entry in self.entries]
+        """One row per objective, without and with shifts, with the settings that were chosen."""
+        rows = []
+        for entry, row in zip(self.comparison.entries, self.comparison.rows, strict=True):
+            run, _ = self.finals[entry.label, next(iter(entry.counts))]
+            rows.append(row | {"trial": run.trial, "settings": self.settings(entry.label, run.trial or 0)})
+        return rows
 
     def table(self) -> "DataFrame":
-        """The rows as a data frame."""
+        """Return the rows as a data frame."""
         import pandas as pd
 
-        return pd.DataFrame(self.rows)
-
-    def _row(self, entry: Entry) -> dict[str, Any]:
-        totals = np.stack([counts.sum(0) for counts in entry.counts.values()])
-        row: dict[str, Any] = {"objective": entry.label, "shifted": entry.shifted, "seeds": len(totals)}
-        for name, values in zip(MEASURES, measures(totals, self.tail).T, strict=True):
-            row |= _spread(name, values)
-        for ending, shifted in (("difference", False), ("difference_to_shifted", True)):
-            found = self.intervals(entry, self.baseline(shifted)) if entry.shifted or not shifted else None
-            for name in MEASURES:
-                interval = found[name] if found else Interval(np.nan, np.nan, np.nan)
-                row |= {f"{name}_{ending}": interval.difference}
-                row |= {f"{name}_{ending}_low": interval.low, f"{name}_{ending}_high": interval.high}
-        for name, values in zip(self.class_names, class_iou(totals).T, strict=True):
-            row |= _spread(f"iou/{name}", values)
-        results = list(entry.results.values())
-        for key in ("step", "step_with_data"):
-            times = [1000 * result["seconds"][key] for result in results if result["seconds"][key] is not None]
-            row[f"{key}_ms"] = float(np.median(times)) if times else np.nan
-        memory = [result["memory_bytes"].get("gpu", result["memory_bytes"]["process"]) for result in results]
-        row["memory_mib"] = float(np.max(memory)) / 2**20
-        row["trial"] = results[0]["trial"]
-        row["settings"] = self.settings(entry.label, results[0]["trial"])
-        return row
+        return pd.DataFrame(self.rows())
 
     def settings(self, label: str, trial: int) -> str:
         """Settings of a trial in words."""
@@ -187,10 +98,23 @@ class Results:
                     lines.append(f"seed {seed}: {told} differ between " + " | ".join(map(", ".join, kinds.values())))
         return lines
 
+    def _entries(self) -> list[Entry]:
+        """Objectives without shifts, then with shifts, with their finished runs."""
+        entries = []
+        for shifted in (False, True):
+            for objective in self.study.objectives:
+                found = {s: self.finals[objective.label, s] for s in self.study.seeds if (objective.label, s) in self.finals}
+                if not found or (shifted and any(result["shifts"] is None for _, result in found.values())):
+                    continue
+                by_seed = {seed: self._counts(run, shifted) for seed, (run, _) in found.items()}
+                costs = {seed: counts.costs_of(result) for seed, (_, result) in found.items()}
+                entries.append(Entry(objective.label, shifted, by_seed, costs))
+        return entries
+
     def _counts(self, run: Run, shifted: bool) -> Counts:
         with np.load(self.folder.path(run) / "counts.npz") as file:
-            counts: Counts = file["counts_shifted" if shifted else "counts"]
-        return counts
+            found: Counts = file["counts_shifted" if shifted else "counts"]
+        return found
 
     def _check_images(self) -> None:
         names: list[str] | None = None
@@ -206,7 +130,7 @@ class Results:
 
 
 def write(results: Results) -> None:
-    """Write ``table.csv``, ``runs.csv`` and ``results.json`` into the folder."""
+    """Write ``table.csv``, ``runs.csv``, ``results.json`` and, once runs are finished, ``counts.csv.xz`` into the folder."""
     import pandas as pd
 
     root = results.folder.root
@@ -214,6 +138,9 @@ def write(results: Results) -> None:
         root / "runs.csv", pd.DataFrame(run_rows(results)).astype({"fold": "Int64", "trial": "Int64"}).to_csv(index=False)
     )
     save_text(root / "table.csv", results.table().to_csv(index=False))
+    finished = [(results.folder.path(run), run.about) for run, found, _ in results.runs if found]
+    if finished:
+        counts.write_counts(finished, root / counts.FILE)
     found = {
         "format": 1,
         "recipe": results.study.recipe,
@@ -221,7 +148,7 @@ def write(results: Results) -> None:
         "seeds": results.study.seeds,
         "interval_level": LEVEL,
         "classes": results.any["classes"] if results.finals else None,
-        "table": results.rows,
+        "table": results.rows(),
         "shifts": {label: result["shifts"] for (label, _), (_, result) in results.finals.items()},
         "tuning": {objective.label: results.fold_scores(objective.label) for objective in results.study.objectives},
         "remarks": [*results.study.remarks, *results.uneven()],
@@ -234,8 +161,7 @@ def run_rows(results: Results) -> list[dict[str, Any]]:
     """One row per run."""
     rows = []
     for run, found, error in results.runs:
-        row: dict[str, Any] = {"objective": run.objective, "role": run.role, "seed": run.seed, "fold": run.fold}
-        row |= {"trial": run.trial, "state": "finished" if found else "failed" if error else "missing", "error": error}
+        row = run.about | {"state": "finished" if found else "failed" if error else "missing", "error": error}
         if run.trial is not None:
             row["settings"] = results.settings(run.objective, run.trial)
         if found:
@@ -247,47 +173,6 @@ def run_rows(results: Results) -> list[dict[str, Any]]:
             row |= {f"iou/{name}": v for name, v in zip(found["classes"]["names"], found["scores"]["iou"], strict=True)}
         rows.append(row | {"folder": str(results.folder.path(run).relative_to(results.folder.root))})
     return rows
-
-
-def as_text(results: Results) -> str:
-    """Lay the table out as text: percent, mean and standard deviation over seeds, best mIoU first."""
-    if not results.finals:
-        return "no final run is finished"
-    name = results.study.baseline
-    head = ["objective", "seeds", "mIoU %", "rare third %", "pixels right %", f"mIoU minus {name}'s", "step ms", "MiB"]
-    body = []
-    for row in sorted(results.rows, key=lambda row: -row["miou_mean"]):
-        interval = tuple(100 * row[f"miou_difference{end}"] for end in ("", "_low", "_high"))
-        body.append(
-            [
-                row["objective"] + (" + shifts" if row["shifted"] else ""),
-                str(row["seeds"]),
-                *(_plus_minus(row, measure) for measure in MEASURES),
-                "-" if np.isnan(interval[0]) else "{:+.2f} [{:+.2f}, {:+.2f}]".format(*interval),
-                f"{row['step_ms']:.0f}",
-                f"{row['memory_mib']:.0f}",
-            ]
-        )
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-    lines = []
-    for first, *others in [head, *body]:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def _plus_minus(row: Mapping[str, Any], measure: str) -> str:
-    mean, deviation = 100 * row[f"{measure}_mean"], 100 * row[f"{measure}_sd"]
-    if np.isnan(mean):
-        return "-"
-    return f"{mean:.2f}" if np.isnan(deviation) else f"{mean:.2f} ± {deviation:.2f}"
-
-
-def _spread(name: str, values: Floats) -> dict[str, float]:
-    """Mean and sample standard deviation over the seeds for which a value is defined."""
-    defined = values[~np.isnan(values)]
-    mean = float(defined.mean()) if len(defined) else np.nan
-    return {f"{name}_mean": mean, f"{name}_sd": float(defined.std(ddof=1)) if len(defined) > 1 else np.nan}
 
 
 def _each_once(runs: Iterable[tuple[Run, str]]) -> list[tuple[Run, str]]:
