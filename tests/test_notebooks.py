@@ -114,7 +114,7 @@ def test_objectives_pulls_at_the_boundary(executed):
             (2 * sigmoid(foreground[1]) + sigmoid(background[0])) / 2,
             (2 * sigmoid(foreground[0]) + sigmoid(background[1])) / 2,
         ),
-        "sigmoid surrogate": (0.25, 0.25),
+        "1 - p": (0.25, 0.25),
     }
     found = table(executed("objectives"), "balance at P(rare)")
     assert found.keys() == expected.keys()
