@@ -30,7 +30,7 @@ def expand_shorthand(words: Sequence[str]) -> list[str]:
         rest.insert(0, "--config")
     short = {"--root": "--data.root", "--format": "--writer.format"}
     if verb == "bound":
-        short |= {f"--{name}": f"--bound.{name}" for name in ("level", "group", "selected_from")}
+        short |= {f"--{name}": f"--bound.{name}" for name in ("level", "group", "selected_from", "largest_pixels")}
     pairs = (word.partition("=") for word in rest)
     return [verb, *(short.get(flag, flag) + equals + value for flag, equals, value in pairs)]
 
