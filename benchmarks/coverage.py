@@ -3,7 +3,8 @@
 A world is a source of images. It has 2 to 21 classes whose shares of an image span three powers of ten, and whose rarest is
 in one image out of 7 to 1000. Object sizes have heavy tails. Recall depends on the class, the image (hard images are hard
 for all classes), the object and its size; missed pixels become false alarms of few other classes. The world's mIoU is taken
-from 100,000 images. Held-out sets of several sizes are drawn from it and bounded.
+from 100,000 images. Held-out sets of several sizes are drawn from it and bounded. Two more sources show what is hard: images
+of two sizes, and a class that few images hold.
 
 python benchmarks/coverage.py                                       # 500 worlds, writes benchmarks/results/coverage.md
 python benchmarks/coverage.py --worlds 20 --images 50 --output ""
@@ -119,6 +120,27 @@ class TwoSizes:
         return recall / (2 - recall)
 
 
+@dataclass(frozen=True)
+class RareClass:
+    """A source of a common class and one that an image holds with some chance, then in a fiftieth of its pixels.
+
+    The recall of the rare class is near 0 or near 1 in most images; missed pixels become false alarms of the common class.
+    """
+
+    chance: float
+
+    def images(self, number: int, rng: np.random.Generator) -> Counts:
+        """Draw images: (number, 3, 2) hits, target and predicted pixels."""
+        rare = PIXELS // 50 * (rng.random(number) < self.chance)
+        hit = rng.binomial(rare, rng.beta(0.5, 0.5, number))
+        return np.stack([[PIXELS - rare, hit], [PIXELS - rare, rare], [PIXELS - hit, hit]]).transpose(2, 0, 1)
+
+    def miou(self) -> float:
+        """Return the exact mIoU of the source."""
+        rare = self.chance / 50
+        return ((1 - rare) / (1 - rare / 2) + 1 / 2) / 2
+
+
 def resampled(counts: Counts, resamples: int = 2000) -> Floats:
     """Sorted mIoUs of bootstrap resamples of the images."""
     images = len(counts)
@@ -153,6 +175,27 @@ BOUNDS: dict[str, Bound] = {
 }
 
 
+LIMIT = TwoSizes().largest
+OF_TWO_SIZES: dict[str, tuple[Weight, Bound]] = {
+    "bootstrap": ("pixel", lambda counts, level: miou_lower_bound(counts, level)),
+    "concentration, limit stated": (
+        "pixel",
+        lambda counts, level: miou_lower_bound(counts, level, "concentration", largest_pixels=LIMIT),
+    ),
+    "concentration, largest image of the set as the limit": (
+        "pixel",
+        lambda counts, level: miou_lower_bound(
+            counts, level, "concentration", largest_pixels=int(counts[:, 1].sum(1).max())
+        ),
+    ),
+    "bootstrap, equal images": ("image", lambda counts, level: miou_lower_bound(counts, level, weight="image")),
+    "concentration, equal images": (
+        "image",
+        lambda counts, level: miou_lower_bound(counts, level, "concentration", weight="image"),
+    ),
+}
+
+
 def simulate(
     worlds: int,
     sizes: Sequence[int],
@@ -183,6 +226,33 @@ def simulate(
     return {size: {key: np.array([row[key] for row in found]) for key in found[0]} for size, found in rows.items()}
 
 
+def two_sizes(sets: int, sizes: Sequence[int], level: float) -> list[str]:
+    """Bound sets of images of two sizes; rows of a table."""
+    source, rows = TwoSizes(), []
+    for images in sizes:
+        rng = np.random.default_rng([images, 1])
+        drawn = [source.images(images, rng) for _ in range(sets)]
+        without = np.mean([counts[:, 1].sum(1).max() < source.largest for counts in drawn])
+        for name, (weight, bound) in OF_TWO_SIZES.items():
+            found = np.array([bound(counts, level) for counts in drawn])
+            holds = 100 * (found <= source.miou(weight)).mean()
+            rows.append(f"| {images} | {100 * without:.0f} | {name} | {holds:.1f} | {100 * found.mean():.1f} |")
+    return rows
+
+
+def rare_class(sets: int, images: int, level: float) -> list[str]:
+    """Bound sets in which few images hold a class; rows of a table."""
+    rows = []
+    for expected in (4, 8, 15, 30, 60):
+        source, rng = RareClass(expected / images), np.random.default_rng([expected, 2])
+        drawn = [counts for counts in (source.images(images, rng) for _ in range(sets)) if counts[:, 1, 1].any()]
+        found = np.array([miou_lower_bound(counts, level) for counts in drawn])
+        estimate = np.array([iou_of(counts.sum(0)).mean() for counts in drawn])
+        holds = 100 * (found <= source.miou()).mean()
+        rows.append(f"| {expected} | {len(drawn)} | {holds:.1f} | {100 * (estimate - found).mean():.1f} |")
+    return rows
+
+
 def report(arguments: argparse.Namespace) -> str:
     """Simulate and return the report in Markdown."""
     rows = []
@@ -211,6 +281,26 @@ def report(arguments: argparse.Namespace) -> str:
             "| images | bound | holds % | a class in fewer than 3 images | no such class | distance |",
             "|---:|---|---:|---:|---:|---:|",
             *rows,
+            "",
+            "## Images of two sizes",
+            "",
+            f"98 % of the images have {TwoSizes().small:,} pixels and are segmented well, 2 % have {LIMIT:,} and are segmented",
+            f"badly. The mIoU of the source is {100 * TwoSizes().miou('pixel'):.1f} %, with equal weight per image",
+            f"{100 * TwoSizes().miou('image'):.1f} %. {arguments.worlds} sets of each size; *none*: % of them without a large "
+            "image. No bound",
+            "can know of large images from such a set alone.",
+            "",
+            "| images | none | bound | holds % | mean of the bound |",
+            "|---:|---:|---|---:|---:|",
+            *two_sizes(arguments.worlds, [20, *arguments.images], arguments.level),
+            "",
+            "## A class in few images",
+            "",
+            f"{arguments.images[-1]} images of a common class and a rare one with an IoU of 50 %, and the bootstrap.",
+            "",
+            "| images with the class, expected | sets | holds % | distance |",
+            "|---:|---:|---:|---:|",
+            *rare_class(arguments.worlds, arguments.images[-1], arguments.level),
             "",
             f"`python benchmarks/coverage.py --worlds {arguments.worlds} --images {' '.join(map(str, arguments.images))}`,",
             f"2 cores of an AMD EPYC; Python {platform.python_version()}, {packages}; commit {commit}.",
