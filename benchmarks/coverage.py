@@ -3,7 +3,8 @@
 A world is a source of images. It has 2 to 21 classes whose shares of an image span three powers of ten, and whose rarest is
 in one image out of 7 to 1000. Object sizes have heavy tails. Recall depends on the class, the image (hard images are hard
 for all classes), the object and its size; missed pixels become false alarms of few other classes. The world's mIoU is taken
-from 100,000 images. Held-out sets of several sizes are drawn from it and bounded.
+from 100,000 images. Held-out sets of several sizes are drawn from it and bounded. Two more sources show what is hard: images
+of two sizes, and a class that few images hold.
 
 python benchmarks/coverage.py                                       # 500 worlds, writes benchmarks/results/coverage.md
 python benchmarks/coverage.py --worlds 20 --images 50 --output ""
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import norm
 
-from mcseg.evaluation.bounds import miou_lower_bound
+from mcseg.evaluation.bounds import Weight, miou_lower_bound
 
 PIXELS = 100_000  # of an image
 Floats = npt.NDArray[np.float64]
@@ -71,6 +72,8 @@ class World:
         alarms = (target - hits).sum(1, keepdims=True) * taking / taking.sum(1, keepdims=True)
         counts = np.stack([hits, target, hits + np.minimum(alarms, 1 - target)], 1)
         whole: Counts = np.rint(counts * PIXELS).astype(np.int64)
+        hits, target, predicted = whole.transpose(1, 0, 2)
+        np.minimum(predicted, target.sum(1, keepdims=True) - target + hits, out=predicted)  # after rounding, too
         return whole
 
     def iou(self, rng: np.random.Generator, number: int) -> Floats:
@@ -84,6 +87,58 @@ def iou_of(counts: npt.ArrayLike) -> Floats:
     union = target + predicted - hits
     iou: Floats = np.divide(hits, union, out=np.full_like(hits, np.nan), where=union > 0)
     return iou
+
+
+@dataclass(frozen=True)
+class TwoSizes:
+    """A source of 98 % small images, segmented well, and 2 % images of 80 times the pixels, segmented badly; two classes.
+
+    A set often holds no large image, although these have most of the source's pixels.
+    """
+
+    small: int = 100_000
+    factor = np.array([1, 80])
+    chance = np.array([0.98, 0.02])
+    recall = np.array([0.9, 0.1])
+
+    @property
+    def largest(self) -> int:
+        """Pixels of a large image."""
+        return self.small * int(self.factor[1])
+
+    def images(self, number: int, rng: np.random.Generator) -> Counts:
+        """Draw images: (number, 3, 2) hits, target and predicted pixels; each class has half of an image."""
+        size = rng.choice(2, number, p=self.chance)
+        target = np.repeat(self.small * self.factor[size] // 2, 2).reshape(number, 2)
+        hits = rng.binomial(target, (self.recall[size] + rng.uniform(-0.1, 0.1, number))[:, None])
+        return np.stack([hits, target, hits + (target - hits)[:, ::-1]], 1)
+
+    def miou(self, weight: Weight) -> float:
+        """Return the exact mIoU of the source; both classes have the same IoU."""
+        weights = self.chance * (self.factor if weight == "pixel" else 1)
+        recall = float((weights * self.recall).sum() / weights.sum())
+        return recall / (2 - recall)
+
+
+@dataclass(frozen=True)
+class RareClass:
+    """A source of a common class and one that an image holds with some chance, then in a fiftieth of its pixels.
+
+    The recall of the rare class is near 0 or near 1 in most images; missed pixels become false alarms of the common class.
+    """
+
+    chance: float
+
+    def images(self, number: int, rng: np.random.Generator) -> Counts:
+        """Draw images: (number, 3, 2) hits, target and predicted pixels."""
+        rare = PIXELS // 50 * (rng.random(number) < self.chance)
+        hit = rng.binomial(rare, rng.beta(0.5, 0.5, number))
+        return np.stack([[PIXELS - rare, hit], [PIXELS - rare, rare], [PIXELS - hit, hit]]).transpose(2, 0, 1)
+
+    def miou(self) -> float:
+        """Return the exact mIoU of the source."""
+        rare = self.chance / 50
+        return ((1 - rare) / (1 - rare / 2) + 1 / 2) / 2
 
 
 def resampled(counts: Counts, resamples: int = 2000) -> Floats:
@@ -114,9 +169,30 @@ def bca(counts: Counts, level: float) -> float:
 
 BOUNDS: dict[str, Bound] = {
     "bootstrap": lambda counts, level: miou_lower_bound(counts, level),
-    "concentration": lambda counts, level: miou_lower_bound(counts, level, "concentration", image_pixels=PIXELS + 50),
+    "concentration": lambda counts, level: miou_lower_bound(counts, level, "concentration", largest_pixels=PIXELS + 50),
     "percentile bootstrap": percentile,
     "BCa bootstrap": bca,
+}
+
+
+LIMIT = TwoSizes().largest
+OF_TWO_SIZES: dict[str, tuple[Weight, Bound]] = {
+    "bootstrap": ("pixel", lambda counts, level: miou_lower_bound(counts, level)),
+    "concentration, limit stated": (
+        "pixel",
+        lambda counts, level: miou_lower_bound(counts, level, "concentration", largest_pixels=LIMIT),
+    ),
+    "concentration, largest image of the set as the limit": (
+        "pixel",
+        lambda counts, level: miou_lower_bound(
+            counts, level, "concentration", largest_pixels=int(counts[:, 1].sum(1).max())
+        ),
+    ),
+    "bootstrap, equal images": ("image", lambda counts, level: miou_lower_bound(counts, level, weight="image")),
+    "concentration, equal images": (
+        "image",
+        lambda counts, level: miou_lower_bound(counts, level, "concentration", weight="image"),
+    ),
 }
 
 
@@ -150,6 +226,33 @@ def simulate(
     return {size: {key: np.array([row[key] for row in found]) for key in found[0]} for size, found in rows.items()}
 
 
+def two_sizes(sets: int, sizes: Sequence[int], level: float) -> list[str]:
+    """Bound sets of images of two sizes; rows of a table."""
+    source, rows = TwoSizes(), []
+    for images in sizes:
+        rng = np.random.default_rng([images, 1])
+        drawn = [source.images(images, rng) for _ in range(sets)]
+        without = np.mean([counts[:, 1].sum(1).max() < source.largest for counts in drawn])
+        for name, (weight, bound) in OF_TWO_SIZES.items():
+            found = np.array([bound(counts, level) for counts in drawn])
+            holds = 100 * (found <= source.miou(weight)).mean()
+            rows.append(f"| {images} | {100 * without:.0f} | {name} | {holds:.1f} | {100 * found.mean():.1f} |")
+    return rows
+
+
+def rare_class(sets: int, images: int, level: float) -> list[str]:
+    """Bound sets in which few images hold a class; rows of a table."""
+    rows = []
+    for expected in (4, 8, 15, 30, 60):
+        source, rng = RareClass(expected / images), np.random.default_rng([expected, 2])
+        drawn = [counts for counts in (source.images(images, rng) for _ in range(sets)) if counts[:, 1, 1].any()]
+        found = np.array([miou_lower_bound(counts, level) for counts in drawn])
+        estimate = np.array([iou_of(counts.sum(0)).mean() for counts in drawn])
+        holds = 100 * (found <= source.miou()).mean()
+        rows.append(f"| {expected} | {len(drawn)} | {holds:.1f} | {100 * (estimate - found).mean():.1f} |")
+    return rows
+
+
 def report(arguments: argparse.Namespace) -> str:
     """Simulate and return the report in Markdown."""
     rows = []
@@ -178,6 +281,25 @@ def report(arguments: argparse.Namespace) -> str:
             "| images | bound | holds % | a class in fewer than 3 images | no such class | distance |",
             "|---:|---|---:|---:|---:|---:|",
             *rows,
+            "",
+            "## Images of two sizes",
+            "",
+            f"98 % of the images have {TwoSizes().small:,} pixels and are segmented well, 2 % have {LIMIT:,} and are",
+            f"segmented badly. mIoU of the source is {100 * TwoSizes().miou('pixel'):.1f} %, with equal weight per image",
+            f"{100 * TwoSizes().miou('image'):.1f} %. {arguments.worlds} sets of each size; *none*: % of the sets without a",
+            "large image, from which alone nothing can be known of large images.",
+            "",
+            "| images | none | bound | holds % | mean of the bound |",
+            "|---:|---:|---|---:|---:|",
+            *two_sizes(arguments.worlds, [20, *arguments.images], arguments.level),
+            "",
+            "## A class in few images",
+            "",
+            f"{arguments.images[-1]} images of a common class and a rare one with an IoU of 50 %, and the bootstrap.",
+            "",
+            "| images with the class, expected | sets | holds % | distance |",
+            "|---:|---:|---:|---:|",
+            *rare_class(arguments.worlds, arguments.images[-1], arguments.level),
             "",
             f"`python benchmarks/coverage.py --worlds {arguments.worlds} --images {' '.join(map(str, arguments.images))}`,",
             f"2 cores of an AMD EPYC; Python {platform.python_version()}, {packages}; commit {commit}.",

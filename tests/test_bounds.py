@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcseg.evaluation.bounds import iou_lower_bounds, margin_bound, miou_lower_bound, optimal_offsets
+from mcseg.evaluation.bounds import held_out_iou, iou_lower_bounds, margin_bound, miou_lower_bound, optimal_offsets
 from mcseg.margins import MarginOffsets, margin_offsets
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -236,12 +236,12 @@ class TestConcentration:
         """The mean bet is b = (2 - 2^-11) / 12: 1 + b (1/v - 1) = C / (1 - level)."""
         counts = np.full((1, 3, 1), 100)
         bet = (2 - 2**-11) / 12
-        close(iou_lower_bounds(counts, 0.9, 100), [1 / (1 + 9 / bet)])
+        close(iou_lower_bounds(counts, 0.9, "pixel", 100), [1 / (1 + 9 / bet)])
 
     @pytest.mark.parametrize("seed", range(3))
     def test_is_where_the_product_of_the_bets_reaches_its_limit(self, seed):
         counts = world(seed)
-        found = iou_lower_bounds(counts, 0.95, 100_050).tolist()
+        found = iou_lower_bounds(counts, 0.95, "pixel", 100_050).tolist()
         classes, informative = counts.shape[2], 0
         for k, bound in enumerate(found):
             hits, target, predicted = counts[:, :, k].T.tolist()
@@ -256,27 +256,48 @@ class TestConcentration:
             else:
                 assert not refuted(hits, union, 100_050, 1e-6, classes, 0.95)
         assert informative
-        assert miou_lower_bound(counts, 0.95, "concentration", image_pixels=100_050) == pytest.approx(np.nanmean(found))
+        assert miou_lower_bound(counts, 0.95, "concentration", largest_pixels=100_050) == pytest.approx(np.nanmean(found))
 
     @settings(deadline=None, max_examples=15)
     @given(st.integers(0, 10**6), st.floats(0.5, 0.99))
     def test_falls_with_errors_and_level_and_knows_no_order(self, seed, level):
         rng = np.random.default_rng(seed)
         counts = world(seed, images=20)
-        found = iou_lower_bounds(counts, level, 200_100).nan_to_num(-1)
+        found = iou_lower_bounds(counts, level, "pixel", 200_100).nan_to_num(-1)
         worse = counts.copy()
         image, k = rng.integers(20), rng.integers(counts.shape[2])
-        worse[image, 0, k] //= 2  # hits become misses
-        assert (iou_lower_bounds(worse, level, 200_100).nan_to_num(-1) <= found + 1e-12).all()
-        assert (iou_lower_bounds(counts, level + 0.005, 200_100).nan_to_num(-1) <= found + 1e-12).all()
+        lost = worse[image, 0, k] // 2  # hits become misses, and false alarms of another class
+        worse[image, [0, 2], k] -= lost
+        worse[image, 2, (k + 1) % counts.shape[2]] += lost
+        assert (iou_lower_bounds(worse, level, "pixel", 200_100).nan_to_num(-1) <= found + 1e-12).all()
+        assert (iou_lower_bounds(counts, level + 0.005, "pixel", 200_100).nan_to_num(-1) <= found + 1e-12).all()
         classes = rng.permutation(counts.shape[2])
         mixed = torch.from_numpy(counts[rng.permutation(20)][:, :, classes].copy())
-        close(iou_lower_bounds(mixed, level, 200_100).nan_to_num(-1), found[classes], atol=1e-9)
+        close(iou_lower_bounds(mixed, level, "pixel", 200_100).nan_to_num(-1), found[classes], atol=1e-9)
+
+    @pytest.mark.parametrize("images", [20, 50])
+    def test_holds_for_images_of_different_sizes(self, images):
+        """The largest image of the set is no limit for the images of the source; a stated limit is, equal images need none."""
+        source, sets, rng = coverage.TwoSizes(), 200, np.random.default_rng(images)
+        bounds = {"image": [], "pixel": [], "largest of the set": []}
+        for _ in range(sets):
+            counts = source.images(images, rng)
+            limits = {"pixel": source.largest, "largest of the set": int(counts[:, 1].sum(1).max())}
+            bounds["image"].append(miou_lower_bound(counts, 0.95, "concentration", weight="image"))
+            for name, limit in limits.items():
+                bounds[name].append(miou_lower_bound(counts, 0.95, "concentration", largest_pixels=limit))
+        truth = {"image": source.miou("image")}
+        held = {name: (np.array(bounds[name]) <= truth.get(name, source.miou("pixel"))).sum() for name in bounds}
+        at_least = scipy.stats.binom.ppf(0.001, sets, 0.95)
+        assert held["image"] >= at_least
+        assert held["pixel"] >= at_least
+        assert held["largest of the set"] < at_least, "else the source is too easy for the test to mean anything"
+        assert np.mean(bounds["image"]) > 0.4, "else the bound is too low for the test to mean anything"
 
     def test_an_image_larger_than_said_is_refused(self):
         with pytest.raises(ValueError, match="found 99, but an image has 100"):
-            iou_lower_bounds(np.full((2, 3, 1), 100), 0.95, 99)
-        with pytest.raises(ValueError, match="image_pixels"):
+            iou_lower_bounds(np.full((2, 3, 1), 100), 0.95, "pixel", 99)
+        with pytest.raises(ValueError, match="largest_pixels"):
             miou_lower_bound(np.full((2, 3, 1), 100), method="concentration")
 
 
@@ -313,6 +334,44 @@ def slow_bootstrap(counts, level, resamples, seed):
         variance += shrunk * (1 - shrunk) / k**2 / len(iou) ** 2
     quantile = max(np.quantile(studentised, level), scipy.stats.norm.ppf(level))
     return max(0.0, iou.mean() - quantile * math.sqrt(variance))
+
+
+class TestWeights:
+    METHODS = ("bootstrap", "concentration")
+
+    def test_iou_by_hand(self):
+        """A small image with 3 of 4 right, a large one with 10 of 40 right, one without a label."""
+        counts = np.array([[[2, 1], [2, 2], [3, 1]], [[10, 0], [20, 20], [30, 10]], [[0, 0], [0, 0], [0, 0]]])
+        close(held_out_iou(counts), [12 / (3 + 40), 1 / (2 + 30)])
+        close(held_out_iou(counts, "image"), [(2 / 4 + 10 / 40) / (3 / 4 + 40 / 40), (1 / 4) / (2 / 4 + 30 / 40)])
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_are_the_same_for_images_of_one_size(self, method):
+        rng = np.random.default_rng(4)
+        target = rng.multinomial(700, [0.6, 0.3, 0.1], 40)
+        hits = rng.binomial(target, rng.beta(8, 2, (40, 1)))
+        counts = np.stack([hits, target, hits + (target - hits)[:, [1, 2, 0]]], 1)
+        limit = {"largest_pixels": 700} if method == "concentration" else {}
+        of_pixels, of_images = (
+            miou_lower_bound(counts, 0.9, method, weight=weight, **options)
+            for weight, options in (("pixel", limit), ("image", {}))
+        )
+        assert of_images == pytest.approx(of_pixels, rel=1e-9)
+        assert 0 < of_images < float(held_out_iou(counts).mean())
+        close(held_out_iou(counts, "image"), held_out_iou(counts))
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_the_size_of_an_image_does_not_matter_to_equal_images(self, method):
+        counts = world(5, images=40)
+        times = np.random.default_rng(0).integers(1, 100, (40, 1, 1))
+        small, large = (miou_lower_bound(found, 0.9, method, weight="image") for found in (counts, counts * times))
+        assert large == pytest.approx(small, rel=1e-6)
+        assert small > 0
+
+    def test_an_image_without_labels_tells_nothing(self):
+        counts = world(5, images=40)
+        more = np.concatenate([counts, np.zeros_like(counts[:5])])
+        close(iou_lower_bounds(more, 0.9).nan_to_num(-1), iou_lower_bounds(counts, 0.9).nan_to_num(-1))
 
 
 class TestBootstrap:
@@ -380,6 +439,14 @@ class TestBootstrap:
         (np.ones((4, 3)), {}, r"shape \(4, 3\)"),
         (np.ones((4, 3, 2)), {}, "float64, expected integers"),
         (np.array([[[2], [1], [3]]]), {}, "hits"),
+        (np.array([[[1, 1], [4, 1], [4, 8]]]), {}, "image 0 has 5 target pixels in all, but 8"),
+        (np.ones((4, 3, 2), dtype=int), {"weight": "area"}, "weight: found 'area'"),
+        (np.ones((4, 3, 2), dtype=int), {"largest_pixels": 9}, "largest_pixels: found 9, but the bootstrap"),
+        (
+            np.ones((4, 3, 2), dtype=int),
+            {"method": "concentration", "weight": "image", "largest_pixels": 9},
+            "largest_pixels: found 9, but the weight 'image'",
+        ),
         (np.array([[[-1], [1], [3]]]), {}, "hits"),
         (np.zeros((4, 3, 2), dtype=int), {}, "no labelled pixel"),
         (np.ones((4, 3, 2), dtype=int), {"level": 1.0}, "level"),

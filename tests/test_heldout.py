@@ -1,12 +1,14 @@
 """Held-out bounds: counts of images and margins against plain loops, the files and the table, the command."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binom
 from test_cli import TINY, UNET, fails
 
 from mcseg.callbacks.held_out import HeldOutBounds, bound_table, save_margins
@@ -14,6 +16,9 @@ from mcseg.evaluation.bounds import miou_lower_bound
 from mcseg.evaluation.margin_counts import MARGINS, MarginCounts
 from mcseg.evaluation.metrics import score
 from mcseg.run.main import main
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+import coverage
 
 
 def plain_margins(logits, target, margins, classes):
@@ -120,16 +125,17 @@ def image_counts(preds, target):
 
 def test_result_of_images_as_units(tmp_path):
     names = [f"a{k}" for k in range(8)]
-    result, preds, target = run(tmp_path, names, level=0.9)
+    result, preds, target = run(tmp_path, names, level=0.9, largest_pixels=8)
     counts = image_counts(preds, target)
     assert result["units"] == 8
     assert result["miou"] == pytest.approx(score(preds, target, 2).miou)
     expected = {
         "bootstrap": miou_lower_bound(counts, 0.9),
-        "concentration": miou_lower_bound(counts, 0.9, "concentration", image_pixels=8),
+        "concentration": miou_lower_bound(counts, 0.9, "concentration", largest_pixels=8),
     }
     assert result["miou_lower_bound"] == pytest.approx(expected)
     assert 0 < expected["concentration"] < expected["bootstrap"] < result["miou"]
+    assert result["unit_weighted"] == {"miou": pytest.approx(result["miou"]), "miou_lower_bound": pytest.approx(expected)}
     at = {margin: place for place, margin in enumerate(result["margins"])}
     right = result["classes"]["right"]
     assert right["cleared"][at[2.5]] == pytest.approx(20 / 32)  # every margin is 3 or -3
@@ -142,6 +148,60 @@ def test_result_of_images_as_units(tmp_path):
     assert {(250, 10, 10), (10, 10, 250)} <= colors
 
 
+def evaluate(tmp_path, images, **settings):
+    """Result of (preds, target) pairs of any size, two classes."""
+    trainer = FakeTrainer(tmp_path, None)
+    trainer.lightning_module = lambda image: torch.nn.functional.one_hot(image[:, 0].long(), 2).movedim(-1, 1).float()
+    callback = HeldOutBounds(**settings)
+    trainer.lightning_module.device = "cpu"
+    callback.start(trainer, trainer.lightning_module, "val")
+    for index, (preds, target) in enumerate(images):
+        batch = {"name": [f"image {index}"], "image": preds[None, None].expand(-1, 3, -1, -1)}
+        callback.take(trainer, {"preds": preds[None], "target": target[None]}, batch, index, "val")
+    return callback.result(Data.class_names, "val")
+
+
+def test_what_is_promised_holds_for_images_of_different_sizes(tmp_path):
+    """Most sets have none of the large images, and nothing in them tells of these."""
+    source, sets, rng = coverage.TwoSizes(small=10), 100, np.random.default_rng(0)
+    promised, held = 0, {"pixel": 0, "image": 0}
+    for _ in range(sets):
+        images = []
+        for hits, target, _ in source.images(20, rng):
+            labels = torch.arange(2).repeat_interleave(int(target[0]))
+            wrong = torch.cat([torch.arange(int(t)) >= int(h) for h, t in zip(hits, target, strict=True)])
+            images.append((torch.where(wrong, 1 - labels, labels)[None], labels[None]))
+        result = evaluate(tmp_path, images)
+        bound = result["miou_lower_bound"]["concentration"]
+        promised += bound is not None
+        held["pixel"] += bound is None or bound <= source.miou("pixel")
+        held["image"] += result["unit_weighted"]["miou_lower_bound"]["concentration"] <= source.miou("image")
+    at_least = binom.ppf(0.001, sets, 0.95)
+    assert held["pixel"] >= at_least
+    assert held["image"] >= at_least
+    assert promised == 0, "no limit was stated"
+    assert evaluate(tmp_path, images, largest_pixels=800)["miou_lower_bound"]["concentration"] <= source.miou("pixel")
+
+
+def test_an_image_beyond_the_stated_limit_is_named(tmp_path):
+    images = [(torch.zeros(1, pixels, dtype=torch.int64),) * 2 for pixels in (10, 11)]
+    with pytest.raises(ValueError, match="found 10, but 'image 1' has 11 labelled pixels"):
+        evaluate(tmp_path, images, largest_pixels=10)
+
+
+def test_few_images_with_a_class_are_named(tmp_path):
+    left = torch.zeros(1, 8, dtype=torch.int64)
+    right = left.clone()
+    right[0, :2] = 1
+    images = [(left, right if index < 4 else left) for index in range(60)]
+    result = evaluate(tmp_path, images)
+    assert result["classes_in_few_units"] == {"right": 4}
+    assert "right (4)" in bound_table(result)
+    enough = evaluate(tmp_path, [(left, right if index < 15 else left) for index in range(60)])
+    assert enough["classes_in_few_units"] == {}
+    assert "right (" not in bound_table(enough)
+
+
 def test_groups_are_units(tmp_path):
     names = [f"seq{k // 2}_{k}" for k in range(8)]
     result, preds, target = run(tmp_path, names, group="^[^_]+")
@@ -149,17 +209,19 @@ def test_groups_are_units(tmp_path):
     assert result["units"] == 4
     assert result["largest_unit_pixels"] == 16
     assert result["miou_lower_bound"]["bootstrap"] == pytest.approx(miou_lower_bound(counts))
-    assert "fewer than 50 units" in bound_table(result)
+    assert "fewer than 50 groups" in bound_table(result)
 
 
 def test_a_chosen_checkpoint_costs_confidence(tmp_path):
     names = [f"a{k}" for k in range(8)]
-    result, preds, target = run(tmp_path, names, selected_from=5)
+    result, preds, target = run(tmp_path, names, selected_from=5, largest_pixels=8)
     counts = image_counts(preds, target)
     assert result["miou_lower_bound"]["concentration"] == pytest.approx(
-        miou_lower_bound(counts, 0.99, "concentration", image_pixels=8)
+        miou_lower_bound(counts, 0.99, "concentration", largest_pixels=8)
     )
     assert "among no more than 5" in bound_table(result)
+    assert "best.ckpt" not in bound_table(result)
+    assert "best.ckpt" in bound_table(run(tmp_path, names)[0]), "which val has chosen"
 
 
 def test_bad_settings_are_named(tmp_path):
@@ -167,6 +229,7 @@ def test_bad_settings_are_named(tmp_path):
         ({"level": 1.0}, "level"),
         ({"selected_from": 0}, "selected_from"),
         ({"group": "("}, "regular expression"),
+        ({"largest_pixels": 0}, "largest_pixels: found 0"),
     ):
         with pytest.raises(ValueError, match=message):
             HeldOutBounds(**settings)
@@ -205,14 +268,28 @@ def test_command(photo_folder, capsys, caplog):
         # at margin 0 the margins give the IoU of the predictions
         assert found["iou_at_margin"][0] == pytest.approx(found["iou"], abs=1e-9), name
         assert len(found["cleared"]) == len(MARGINS)
-        assert found["iou_lower_bound"] <= found["iou"]
-    assert all(0 <= bound < result["miou"] for bound in result["miou_lower_bound"].values())
-    assert "by bootstrap over the units" in said
+        assert found["iou_lower_bound"] is None, "no size limit was stated"
+        assert found["unit_weighted_iou_lower_bound"] <= found["unit_weighted_iou"]
+    assert result["miou_lower_bound"]["concentration"] is None
+    assert 0 <= result["miou_lower_bound"]["bootstrap"] < result["miou"]
+    assert all(
+        0 <= bound < result["unit_weighted"]["miou"] for bound in result["unit_weighted"]["miou_lower_bound"].values()
+    )
+    assert "by bootstrap" in said
+    assert "--bound.largest_pixels" in said
     with Image.open("out/margins.png") as picture:
         assert picture.width > 1000
 
-    main(["bound", *common, *half, "--split=test", "--trainer.default_root_dir=test"])  # a folder has no test split
-    assert json.loads(Path("test/bound.json").read_text())["split"] == "test"
+    limit = ["--bound.largest_pixels", "5000"]
+    main(["bound", *common, *half, "--split=test", *limit, "--trainer.default_root_dir=test"])  # a folder has no test split
+    result = json.loads(Path("test/bound.json").read_text())
+    assert (result["split"], result["largest_pixels"]) == ("test", 5000)
+    assert all(0 <= bound < result["miou"] for bound in result["miou_lower_bound"].values())
+    for found in result["classes"].values():
+        assert found["iou_lower_bound"] <= found["iou"]
     assert "mcseg bound needs trained weights" in fails(capsys, ["bound", *common])
+    assert "largest_pixels: found 9, but 'photo 0' has" in fails(
+        capsys, ["bound", *common, *half, "--bound.largest_pixels=9"]
+    )
     assert "level: found 2" in fails(capsys, ["bound", *common, *half, "--level", "2"])
     assert "train" in fails(capsys, ["bound", *common, *half, "--split", "train"], code=2)

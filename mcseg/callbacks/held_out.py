@@ -14,49 +14,65 @@ from torch import Tensor
 
 from mcseg import pictures
 from mcseg.callbacks.base import EvaluationCallback
-from mcseg.evaluation.bounds import iou_lower_bounds, miou_lower_bound
+from mcseg.evaluation.bounds import Weight, held_out_iou, iou_lower_bounds, miou_lower_bound
 from mcseg.evaluation.margin_counts import MARGINS, MarginCounts
 from mcseg.evaluation.metrics import image_counts
 
 _COLUMNS = (0.0, 0.5, 1.0, 2.0, 5.0)  # margins of the table
-
-
 _FEW_UNITS = 50  # below this the level of the bootstrap has not been checked
+_FEW_WITH_CLASS = 15  # a class in fewer units pulls the bootstrap's bound down, often to 0 (docs/theory/bounds.md)
 
 
 class HeldOutBounds(EvaluationCallback):
     """Bounds the mIoU of unseen images of the same source from a validation or test run in one process.
 
-    Writes ``bound.json`` and ``margins.png`` into the run folder and prints a table. The predictions are the module's own.
-    Margins are those of the logits for whole images, also where the module averages windows, scales or mirror images.
+    Writes ``bound.json`` and ``margins.png`` into the run folder and prints a table. The bounds are those of
+    :func:`~mcseg.evaluation.bounds.miou_lower_bound` with both weights: every pixel weighs the same, as in the mIoU of a
+    data set, or every unit does. The concentration bound of the first needs ``largest_pixels`` and is left out without it.
+    The predictions are the module's own. Margins are those of the logits for whole images, also where the module averages
+    windows, scales or mirror images.
 
     Args:
         level: confidence of the bounds, in (0, 1).
         group: regular expression; images whose names have the same first match form one unit, for example ``^[^_]+`` for
             frames of a video ``<sequence>_<frame>``. None takes each image for a unit. Units must be independent.
         selected_from: how many checkpoints this split chose this one from; 1 if it was not used to choose.
+        largest_pixels: the most labelled pixels that a unit can have, among all images of the source and not only this
+            split's: width x height of the camera, the limit at which images are scaled down; times the longest sequence if
+            groups are units. None if no limit is known.
+
+    Raises:
+        ValueError: a setting out of its range; on the way, a unit with more labelled pixels than ``largest_pixels``.
     """
 
-    def __init__(self, level: float = 0.95, group: str | None = None, selected_from: int = 1) -> None:
+    def __init__(
+        self,
+        level: float = 0.95,
+        group: str | None = None,
+        selected_from: int = 1,
+        largest_pixels: int | None = None,
+    ) -> None:
         if not 0 < level < 1:
             raise ValueError(f"level: found {level}, expected a confidence between 0 and 1")
         if selected_from < 1:
             raise ValueError(f"selected_from: found {selected_from}, expected the number of checkpoints, at least 1")
+        if largest_pixels is not None and largest_pixels < 1:
+            raise ValueError(f"largest_pixels: found {largest_pixels}, expected a number of pixels, at least 1")
         try:
             self._pattern = None if group is None else re.compile(group)
         except re.error as error:
             raise ValueError(f"group: found {group!r}, expected a regular expression ({error})") from None
         self.level = level
         self.selected_from = selected_from
+        self.largest_pixels = largest_pixels
         self._counts: dict[str, Tensor] = {}
-        self._pixels: dict[str, int] = {}
         self._margins: MarginCounts | None = None
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
         """Begin to count."""
         if trainer.world_size > 1:
             raise ValueError(f"bounds need the images in one process, found {trainer.world_size}; set trainer.devices to 1")
-        self._counts, self._pixels = {}, {}
+        self._counts = {}
         self._margins = MarginCounts(_data(trainer).num_classes, device=module.device)
 
     def take(self, trainer: pl.Trainer, outputs: Any, batch: Any, batch_idx: int, split: str) -> None:
@@ -67,7 +83,12 @@ class HeldOutBounds(EvaluationCallback):
             unit = self._unit(name)
             counts = image_counts(preds, target, classes).cpu()
             self._counts[unit] = self._counts.get(unit, 0) + counts
-            self._pixels[unit] = self._pixels.get(unit, 0) + target.numel()
+            pixels = int(self._counts[unit][1].sum())
+            if self.largest_pixels is not None and pixels > self.largest_pixels:
+                raise ValueError(
+                    f"largest_pixels: found {self.largest_pixels:,}, but {unit!r} has {pixels:,} labelled pixels; give the "
+                    "most that any image of the source can have (any group, with --bound.group), or leave it out"
+                )
         with trainer.precision_plugin.forward_context():
             logits = trainer.lightning_module(batch["image"])
         for index, target in enumerate(outputs["target"]):
@@ -95,35 +116,48 @@ class HeldOutBounds(EvaluationCallback):
         rank_zero_info("\n" + bound_table(result) + f"\nwritten: {folder / 'bound.json'}, {folder / 'margins.png'}")
 
     def result(self, names: Sequence[str], split: str) -> dict[str, Any]:
-        """Give everything in plain types; None where there is no value."""
+        """Return everything in plain types; None if there is no value."""
         assert self._margins is not None
         counts = torch.stack(list(self._counts.values()))
-        each = 1 - (1 - self.level) / self.selected_from
-        image_pixels = max(self._pixels.values())
-        hits, target, predicted = counts.sum(0).double()
-        iou = hits / (target + predicted - hits)
+        with_class = (counts[:, 1] > 0).sum(0)
+        of_pixels, pixel_columns = self._bounds(counts, "pixel")
+        of_units, unit_columns = self._bounds(counts, "image")
         columns = {
-            "iou": iou,
-            "iou_lower_bound": iou_lower_bounds(counts, each, image_pixels),
-            "units": ((counts[:, 1] + counts[:, 2]) > 0).sum(0),
+            "units": with_class,
+            **pixel_columns,
+            **{f"unit_weighted_{key}": column for key, column in unit_columns.items()},
             "cleared": self._margins.cleared(),
             "iou_at_margin": self._margins.iou(),
         }
-        lists = {key: value.tolist() for key, value in columns.items()}
+        lists = {key: column.tolist() for key, column in columns.items()}
+        enough = min(_FEW_WITH_CLASS, len(counts))
+        few = {name: count for name, count in zip(names, lists["units"], strict=True) if 0 < count < enough}
         return {
             "split": split,
+            "group": None if self._pattern is None else self._pattern.pattern,
             "units": len(counts),
-            "largest_unit_pixels": image_pixels,
+            "largest_unit_pixels": int(counts[:, 1].sum(1).max()),
+            "largest_pixels": self.largest_pixels,
             "level": self.level,
             "selected_from": self.selected_from,
-            "miou": float(iou.nanmean()),
-            "miou_lower_bound": {
-                "bootstrap": miou_lower_bound(counts, each),
-                "concentration": miou_lower_bound(counts, each, "concentration", image_pixels=image_pixels),
-            },
+            **of_pixels,
+            "unit_weighted": of_units,
+            "classes_in_few_units": few,
             "margins": list(MARGINS),
             "classes": {name: {key: _plain(lists[key][k]) for key in lists} for k, name in enumerate(names)},
         }
+
+    def _bounds(self, counts: Tensor, weight: Weight) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Compute mIoU and IoUs with a weight, and the bounds that hold for them."""
+        level = 1 - (1 - self.level) / self.selected_from
+        iou = held_out_iou(counts, weight)
+        columns = {"iou": iou, "iou_lower_bound": torch.full_like(iou, math.nan)}
+        bounds = {"bootstrap": miou_lower_bound(counts, level, weight=weight), "concentration": None}
+        if weight == "image" or self.largest_pixels is not None:
+            limit = self.largest_pixels if weight == "pixel" else None
+            columns["iou_lower_bound"] = iou_lower_bounds(counts, level, weight, limit)
+            bounds["concentration"] = float(columns["iou_lower_bound"].nanmean())
+        return {"miou": float(iou.nanmean()), "miou_lower_bound": bounds}, columns
 
 
 def _data(trainer: pl.Trainer) -> Any:
@@ -139,33 +173,71 @@ def _plain(value: Any) -> Any:
 
 def bound_table(result: dict[str, Any]) -> str:
     """Lay :meth:`HeldOutBounds.result` out as text."""
-    classes = result["classes"]
+    classes, unit = result["classes"], "image" if result["group"] is None else "group"
+    weights = {"": "equal pixels", "unit_weighted_": f"equal {unit}s"}
     places = [result["margins"].index(margin) for margin in _COLUMNS]
     width = max(len("class"), *map(len, classes))
     rows = [
-        f"{'':<{width}}  {'':>6}  {'':>6}  {'':>6}  share of the pixels that clear a margin, %",
-        f"{'class':<{width}}  {'units':>6}  {'IoU %':>6}  {'at least':>8}"
+        f"{'':<{width}}  {'':>6}"
+        + "".join(f"  {title:>16}" for title in weights.values())
+        + "  % of its pixels with a margin",
+        f"{'class':<{width}}  {unit + 's':>6}"
+        + f"  {'IoU %':>6}  {'at least':>8}" * 2
         + "".join(f"  {f'> {margin:g}':>6}" for margin in _COLUMNS),
     ]
     for name, found in classes.items():
-        cleared = [found["cleared"][place] for place in places]
+        pairs = [(found[f"{key}iou"], found[f"{key}iou_lower_bound"]) for key in weights]
         rows.append(
-            f"{name:<{width}}  {found['units']:>6}  {_percent(found['iou']):>6}  {_percent(found['iou_lower_bound']):>8}"
-            + "".join(f"  {_percent(share):>6}" for share in cleared)
+            f"{name:<{width}}  {found['units']:>6}"
+            + "".join(f"  {_percent(iou):>6}  {_percent(bound):>8}" for iou, bound in pairs)
+            + "".join(f"  {_percent(found['cleared'][place]):>6}" for place in places)
         )
     line = "-" * max(map(len, rows))
-    bounds, level, units = result["miou_lower_bound"], 100 * result["level"], result["units"]
-    total = [
-        f"{result['split']}: mIoU {_percent(result['miou'])} % on {units} units.",
-        f"On unseen images of the same source, with {level:g} % confidence, at least",
-        f"  {_percent(bounds['bootstrap']):>5} %  by bootstrap over the units (the level is approximate)",
-        f"  {_percent(bounds['concentration']):>5} %  by concentration, and each class its value under 'at least'",
-        "provided that the units are independent, were not trained on and chose this checkpoint among no more than "
-        f"{result['selected_from']} (--selected_from)",
+    return "\n".join([*rows[:2], line, *rows[2:], line, *_summary(result, unit)])
+
+
+def _summary(result: dict[str, Any], unit: str) -> list[str]:
+    """Lay the mIoUs and their bounds out, with all that they depend on."""
+    units, few = result["units"], result["classes_in_few_units"]
+    both = result, result["unit_weighted"]
+    bounds = [found["miou_lower_bound"] for found in both]
+
+    def row(title: str, values: Sequence[float | None], remark: str = "") -> str:
+        return f"  {title:<26}" + "".join(f"  {_percent(value):>12}" for value in values) + f"  {remark}".rstrip()
+
+    lines = [
+        f"{result['split']}: mIoU (%) of {units} {unit}s, and lower bounds for unseen {unit}s of the same source, each with "
+        f"{100 * result['level']:g} % confidence",
+        f"  {'':<26}  {'equal pixels':>12}  {f'equal {unit}s':>12}",
+        row(f"these {units} {unit}s", [found["miou"] for found in both]),
+        row("at least, by bootstrap", [found["bootstrap"] for found in bounds], "approximate level"),
+        row("at least, by concentration", [found["concentration"] for found in bounds], "guaranteed level"),
+        "equal pixels: the mIoU of a data set, to which a large image adds more than a small one",
+        f"equal {unit}s: the same, with the pixel counts of each {unit} divided by its labelled pixels first",
     ]
+    if result["largest_pixels"] is None:
+        lines.append(
+            f"'-' under equal pixels: this bound needs a size limit, the most labelled pixels that any unseen {unit} can "
+            f"have; state it as --bound.largest_pixels (the largest {unit} here has {result['largest_unit_pixels']:,})"
+        )
+    lines.append(
+        f"Conditions: the {unit}s are independent, none was trained on, and the {result['split']} split chose this "
+        f"checkpoint among no more than {result['selected_from']} (--bound.selected_from)"
+    )
+    if result["split"] == "val" and result["selected_from"] == 1:
+        lines.append(
+            "If this is the best.ckpt of a run, val chose it among the epochs: state their number as --bound.selected_from, "
+            "or use --split test"
+        )
+    if few:
+        named = ", ".join(f"{name} ({count})" for name, count in few.items())
+        lines.append(
+            f"Classes in fewer than {_FEW_WITH_CLASS} {unit}s: {named}. The bootstrap can tell little about them; its "
+            "bounds may be far too low, down to 0"
+        )
     if units < _FEW_UNITS:
-        total.append(f"fewer than {_FEW_UNITS} units: whether the bootstrap keeps its level there has not been checked")
-    return "\n".join([*rows[:2], line, *rows[2:], line, *total])
+        lines.append(f"With fewer than {_FEW_UNITS} {unit}s, it has not been checked how often the bootstrap's bounds hold")
+    return lines
 
 
 def _percent(share: float | None) -> str:

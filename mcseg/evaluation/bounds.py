@@ -5,14 +5,23 @@ r"""Lower bounds for the IoU of unseen images: from training margins (theory), a
 The bound needs the complexity K of the networks, of which no useful value is known for deep ones: it explains and promises
 nothing.
 
-**Held-out bound.** :func:`miou_lower_bound` needs no complexity: it takes the counts of a held-out set, image by image.
-The images (or groups of them) are taken to be drawn independently from one source, and the statement is about the IoU over
-endless images of it: E[hits] / E[target + predicted - hits] per class, averaged over the classes that occur in the set.
-Pixels of an image may depend on each other in any way. The set must not have been used for training; where it chose one of
-k checkpoints, the bound of level ``1 - (1 - level) / k`` holds for the chosen one at ``level``.
+**Held-out bound.** :func:`miou_lower_bound` needs no complexity: it takes the counts of a held-out set, image by image, and
+bounds the mIoU over endless images of the same source. The images (or groups of them) are taken to be drawn independently
+from that source. Pixels of an image may depend on each other in any way. Two quantities can be bounded, by ``weight``:
 
-Two methods: ``bootstrap`` is tight, and its level is approximate (measured: ``benchmarks/results/coverage.md``);
-``concentration`` holds for any number of images and any source, and is loose, above all for rare classes.
+- ``"pixel"``: every pixel weighs the same. IoU = E[hits] / E[union] per class, union = target + predicted - hits. The mIoU
+  of the data set estimates their mean. Large images weigh more than small ones.
+- ``"image"``: every image weighs the same. The counts of an image are divided by its labelled pixels N first, IoU =
+  E[hits / N] / E[union / N]: the IoU of a pixel that is drawn from the labelled pixels of an image that is drawn first. It
+  is not the mean of IoUs of single images.
+
+Both are the same if all images have as many labelled pixels. The mean is taken over the classes that occur in the set. The
+set must not have been used for training; if it chose one of k checkpoints, the bound of level ``1 - (1 - level) / k`` holds
+for the chosen one at ``level``.
+
+Two methods: ``bootstrap`` is the closer one, and its level is approximate (measured: ``benchmarks/results/coverage.md``).
+``concentration`` holds for any number of images and any source, and is loose, above all for rare classes; with the weight
+``"pixel"`` it needs a limit for the size of images, without which no such bound exists (``bounds.md``, section 3).
 """
 
 import math
@@ -26,6 +35,7 @@ from torch import Tensor
 from mcseg.margins import ClassPixels, MarginOffsets, checked_counts
 
 Method = Literal["bootstrap", "concentration"]
+Weight = Literal["pixel", "image"]
 Counts = Tensor | npt.NDArray[Any]
 _Floats = npt.NDArray[np.float64]
 
@@ -184,12 +194,27 @@ def optimal_offsets(
     return shared(torch.from_numpy(found.x))
 
 
+def held_out_iou(counts: Counts, weight: Weight = "pixel") -> Tensor:
+    """Compute the IoU of every class on a held-out set, by the weight of :func:`miou_lower_bound`.
+
+    Args:
+        counts: as for :func:`miou_lower_bound`.
+        weight: as for :func:`miou_lower_bound`.
+
+    Returns:
+        (C,) float64 in [0, 1]; NaN for a class with neither target nor predicted pixels.
+    """
+    hits, union, _ = _hits_and_union(counts, weight)
+    return torch.from_numpy(hits.sum(0)) / torch.from_numpy(union.sum(0))
+
+
 def miou_lower_bound(
     counts: Counts,
     level: float = 0.95,
     method: Method = "bootstrap",
     *,
-    image_pixels: int | None = None,
+    weight: Weight = "pixel",
+    largest_pixels: int | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> float:
@@ -209,7 +234,9 @@ def miou_lower_bound(
         counts: ``(images, 3, C)`` integers on the CPU: hits, target and predicted pixels of each class, labelled ones only.
         level: confidence in (0, 1).
         method: ``"bootstrap"`` or ``"concentration"``.
-        image_pixels: for ``concentration``: as many labelled pixels as an image of the source can have.
+        weight: ``"pixel"`` for the mIoU of the data set, ``"image"`` for equal weight per image; see the module.
+        largest_pixels: for ``concentration`` with the weight ``"pixel"`` only, and needed there: the most labelled pixels
+            that an image of the source can have, known beforehand. The largest image of the set is no substitute.
         resamples: of the bootstrap.
         seed: of the bootstrap.
 
@@ -217,49 +244,65 @@ def miou_lower_bound(
         The bound, in [0, mIoU of the counts]; 0 where the method cannot tell, as from a single image.
 
     Raises:
-        ValueError: counts that are impossible, or a setting out of its range.
+        ValueError: counts that are impossible, a setting out of its range, or one that the method does not use.
     """
+    _check_level(level)
     if method not in get_args(Method):
         raise ValueError(f"method: found {method!r}, expected one of {', '.join(map(repr, get_args(Method)))}")
     if method == "concentration":
-        if image_pixels is None:
-            raise ValueError("image_pixels: expected as many labelled pixels as an image of the source can have")
-        return float(iou_lower_bounds(counts, level, image_pixels).nanmean())
+        return float(iou_lower_bounds(counts, level, weight, largest_pixels).nanmean())
+    if largest_pixels is not None:
+        raise ValueError(f"largest_pixels: found {largest_pixels}, but the bootstrap does not use it; leave it out")
     if resamples < 100:
         raise ValueError(f"resamples: found {resamples}, expected at least 100")
-    hits, union = _hits_and_union(counts, level)
+    hits, union, _ = _hits_and_union(counts, weight)
     return _bootstrap(hits, union, level, resamples, np.random.default_rng(seed))
 
 
-def iou_lower_bounds(counts: Counts, level: float, image_pixels: int) -> Tensor:
+def iou_lower_bounds(counts: Counts, level: float, weight: Weight = "image", largest_pixels: int | None = None) -> Tensor:
     r"""Bound the IoU of every class from below, all at once with confidence ``level``, for any number of images.
 
-    An image has h hits and u = target + predicted - hits, 0 <= h <= u <= A. If the source has IoU <= v, then
-    ``E[h] <= v E[u]``, so each factor of ``prod_j (1 + b (h_j / v - u_j) / A)``, with a bet b in [0, 1], is never negative
-    and has an expectation of at most 1. The mean of the product over the bets 1, 1/2, 1/4, ... therefore reaches
-    C / (1 - level) with probability at most (1 - level) / C (Markov), and the bound is the largest v that it refutes: it
-    falls in v. This is the betting form of the empirical Bernstein bound (Waudby-Smith and Ramdas, "Estimating means of
-    bounded random variables by betting", J. R. Stat. Soc. B 86(1):1-27, 2024), with one inequality for the ratio.
+    Let h and u be the hits and the union of an image, divided by its labelled pixels (weight ``"image"``) or by
+    ``largest_pixels`` (weight ``"pixel"``): 0 <= h <= u <= 1. If the source has IoU = E[h] / E[u] <= v, then each factor of
+    ``prod_j (1 + b (h_j / v - u_j))``, with a bet b in [0, 1], is never negative and has an expectation of at most 1. The
+    mean of the product over the bets 1, 1/2, 1/4, ... therefore reaches C / (1 - level) with probability at most
+    (1 - level) / C (Markov), and the bound is the largest v that it refutes: it falls in v. This is the betting form of the
+    empirical Bernstein bound (Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting", J. R.
+    Stat. Soc. B 86(1):1-27, 2024), with one inequality for the ratio. Assumptions and proof: ``bounds.md``, section 3.
 
     Args:
         counts: as for :func:`miou_lower_bound`.
         level: confidence in (0, 1).
-        image_pixels: A, as many labelled pixels as an image of the source can have, a value known beforehand.
+        weight: as for :func:`miou_lower_bound`.
+        largest_pixels: as for :func:`miou_lower_bound`.
 
     Returns:
         (C,) float64 in [0, IoU]; NaN for a class with neither target nor predicted pixels.
+
+    Raises:
+        ValueError: as for :func:`miou_lower_bound`.
     """
-    hits, union = _hits_and_union(counts, level)
-    largest = int(max(np.asarray(counts)[:, 1:].sum(2).max(), union.max()))
-    if largest > image_pixels:
-        raise ValueError(f"image_pixels: found {image_pixels}, but an image has {largest} labelled pixels")
+    _check_level(level)
+    hits, union, labelled = _hits_and_union(counts, weight)
+    if weight == "image" and largest_pixels is not None:
+        raise ValueError(f"largest_pixels: found {largest_pixels}, but the weight 'image' does not use it; leave it out")
+    if weight == "pixel":
+        if largest_pixels is None:
+            raise ValueError(
+                "largest_pixels: found None, expected the most labelled pixels that an image of the source can have, which "
+                "this bound needs with the weight 'pixel'; if no limit is known, choose the weight 'image'"
+            )
+        if labelled.max() > largest_pixels:
+            raise ValueError(
+                f"largest_pixels: found {largest_pixels}, but an image has {labelled.max():.0f} labelled pixels"
+            )
+        hits, union = hits / largest_pixels, union / largest_pixels
     needed = math.log(hits.shape[1] / (1 - level))
-    bounds = [_refuted(h / image_pixels, u / image_pixels, needed) for h, u in zip(hits.T, union.T, strict=True)]
-    return torch.tensor(bounds, dtype=torch.float64)
+    return torch.tensor([_refuted(h, u, needed) for h, u in zip(hits.T, union.T, strict=True)], dtype=torch.float64)
 
 
 def _refuted(hits: _Floats, union: _Floats, needed: float) -> float:
-    """Find the largest IoU that the bets refute; hits and union of the images as shares of the largest image."""
+    """Find the largest IoU that the bets refute; hits and union (images,) in [0, 1]."""
     if not union.any():
         return math.nan
     there = union > 0  # the others have factors 1
@@ -322,18 +365,33 @@ def _studentised(times: _Floats, hits: _Floats, union: _Floats, miou: float) -> 
     return studentised
 
 
-def _hits_and_union(counts: Counts, level: float) -> tuple[_Floats, _Floats]:
-    """Validate counts; give hits and target + predicted - hits, each (images,C) float64."""
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level: found {level}, expected a confidence between 0 and 1")
+
+
+def _hits_and_union(counts: Counts, weight: Weight) -> tuple[_Floats, _Floats, _Floats]:
+    """Validate counts; return hits and union (images,C), divided by labelled pixels if images weigh the same, and those."""
     found = np.asarray(counts)
     if found.ndim != 3 or found.shape[1] != 3 or 0 in found.shape:
         raise ValueError(f"counts: found shape {found.shape}, expected (images, 3, C): hits, target, predicted")
     if not np.issubdtype(found.dtype, np.integer):
         raise ValueError(f"counts: found {found.dtype}, expected integers")
-    if not 0 < level < 1:
-        raise ValueError(f"level: found {level}, expected a confidence between 0 and 1")
+    if weight not in get_args(Weight):
+        raise ValueError(f"weight: found {weight!r}, expected one of {', '.join(map(repr, get_args(Weight)))}")
     hits, target, predicted = found.astype(np.float64).transpose(1, 0, 2)
     if (hits < 0).any() or (hits > np.minimum(target, predicted)).any():
         raise ValueError("counts: found hits below 0 or above the target or predicted pixels of an image")
-    if not (target + predicted).any():
+    union, labelled = target + predicted - hits, target.sum(1)
+    if (union.max(1) > labelled).any():
+        image = int((union.max(1) - labelled).argmax())
+        raise ValueError(
+            f"counts: image {image} has {labelled[image]:.0f} target pixels in all, but {union[image].max():.0f} that are "
+            "target or predicted of one class; expected predictions to be counted on labelled pixels only"
+        )
+    if not labelled.any():
         raise ValueError("counts: found no labelled pixel at all")
-    return hits, target + predicted - hits
+    if weight == "image":
+        whole = np.maximum(labelled, 1)[:, None]  # an image without labelled pixels adds 0 to both
+        hits, union = hits / whole, union / whole
+    return hits, union, labelled
