@@ -217,7 +217,7 @@ def test_objectives_as_people_write_them(tmp_path):
         written,
         seeds=[4, 2],
         baseline="objectives/focal",
-        tune={"model.lr_power": ["0.5", 1]},
+        tune={"model.scheduler.power": ["0.5", 1]},
         folds=["train-000*", ["train-0020", "train-0021"]],
     )
     assert [objective.label for objective in study.objectives] == written
@@ -228,7 +228,10 @@ def test_objectives_as_people_write_them(tmp_path):
     )
     # what an objective below it has set, here margin_calibration's tau in the data's recipe, must not leak into it
     assert study.objectives[3].words == ("--model.objective=null", "--config", str(own))
-    assert all(objective.trials == (("--model.lr_power=0.5",), ("--model.lr_power=1",)) for objective in study.objectives)
+    assert all(
+        objective.trials == (("--model.scheduler.power=0.5",), ("--model.scheduler.power=1",))
+        for objective in study.objectives
+    )
     assert study.folds == (("train-000*",), ("train-0020", "train-0021"))
     assert (study.seeds, study.baseline) == ((4, 2), "objectives/focal")
     assert parse_grid(["tau=1,10", "x=[1,2],[3,4]"]) == {"tau": ["1", "10"], "x": ["[1,2]", "[3,4]"]}
@@ -251,7 +254,7 @@ TRIALS = {
         ({"objectives": ["dice:smooth"]}, "KEY=VALUE"),
         ({"objectives": [{"name": "dice"}]}, "expected recipe, overrides, trials"),
         ({"objectives": TRIALS, "folds": ["train-0000"]}, "same number, found a 2, b 1"),
-        ({"tune": {"model.lr_power": [1, 2]}}, "give folds"),
+        ({"tune": {"model.scheduler.power": [1, 2]}}, "give folds"),
         ({"tune": {"tau": [1, 2]}, "folds": ["train-0000"]}, "cross_entropy: .*tau' is not accepted"),
         ({"folds": ["train-0000", "0001TP_*"]}, "0001TP_\\* is the name of no training image.*such as train-0000"),
         ({"folds": ["*"]}, "every training image"),
@@ -304,7 +307,10 @@ def miou(value):
 
 def test_plan_takes_the_best_trial_of_each_objective_into_the_final_runs():
     study = study_of(
-        ["cross_entropy", "dice"], seeds=[3, 4], folds=["train-000*", "train-001*"], tune={"model.lr_power": [1, 2, 3]}
+        ["cross_entropy", "dice"],
+        seeds=[3, 4],
+        folds=["train-000*", "train-001*"],
+        tune={"model.scheduler.power": [1, 2, 3]},
     )
     outcomes = {}
     assert len(planned(study)) == 2 * 2 * 3
@@ -318,7 +324,7 @@ def test_plan_takes_the_best_trial_of_each_objective_into_the_final_runs():
     assert {name for name in found if "trial" not in name} == {"dice, seed 3", "dice, seed 4"}
     run = found["dice, seed 4"][0]
     assert (run.trial, run.shifts) == (0, (0.5, -0.5))  # 0.3 on average, the failed one does not count
-    assert "--model.lr_power=1" in run.words
+    assert "--model.scheduler.power=1" in run.words
     assert not any("held_out" in word for word in run.words)
     outcomes["cross_entropy, trial 0, fold 0, seed 3"] = missing
     run = planned(study, outcomes, (0.5, -0.5))["cross_entropy, seed 3"][0]
@@ -350,16 +356,16 @@ def test_plan_of_two_stages_starts_each_run_from_the_same_data_and_seed():
 def test_key_follows_what_changes_the_numbers(tmp_path):
     recipe = tmp_path / "a.yaml"
 
-    def key(content="model: {lr_power: 1}", name=recipe, label="x", **options):
+    def key(content="model: {aux_weight: 1}", name=recipe, label="x", **options):
         name.write_text(content)
         return Run(label, "final", 0, ("--config", str(name), *options.pop("words", ())), **options).key
 
     base = key()
-    assert base == key(label="y") == key("# the same\nmodel:\n  lr_power: 1\n") == key(name=tmp_path / "b.yaml")
+    assert base == key(label="y") == key("# the same\nmodel:\n  aux_weight: 1\n") == key(name=tmp_path / "b.yaml")
     assert base == key(words=("--trainer.enable_progress_bar=false",))
     assert key(words=("--data.root", "x")) == key(words=("--data.root=x",)) == key(words=("--data.root=elsewhere/x",))
     assert key(words=("--data.root=x",)) != key(words=("--data.root=y",))
-    others = [key("model: {lr_power: 2}"), key(words=("--seed_everything=1",)), key(shifts=(1.0, -1.0))]
+    others = [key("model: {aux_weight: 2}"), key(words=("--seed_everything=1",)), key(shifts=(1.0, -1.0))]
     others.append(key(start=Run("z", "first", 0, ())))
     assert len({base, *others}) == 5
 
@@ -373,7 +379,7 @@ def test_key_is_of_the_settings_that_hold_in_the_end():
     assert key(old, "--model.objective=null", new) == key(new)
     assert key(old, "--model.objective.b=2") == key(old, "--model.objective.init_args.b=2") == key(old)
     assert key(old, "--model.objective.b=3", "--model.objective.b=2") == key(old)
-    assert key(old, "--model.lr_power=1") == key("--model.lr_power=1", old) == key("--model={lr_power: 1}", old)
+    assert key(old, "--model.aux_weight=1") == key("--model.aux_weight=1", old) == key("--model={aux_weight: 1}", old)
     # B may know the b of A; so may A where it comes back
     different = [(new,), (old, new), (old, new, old), (old,), (old, "--model.objective.b=3"), (old, "--model.objective.c=2")]
     different += [("--data=A", "--data.root=x"), ("--data=B", "--data.root=x"), ("--data.root=x",)]
@@ -598,7 +604,7 @@ def test_table_is_mean_and_deviation_of_scores_and_intervals_of_counts(tmp_path)
 
 def test_files_of_a_comparison(tmp_path):
     study = study_of(
-        ["cross_entropy", "dice"], seeds=[0, 1], folds=["train-000*", "train-001*"], tune={"model.lr_power": [1, 2]}
+        ["cross_entropy", "dice"], seeds=[0, 1], folds=["train-000*", "train-001*"], tune={"model.scheduler.power": [1, 2]}
     )
     study = replace(study, remarks=("a remark",))
     made = Fabricated(tmp_path, study)
@@ -610,7 +616,7 @@ def test_files_of_a_comparison(tmp_path):
         "cross_entropy",
         "1",
         "1",
-        "model.lr_power=2",
+        "model.scheduler.power=2",
     )
     with (tmp_path / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -677,7 +683,7 @@ HOSTILE = "<img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
 
 
 def test_report_shows_everything_without_scripts_and_fetches_nothing(tmp_path):
-    study = study_of(["cross_entropy", "dice"], seeds=[0, 1], folds=["train-000*"], tune={"model.lr_power": [1, 2]})
+    study = study_of(["cross_entropy", "dice"], seeds=[0, 1], folds=["train-000*"], tune={"model.scheduler.power": [1, 2]})
     study = replace(study, remarks=("a remark",))
     made = Fabricated(tmp_path, study)
     page = made.report()
@@ -689,7 +695,7 @@ def test_report_shows_everything_without_scripts_and_fetches_nothing(tmp_path):
         f"{100 * row['iou/pole_mean']:.1f}",
         "a remark",
         "dice + shifts",
-        "lr_power=2",
+        "power=2",
         "90.0",  # share of the most frequent class
         *("road", "sky", "pole"),
     ):

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from pytorch_lightning.cli import instantiate_module
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mcseg.lightning_internals import INSTANTIATOR, INSTANTIATOR_KEY, as_settings
 from mcseg.messages import one_line
 
 
@@ -33,8 +33,7 @@ def plain_hyperparameters(found: dict[str, Any]) -> tuple[dict[str, Any], dict[s
         # The command line links num_classes to the objective, and Lightning notes it even where the class takes none.
         accepted = inspect.signature(pkgutil.resolve_name(objective["class_path"])).parameters
         objective["init_args"] = {k: v for k, v in objective["init_args"].items() if k != "num_classes" or k in accepted}
-    # The one instantiator that Lightning trusts in a checkpoint
-    plain["_instantiator"] = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
+    plain[INSTANTIATOR_KEY] = INSTANTIATOR
     return plain, reasons
 
 
@@ -58,10 +57,9 @@ def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]
     if dotted := [name for name in stored if "." in name]:  # which could reach into what the caller gives
         raise ValueError(f"found the arguments {dotted}, expected names without dots")
     parser = ArgumentParser(exit_on_error=False)
-    arguments = {name: value for name, value in {**stored, **given}.items() if name != "_instantiator"}
-    if path := arguments.pop("_class_path", None):
+    arguments = as_settings({**stored, **given})
+    if "class_path" in arguments:  # no argument of a module has this name
         parser.add_subclass_arguments(kind, "model", fail_untyped=False)
-        arguments = {"class_path": path, "dict_kwargs": arguments}
     else:
         parser.add_class_arguments(kind, "model", fail_untyped=False)
     try:

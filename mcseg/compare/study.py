@@ -19,7 +19,7 @@ Words = tuple[str, ...]
 ObjectiveSettings = str | Mapping[str, Any]
 
 # Settings in which the objectives of a comparison may differ without a remark.
-_OBJECTIVES_OWN = ("model.objective", "model.optimizer", "model.scheduler", "model.lr_power", "model.warmup_steps")
+_OBJECTIVES_OWN = ("model.objective", "model.optimizer", "model.scheduler")
 
 
 @dataclass(frozen=True)

@@ -250,6 +250,16 @@ def labels_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     return labels
 
 
+def resize_labels(target: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Resize labels (N,H,W) to ``size`` by the nearest pixel, as `torch.nn.functional.interpolate` does images."""
+    if target.shape[-2:] == size:
+        return target
+    rows, columns = (
+        torch.arange(new, device=target.device) * old // new for new, old in zip(size, target.shape[-2:], strict=True)
+    )
+    return target[:, rows[:, None], columns]
+
+
 def _check_classes(num_classes: int) -> None:
     if num_classes > 256:
         raise ValueError(f"logits: found {num_classes} classes, expected at most 256, as labels are uint8")
