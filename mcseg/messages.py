@@ -32,13 +32,11 @@ def one_line(error: BaseException, *, limit: int | None = None) -> str:
 
 
 def _essence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = error.filename or "where the run folder is, or the temporary files"
+        return f"{where}: {error.strerror}; make room, and a training resumes with mcseg fit --resume RUN_FOLDER"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return (
-            f"{error.strerror}: where the run folder is, or the temporary files; make room, and a training goes on with "
-            "mcseg fit --resume RUN_FOLDER"
-        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "worker process" in lines[0]:
         return lines[-1].partition("Error: ")[2] or lines[-1]

@@ -12,13 +12,12 @@ from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from mcseg.checkpoints.compatibility import check_network, check_num_classes, initialize_network, warn_of_other_classes
-from mcseg.checkpoints.files import VERSION, read_checkpoint, written_by
-from mcseg.checkpoints.hyperparameters import plain_hyperparameters, refuse_calls
-from mcseg.checkpoints.translate import translate
+from mcseg.checkpoints.files import VERSION
+from mcseg.checkpoints.hyperparameters import changed_arguments, plain_hyperparameters
 from mcseg.evaluation.inference import Inference, labels_at, resize_labels
 from mcseg.evaluation.metrics import is_repeated
 from mcseg.kernels import predicted_classes
-from mcseg.lightning_internals import argument_keys, classmethod_of_the_class
+from mcseg.lightning_internals import classmethod_of_the_class
 from mcseg.losses import POWER_DICE, CrossEntropyLoss, MarginCalibrationLoss, Upsampling
 from mcseg.networks import SegmentationNetwork
 from mcseg.nonfinite import LossGuard, OnNonFinite
@@ -156,15 +155,8 @@ class SegmentationModule(pl.LightningModule):
         Raises:
             ValueError: not a checkpoint, or one that holds or names what it must not, or arguments that are unknown here.
         """
-        checkpoint = read_checkpoint(checkpoint_path)
-        stored = {name: value for key in argument_keys(cls) for name, value in checkpoint.get(key, {}).items()}
-        try:
-            translated = translate(stored)
-            refuse_calls(cls, translated, options)
-        except ValueError as error:
-            raise ValueError(f"{checkpoint_path} ({written_by(checkpoint)}): {error}") from None
+        changed = changed_arguments(cls, checkpoint_path, options)
         if hparams_file is None:  # which replaces all that is stored
-            changed = {name: value for name, value in translated.items() if value != stored.get(name)}
             options = {**changed, **options}
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **options)
 

@@ -15,19 +15,22 @@ PACKAGE = ROOT / "mcseg"
 # Part of the package -> the parts that it may import. `run`, `compare`, `__init__` and `__main__` may import everything.
 MAY_IMPORT = {
     "version": set(),
+    "atomic": set(),
+    "benchmarks": set(),
     "messages": set(),
     "seeds": set(),
     "lightning_internals": set(),
     "nonfinite": set(),
     "schedules": set(),
-    "pictures": set(),
+    "palette": set(),
+    "pictures": {"atomic", "palette"},
     "margins": set(),
     "kernels": set(),
     "networks": {"messages"},
-    "data": {"lightning_internals", "seeds"},
+    "data": {"atomic", "benchmarks", "lightning_internals", "messages", "palette", "seeds"},
     "losses": {"margins", "kernels"},
     "evaluation": {"kernels", "margins"},
-    "checkpoints": {"lightning_internals", "messages", "version"},
+    "checkpoints": {"atomic", "lightning_internals", "messages", "version"},
     "module": {
         "checkpoints",
         "evaluation",
@@ -40,7 +43,7 @@ MAY_IMPORT = {
         "seeds",
         "version",
     },
-    "callbacks": {"evaluation", "pictures"},
+    "callbacks": {"atomic", "evaluation", "palette", "pictures"},
 }
 AT_FIRST_USE = {"triton", "wandb", "matplotlib", "scipy", "pandas", "segmentation_models_pytorch", "timm"}
 

@@ -33,6 +33,7 @@ from mcseg.compare.shifts import _GRID, _miou_on_grid, fit_shifts, shifted_miou
 from mcseg.compare.statistics import class_iou, measures, paired_intervals
 from mcseg.compare.study import _ParseOnly, make_study, parse_grid, setting_words
 from mcseg.evaluation.metrics import Scores, image_counts, rarest_third
+from mcseg.palette import distinct_colors
 from mcseg.run.main import main
 from mcseg.run.recipes import RECIPES
 
@@ -556,9 +557,7 @@ class Fabricated:
             pixels = torch.randint(0, 3, (6, 8), dtype=torch.uint8)
             pictures.save(pictures.image_picture(torch.rand(3, 6, 8)), path / "pictures" / "0-image.jpg")
             for name in ("target", "prediction"):
-                pictures.save(
-                    pictures.palette_image(pixels, pictures.default_palette(3)), path / "pictures" / f"0-{name}.png"
-                )
+                pictures.save(pictures.palette_image(pixels, distinct_colors(3)), path / "pictures" / f"0-{name}.png")
         result = {"objective": run.objective, "role": run.role, "seed": run.seed, "fold": run.fold, "trial": run.trial}
         result |= {name.replace("counts", "scores"): worker._scores(value, [2]) for name, value in counts.items()}
         result |= {"key": run.key, "shifts": run.shifts, "images": 5, "steps": 12}

@@ -120,9 +120,9 @@ def test_settings_of_a_checkpoint_are_taken_before_anything_is_made(tmp_path):
     path = tmp_path / "x.ckpt"
     options = ["--trainer.accelerator=cpu", "--trainer.logger=false"]
     globals()["Line"] = Line
-    CLI(Line, args=["validate", *options], save_config_callback=None)
+    CLI(Line, args=["validate", *options], save_config_callback=None, seed_everything_default=0)
     torch.save({}, path)
-    CLI(Line, args=["validate", f"--ckpt_path={path}", *options], save_config_callback=None)
+    CLI(Line, args=["validate", f"--ckpt_path={path}", *options], save_config_callback=None, seed_everything_default=0)
     assert seen == ["ran", ("validate", path, False), "ran"]
     # the hook is in place of Lightning's own, which would have read the file
     assert "_parse_ckpt_path" in vars(pl.cli.LightningCLI)

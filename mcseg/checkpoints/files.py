@@ -1,6 +1,5 @@
 """Checkpoint files: written atomically, read without unpickling anything but tensors and plain types."""
 
-import os
 import pickle
 import re
 import zipfile
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
 
+from mcseg.atomic import write_atomically
 from mcseg.lightning_internals import load_from_url
 from mcseg.version import __version__
 
@@ -31,20 +31,15 @@ class CheckpointFile(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         place = Path(path)
-        temporary = place.with_name(f".{place.name}.tmp")  # what a killed process has left is written over
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:  # given a path, torch would write with errors that do not tell the reason
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(place)
+
+        try:
+            write_atomically(place, write, exclusive=True)
         except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):  # torch's writer has errors of its own on top
-                cause = cause.__context__
-            reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             before = "the checkpoint that was there before is whole" if place.exists() else "there is none"
             raise OSError(f"{place}: the checkpoint cannot be written ({reason}); {before}") from error
 

@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from pytorch_lightning import LightningModule
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from mcseg.lightning_internals import INSTANTIATOR, INSTANTIATOR_KEY, as_settings
+from mcseg.checkpoints.files import read_checkpoint, written_by
+from mcseg.checkpoints.translate import translate
+from mcseg.lightning_internals import INSTANTIATOR, INSTANTIATOR_KEY, argument_keys, as_settings
 from mcseg.messages import one_line
 
 
@@ -35,6 +38,30 @@ def plain_hyperparameters(found: dict[str, Any]) -> tuple[dict[str, Any], dict[s
         objective["init_args"] = {k: v for k, v in objective["init_args"].items() if k != "num_classes" or k in accepted}
     plain[INSTANTIATOR_KEY] = INSTANTIATOR
     return plain, reasons
+
+
+def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the arguments of a checkpoint's module that this version wants otherwise than they are stored.
+
+    Args:
+        kind: the module's class.
+        source: path, URL or open file.
+        given: arguments from the caller; see :func:`refuse_calls`, by which the stored ones are checked.
+
+    Returns:
+        Arguments by name: those of an earlier version in the terms of this one.
+
+    Raises:
+        ValueError: not a checkpoint, or one with arguments that this version refuses.
+    """
+    checkpoint = read_checkpoint(source)
+    stored = {name: value for key in argument_keys(kind) for name, value in checkpoint.get(key, {}).items()}
+    try:
+        translated = translate(stored)
+        refuse_calls(kind, translated, given)
+    except ValueError as error:
+        raise ValueError(f"{source} ({written_by(checkpoint)}): {error}") from None
+    return {name: value for name, value in translated.items() if name not in stored or value != stored[name]}
 
 
 def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:

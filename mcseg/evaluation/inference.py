@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcseg.kernels import predicted_classes
+from mcseg.kernels import neighbours, predicted_classes
 
 _BAND = 1 << 24  # logits that are resized at once: 64 MB in float32
 _ROWS = 32  # rows of averaged probabilities that are resized at once, few beside the rows of a window
@@ -291,14 +291,13 @@ def bands_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Iterator[tup
 
 
 def _neighbours(length: int, source: int, part: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-    """Where ``part`` of ``length`` rows lies between ``source`` rows, as F.interpolate has it without aligned corners.
+    """Find where ``part`` of ``length`` rows lies between ``source`` rows, without aligned corners.
 
     Returns:
         The row above and the row below int64, the share of the row below float32, one for each row; on the CPU.
     """
-    place = ((torch.arange(length)[part] + 0.5) * (source / length) - 0.5).clamp(min=0)
-    above = place.long()
-    return above, (above + 1).clamp(max=source - 1), place - above
+    above, below, share = (values[part] for values in neighbours(source, length, False, torch.float32))
+    return above, below, share
 
 
 def _shares(length: int, window: int, starts: list[int]) -> Tensor:

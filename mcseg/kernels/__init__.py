@@ -29,7 +29,7 @@ from .confusion import counted, predicted
 from .counts import soft_error_counts
 from .fused import fused_pixel_loss
 from .reference import ErrorKind, Margin, Surrogate, error_sums, surrogate_errors, weighted_sum
-from .upsample import Upsampling, upsampled
+from .upsample import Upsampling, neighbours, upsampled
 
 __all__ = [
     "BACKENDS",
@@ -39,8 +39,10 @@ __all__ = [
     "Upsampling",
     "check_backend",
     "check_labels",
+    "check_predictions",
     "confusion_counts",
     "error_counts",
+    "neighbours",
     "pixel_errors",
     "pixel_loss",
     "predicted_classes",
@@ -249,11 +251,7 @@ def confusion_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_ind
         TypeError: Predictions or target are not integers.
         ValueError: Predictions and target have different shapes, or, on the CPU, such a pixel.
     """
-    for name, labels in (("preds", preds), ("target", target)):
-        if labels.is_floating_point() or labels.is_complex():
-            raise TypeError(f"{name}: found dtype {labels.dtype}, expected integer classes")
-    if preds.shape != target.shape:
-        raise ValueError(f"preds: found shape {tuple(preds.shape)}, expected {tuple(target.shape)}, the shape of the target")
+    check_predictions(preds, target)
     if target.is_cuda and _HAS_TRITON:
         from . import gpu
 
@@ -261,6 +259,15 @@ def confusion_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_ind
         return found[:-1].view(num_classes, num_classes), found[-1]
     counts = counted(preds, target, num_classes, ignore_index).view(num_classes, num_classes)
     return counts, counts.new_zeros(())
+
+
+def check_predictions(preds: Tensor, target: Tensor) -> None:
+    """Raise TypeError or ValueError unless predictions and target are integers of the same shape."""
+    for name, labels in (("preds", preds), ("target", target)):
+        if labels.is_floating_point() or labels.is_complex():
+            raise TypeError(f"{name}: found dtype {labels.dtype}, expected integer classes")
+    if preds.shape != target.shape:
+        raise ValueError(f"preds: found shape {tuple(preds.shape)}, expected {tuple(target.shape)}, the shape of the target")
 
 
 def _prepared(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, torch.Size]:
