@@ -181,7 +181,7 @@ TOUCH = {"class_path": "torch.save", "init_args": {"obj": 1, "f": "owned"}}
 # By this package, by Lightning, or by the parser, whose words and whose order of trying differ from version to version
 REFUSED = (
     "nothing else is called|without dots|not in the allowlist|does not correspond to a subclass|Expected 'torch.save' to be"
-    "|Option 'obj' is not accepted"
+    "|Option 'obj' is not accepted|does not accept option"
 )
 
 
@@ -205,6 +205,8 @@ REFUSED = (
         {"network_options": {"decoder": TOUCH}},
         {"_instantiator": "torch.save"},
         {"_class_path": "mcseg.SegmentationModule", "objective": TOUCH},
+        {"class_path": "mcseg.module.SegmentationModule", "objective": TOUCH},
+        {"class_path": "mcseg.module.SegmentationModule", "init_args": {"num_classes": 3, "objective": TOUCH}},
         {"_class_path": "numpy.memmap", "filename": "owned", "shape": [1], "mode": "w+"},
     ],
     ids=str,

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from mcseg.checkpoints.files import read_checkpoint, written_by
 from mcseg.checkpoints.translate import translate
-from mcseg.lightning_internals import INSTANTIATOR, INSTANTIATOR_KEY, argument_keys, as_settings
+from mcseg.lightning_internals import CLASS_PATH_KEY, INSTANTIATOR, INSTANTIATOR_KEY, argument_keys, as_settings
 from mcseg.messages import one_line
 
 
@@ -84,13 +84,13 @@ def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]
     if dotted := [name for name in stored if "." in name]:  # which could reach into what the caller gives
         raise ValueError(f"found the arguments {dotted}, expected names without dots")
     parser = ArgumentParser(exit_on_error=False)
-    arguments = as_settings({**stored, **given})
-    if "class_path" in arguments:  # no argument of a module has this name
+    arguments = {**stored, **given}
+    if arguments.get(CLASS_PATH_KEY):
         parser.add_subclass_arguments(kind, "model", fail_untyped=False)
     else:
         parser.add_class_arguments(kind, "model", fail_untyped=False)
     try:
-        parsed = parser.parse_object({"model": arguments}).model
+        parsed = parser.parse_object({"model": as_settings(arguments)}).model
     except ArgumentError as error:
         raise ValueError(one_line(error)) from None
     values = {**parsed.get("dict_kwargs", {}), **vars(parsed.get("init_args", parsed))}
