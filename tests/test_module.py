@@ -205,7 +205,6 @@ REFUSED = (
         {"network_options": {"decoder": TOUCH}},
         {"_instantiator": "torch.save"},
         {"_class_path": "mcseg.SegmentationModule", "objective": TOUCH},
-        {"class_path": "mcseg.module.SegmentationModule", "objective": TOUCH},
         {"class_path": "mcseg.module.SegmentationModule", "init_args": {"num_classes": 3, "objective": TOUCH}},
         {"_class_path": "numpy.memmap", "filename": "owned", "shape": [1], "mode": "w+"},
     ],

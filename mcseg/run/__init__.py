@@ -12,8 +12,8 @@
 4.  ``cli.py`` makes the data module, the module, and the Trainer with mcseg's callbacks: among them
     ``signals.CheckpointOnSignal``, and two of Lightning's that write ``checkpoints/best.ckpt`` when ``val/miou`` rises and
     ``checkpoints/last.ckpt`` after each epoch, through ``checkpoints/files.CheckpointFile``.
-5.  ``folder.exclusive_lock`` keeps a second process out of the folder while ``Trainer.fit`` runs. In it
-    ``config.yaml`` is written, ``module.on_fit_start`` calibrates the objective and loads the weights to start from; then come the epochs.
+5.  ``folder.exclusive_lock`` keeps a second process out of the folder while ``Trainer.fit`` runs. In it ``config.yaml`` is
+    written, ``module.on_fit_start`` calibrates the objective and loads the weights to start from; then come the epochs.
 6.  At the end ``command.py`` removes the folder if the run left nothing but its settings (``folder.run_folder_tidied``).
 
 A run is stopped by SIGTERM or Ctrl-C:
