@@ -181,13 +181,17 @@ def test_an_interrupted_validation_is_repeated_whole(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*dataloader is not resumable")
 @pytest.mark.parametrize(("step", "expected"), [(3, (0, 3)), (6, (1, 0)), (8, (1, 2))])
 def test_position_of_a_resumed_training(tmp_path, step, expected):
-    class Order(torch.utils.data.SequentialSampler):
-        run, seen = None, None
+    class Order(torch.utils.data.Sampler):
+        """Asks when the loader's iterator is made, as the sampler of a loader with workers is asked."""
+
+        run, seen = None, []
+
+        def __len__(self):
+            return 6
 
         def __iter__(self):
-            if self.run is not None and self.run.training:
-                Order.seen = Order.seen or internals.training_position(self.run)
-            return super().__iter__()
+            self.seen.append(internals.training_position(self.run))
+            return iter([[index] for index in range(self.seen[-1][1], 6)])
 
     class Save(pl.Callback):
         def on_train_batch_end(self, trainer, *args):
@@ -195,11 +199,11 @@ def test_position_of_a_resumed_training(tmp_path, step, expected):
                 trainer.save_checkpoint(tmp_path / "x.ckpt")
 
     trainer(Save(), max_epochs=2).fit(Line(), loader())
-    data = torch.ones(6, 1)
-    order = Order(data)
-    order.run = run = trainer(max_epochs=3)
-    run.fit(Line(), torch.utils.data.DataLoader(data, batch_size=1, sampler=order), ckpt_path=tmp_path / "x.ckpt")
-    assert Order.seen == expected
+    Order.run = trainer(max_epochs=3)
+    batches = torch.utils.data.DataLoader(torch.ones(6, 1), batch_sampler=Order())
+    Order.run.fit(Line(), batches, ckpt_path=tmp_path / "x.ckpt")
+    assert Order.seen[0] == expected
+    assert Order.run.global_step == 18
 
 
 def test_rows_are_added_to_a_csv_file(tmp_path):
