@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mcseg.kernels import Upsampling, confusion_counts, predicted_classes
-from mcseg.losses import DiceLoss, MarginCalibrationLoss, margin_calibration_loss
+from mcseg.losses import DiceLoss, margin_calibration_loss
 from mcseg.margins import MarginOffsets, margin_offsets
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -118,8 +118,7 @@ def contestants(case: Case) -> dict[str, tuple[Loss, Loss | None]]:
         return lambda z, y: margin_calibration_loss(z, y, offsets, backend=backend, upsample=upsample)
 
     def power(backend: str, upsample: bool = False) -> Loss:
-        options = {"margin": "soft", "surrogate": "sigmoid", "aggregation": "dice", "classes": "all", "power": 0.5}
-        loss = MarginCalibrationLoss(classes, "none", backend=backend, **options).calibrate(pixels).to(DEVICE)  # type: ignore[arg-type]
+        loss = DiceLoss(power=0.5, classes="all", backend=backend)
         return lambda z, y: loss(z, y, upsample)
 
     def cross_entropy(z: Tensor, y: Tensor) -> Tensor:

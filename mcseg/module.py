@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from mcseg.checkpoints.compatibility import check_network, check_num_classes, initialize_network, warn_of_other_classes
 from mcseg.checkpoints.files import VERSION
 from mcseg.checkpoints.hyperparameters import changed_arguments, plain_hyperparameters
+from mcseg.checkpoints.translate import drop_unused_offsets
 from mcseg.evaluation.inference import Inference, labels_at, resize_labels
 from mcseg.evaluation.metrics import is_repeated
 from mcseg.kernels import predicted_classes
 from mcseg.lightning_internals import classmethod_of_the_class
-from mcseg.losses import POWER_DICE, CrossEntropyLoss, MarginCalibrationLoss, Upsampling
+from mcseg.losses import CrossEntropyLoss, Upsampling, default_objective, offered
 from mcseg.networks import SegmentationNetwork
 from mcseg.nonfinite import LossGuard, OnNonFinite
 from mcseg.schedules import WarmupPolynomialLR, lightning_schedule, set_length, step_plateau
@@ -42,9 +43,9 @@ class SegmentationModule(pl.LightningModule):
             Its last layer is left out where the number of classes differs. Objective, optimiser and epochs start anew.
         num_classes: number of classes C; the command line takes it from the data.
         objective: any module called with logits (N,C,H,W) float32 and target (N,H,W) int64 that returns a scalar. None is
-            power Dice (:data:`mcseg.losses.POWER_DICE`), the winner of the study on CamVid. An objective with a method
-            ``calibrate`` gets the pixel counts of the training labels when training starts. In Python, a
-            ``functools.partial`` of a class serves for objectives that do not keep their arguments.
+            power Dice, :func:`~mcseg.losses.default_objective`. One with a method ``calibrate`` gets the pixel counts of
+            the training labels when training starts; :class:`~mcseg.losses.ObjectiveProtocol` says what else is asked for.
+            In Python, a ``functools.partial`` of a class serves for objectives that do not keep their arguments.
         optimizer: callable from parameters to optimiser: a class, or a ``functools.partial`` of one.
         scheduler: callable from optimiser to learning-rate schedule, stepped after every optimiser step;
             ``torch.optim.lr_scheduler.ReduceLROnPlateau`` after every validation, by ``val/miou``, and Lightning's class of
@@ -58,8 +59,8 @@ class SegmentationModule(pl.LightningModule):
         aux_channels: width of the auxiliary head.
         fused_upsample: train and validate on the coarse logits of a network that ends in a bilinear upsampling, which the
             objective then does a strip of rows at a time: less memory, the same loss within rounding. Where the network or
-            the objective cannot (only :class:`~mcseg.losses.MarginCalibrationLoss` can, in training without an auxiliary
-            head), or the masks have another size than the images, nothing changes.
+            the objective cannot (those of margins and of soft counts can; in training not beside an auxiliary head), or the
+            masks have another size than the images, nothing changes.
         on_nonfinite: what to do about a loss that is NaN or infinite: ``"stop"`` ends the training with the names of the
             batch's images, one step later, so that no GPU waits for the check; ``"skip"`` leaves the batch out on all
             processes, tells at the end how many there were, and makes the host wait for each step.
@@ -116,7 +117,7 @@ class SegmentationModule(pl.LightningModule):
         )
         self.inference = Inference()
         if not isinstance(objective, nn.Module):
-            objective = MarginCalibrationLoss(num_classes, **POWER_DICE) if objective is None else objective()
+            objective = default_objective() if objective is None else objective()
         self.objective = objective
         self._aux_objective = CrossEntropyLoss()
         self.optimizer = optimizer
@@ -180,13 +181,13 @@ class SegmentationModule(pl.LightningModule):
             initialize_network(self.network, self.hparams["init_from"])
         elif self.hparams["encoder_weights"] and not self.has_weights:
             self.network.load_pretrained_encoder(self.hparams["encoder_weights"])
-        calibrate = getattr(self.objective, "calibrate", None)
+        calibrate = offered(self.objective, "calibrate")
         if calibrate is None:
             return
         class_pixels = getattr(getattr(self.trainer, "datamodule", None), "class_pixels", None)
         if class_pixels is not None:
             calibrate(class_pixels())
-        elif not getattr(self.objective, "is_calibrated", True):
+        elif not offered(self.objective, "is_calibrated"):
             raise RuntimeError(
                 "the objective is not calibrated and the data module has no class_pixels(); call "
                 "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before fit"
@@ -248,7 +249,7 @@ class SegmentationModule(pl.LightningModule):
             loss = self._loss(self.objective, logits, target) + self.hparams["aux_weight"] * aux
             terms = {"aux": aux.detach()}
         self.log("train/loss", loss, prog_bar=True, batch_size=len(target), sync_dist=True)
-        terms |= getattr(self.objective, "terms", {})  # of a sum of objectives
+        terms |= offered(self.objective, "terms")
         for name, term in terms.items():
             self.log(f"train/loss/{name}", term, batch_size=len(target), sync_dist=True)
         return loss
@@ -285,6 +286,7 @@ class SegmentationModule(pl.LightningModule):
         """
         check_num_classes(checkpoint, self.hparams["num_classes"])
         warn_of_other_classes(checkpoint, self._class_names())
+        drop_unused_offsets(checkpoint.get("state_dict", {}), self.state_dict())
         trainer = self._attached_trainer
         if trainer is None or not isinstance(trainer.strategy, FSDPStrategy):  # which has other names for the tensors
             check_network(checkpoint, self.state_dict())
@@ -327,7 +329,7 @@ class SegmentationModule(pl.LightningModule):
 
     @property
     def _fuses_upsampling(self) -> bool:
-        return bool(self.hparams["fused_upsample"]) and isinstance(self.objective, MarginCalibrationLoss)
+        return bool(self.hparams["fused_upsample"] and offered(self.objective, "takes_coarse_logits"))
 
     def _logits(self, image: Tensor, *, coarse: bool) -> tuple[Tensor, Upsampling | None]:
         """Compute logits of the image's size; or coarse ones, if the network ends in the upsampling that is returned."""
@@ -365,7 +367,7 @@ class SegmentationModule(pl.LightningModule):
             dropped = batch.get("dropped", ())
             repeated = is_repeated(loader, number, batch_idx, self.trainer.world_size, self.global_rank, dropped)
             number -= int(repeated.sum())
-        if number and getattr(self.objective, "is_calibrated", True):
+        if number and offered(self.objective, "is_calibrated"):
             loss = self._loss(self.objective, logits[:number], labels[:number], upsampling)
             self._evaluated += torch.stack([number * loss, torch.full_like(loss, number)])
         return {"preds": preds, "target": target}

@@ -361,23 +361,26 @@ def _curve(axes: "object", history: Sequence[Mapping[str, float]], key: str, **s
 
 
 def save_class_shares(
-    names: Sequence[str], share: Tensor, foreground: Tensor, background: Tensor, path: Path, palette: Palette
+    names: Sequence[str], share: Tensor, constants: Mapping[str, Tensor], path: Path, palette: Palette
 ) -> None:
-    """Draw pixel shares (C,) and margin offsets (C,) of the classes, most frequent first."""
+    """Draw pixel shares (C,) of the classes, most frequent first, and beside them constants (C,) by name, if any."""
     from matplotlib.figure import Figure
 
     order = share.argsort(descending=True).tolist()
-    figure = Figure(figsize=(11, 1.2 + 0.32 * len(names)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(11 if constants else 6, 1.2 + 0.32 * len(names)), layout="constrained")
+    axes = figure.subplots(1, 2 if constants else 1, sharey=True, squeeze=False)[0]
     labels = [names[index] for index in order]
     colors = [tuple(channel / 255 for channel in palette[index]) for index in order]
     percent = [100 * float(share[index]) for index in order]
-    left.barh(labels, percent, color=colors, edgecolor="black", linewidth=0.5)
-    left.set(xlabel="share of the labelled training pixels in %", xscale="log")
-    left.invert_yaxis()
-    positions = np.arange(len(order))
-    right.barh(positions - 0.2, background[order].numpy(), 0.4, label="background", color="tab:blue")
-    right.barh(positions + 0.2, foreground[order].numpy(), 0.4, label="foreground", color="tab:orange")
-    right.set(xlabel="margin offset in logits", xscale="log")
-    right.legend()
+    axes[0].barh(labels, percent, color=colors, edgecolor="black", linewidth=0.5)
+    axes[0].set(xlabel="share of the labelled training pixels in %", xscale="log")
+    axes[0].invert_yaxis()
+    if constants:
+        positions, height = np.arange(len(order)), 0.8 / len(constants)
+        for place, (name, values) in enumerate(constants.items()):
+            shift = (place - (len(constants) - 1) / 2) * height
+            axes[1].barh(positions + shift, values[order].numpy(), height, label=name)
+        positive = all(bool((values >= 0).all()) for values in constants.values())
+        axes[1].set(xlabel="constants of the objective", xscale="log" if positive else "linear")
+        axes[1].legend()
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))

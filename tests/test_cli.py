@@ -24,7 +24,7 @@ from mcseg.compare.study import _ParseOnly
 from mcseg.data import CamVidData
 from mcseg.evaluation.inference import Inference
 from mcseg.evaluation.metrics import score
-from mcseg.losses import POWER_DICE, MarginCalibrationLoss
+from mcseg.losses import DiceLoss, default_objective
 from mcseg.module import SegmentationModule
 from mcseg.run.folder import run_folder as new_run_folder
 from mcseg.run.main import main
@@ -272,7 +272,7 @@ def test_every_objective_on_a_data_recipe(name, device, precision, arguments, ca
 def test_recipe_of_an_objective_keeps_nothing_of_the_one_below():
     parser = _ParseOnly("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False).parser
     names = [f"objectives/{path.stem}" for path in (RECIPES / "objectives").glob("*.yaml")]
-    below = ["calibrated_dice", "iou_weighted", "logit_adjustment", "ldam", "tversky", "cross_entropy_weighted"]
+    below = ["power_dice", "iou_weighted", "logit_adjustment", "ldam", "tversky", "cross_entropy_weighted"]
     below += ["margin_calibration_warmup"]
 
     def objective(*recipes):
@@ -283,18 +283,19 @@ def test_recipe_of_an_objective_keeps_nothing_of_the_one_below():
         alone = objective("synthetic", name)
         assert all(alone == objective("synthetic", f"objectives/{other}", name) for other in below), name
     changed = objective("synthetic", names[0], "objectives/margin_calibration")
-    assert changed["init_args"].items() >= {"margin": "hard", "surrogate": "log", "aggregation": "sum", "tau": 10.0}.items()
+    assert changed["class_path"].endswith("MarginCalibrationLoss")
+    assert changed["init_args"].items() >= {"scheme": "ijcv2022", "tau": 10.0}.items()
 
 
 def test_the_default_objective_is_one_wherever_it_is_asked_for():
     recipe = yaml.safe_load((RECIPES / "objectives" / "default.yaml").read_text())["model"]["objective"]
-    assert recipe["init_args"] == dict(POWER_DICE)
+    assert recipe == {"class_path": "mcseg.losses.DiceLoss", "init_args": {"power": 0.5, "classes": "all"}}
     cli = _ParseOnly("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False)
     objective = cli.config.model.objective
-    assert pkgutil.resolve_name(objective.class_path) is MarginCalibrationLoss
+    assert pkgutil.resolve_name(objective.class_path) is DiceLoss
     assert objective.init_args.as_dict().items() >= recipe["init_args"].items()
     module = SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=3)
-    assert {name: getattr(module.objective, name) for name in POWER_DICE} == dict(POWER_DICE)
+    assert repr(module.objective) == repr(default_objective()) == repr(DiceLoss(**recipe["init_args"]))
     for path in RECIPES.glob("*.yaml"):
         assert "objective" not in yaml.safe_load(path.read_text())["model"], path
 
@@ -305,6 +306,8 @@ def test_an_objective_by_its_name_keeps_nothing_of_the_default(tmp_path):
     for words in (
         ["--model.objective=mcseg.losses.DiceLoss"],
         ["--model.objective", "mcseg.losses.DiceLoss"],
+        ["--model.objective", "DiceLoss"],  # segmentation_models_pytorch has one of that name
+        ["--model.objective=DiceLoss"],
         ["--config", str(tmp_path / "own.yaml")],
     ):
         _, found = find_recipes(["fit", "--config", "camvid", *words])
@@ -401,6 +404,7 @@ def test_checkpoint_from_the_command_line_in_python(arguments):
             "synthetic",
             *arguments("synthetic"),
             *TINY,
+            "--model.objective=MarginCalibrationLoss",
             "--model.objective.tau",
             "3",
             "--model.optimizer.lr",
@@ -488,17 +492,17 @@ def test_repeating_a_run_of_a_named_folder_overwrites_nothing(arguments, tmp_pat
 def test_checkpoints_of_an_earlier_version(arguments, tmp_path, capsys):
     """What it did not know has its default, not the recipe's value; what no longer fits is named."""
     common = ["--config", "synthetic", *arguments("synthetic"), *TINY]
-    main(["fit", *common, "--model.objective", "MarginCalibrationLoss", "--trainer.default_root_dir", str(tmp_path / "run")])
+    main(["fit", *common, "--model.objective", "DiceLoss", "--trainer.default_root_dir", str(tmp_path / "run")])
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["hyper_parameters"]["objective"]["init_args"]["margin"] == "hard"  # the paper's, not the recipe's
+    assert checkpoint["hyper_parameters"]["objective"]["init_args"]["power"] == 1.0  # not the recipe's
     del checkpoint["mcseg_version"], checkpoint["class_names"]
-    for name in ("margin", "surrogate", "power", "aggregation", "classes"):
+    for name in ("power", "backend", "classes"):
         del checkpoint["hyper_parameters"]["objective"]["init_args"][name]
     early = tmp_path / "early.ckpt"
     torch.save(checkpoint, early)
     main(["validate", *common, "--ckpt_path", str(early), "--trainer.default_root_dir", str(tmp_path / "scored")])
     found = yaml.safe_load((tmp_path / "scored" / "config.yaml").read_text())["model"]["objective"]["init_args"]
-    assert [found[name] for name in ("margin", "surrogate", "power", "aggregation")] == ["hard", "log", 1.0, "sum"]
+    assert [found[name] for name in ("power", "backend", "classes")] == [1.0, "auto", "present"]
 
     state = checkpoint["state_dict"]
     name = max(name for name in state if name.startswith("network."))
@@ -555,6 +559,8 @@ def test_stats(arguments, camvid_root, capsys):
             *arguments("camvid"),
             "--trainer.default_root_dir",
             "out",
+            "--model.objective",
+            "MarginCalibrationLoss",
             "--model.objective.tau",
             "2",
         ]
@@ -566,6 +572,17 @@ def test_stats(arguments, camvid_root, capsys):
     assert float(first[4]) == pytest.approx(2 * (306 - 126) ** 0.5 / 126, rel=1e-3)
     with Image.open("out/class_shares.png") as file:
         assert file.width > 500
+
+
+def test_stats_prints_what_the_objective_derives_from_the_counts(arguments, capsys):
+    heads = {}
+    for objective in (None, "DiceLoss", "MarginCalibrationLoss", "LogitAdjustmentLoss"):
+        words = ["--model.objective", objective] if objective else []
+        main(["stats", "--config", "folder", *arguments("folder"), "--trainer.default_root_dir", "out", *words])
+        heads[objective] = capsys.readouterr().out.splitlines()[0].split()
+    assert heads[None] == heads["DiceLoss"] == ["class", "pixels", "share", "%"]
+    assert heads["MarginCalibrationLoss"][4:] == ["foreground", "offset", "background", "offset"]
+    assert heads["LogitAdjustmentLoss"][4:] == ["adjustment"]
 
 
 def test_check_of_good_data(arguments, capsys):

@@ -1,22 +1,19 @@
-"""Counts of errors at soft margins: against a loop over pixels, rivals and classes, and their gradient against it as well."""
+"""Soft counts: against a loop over pixels, rivals and classes, and their gradient against it as well."""
 
 import math
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcseg.kernels import ErrorKind, counts
-from mcseg.kernels import error_counts as counts_of_kind
-from mcseg.losses import DiceLoss, MarginCalibrationLoss
+from mcseg.kernels import fused_counts, soft_counts
+from mcseg.losses import DiceLoss, JaccardLoss, TverskyLoss
 
 VOID = 255
 POWERS = [1.0, 0.5, 0.3]
-
-
-def error_counts(logits, target, offsets, power, ignore_index):
-    return counts_of_kind(logits, target, offsets, ErrorKind("soft", "sigmoid", power, ignore_index), "fused")
+both = pytest.mark.parametrize("backend", ["fused", "reference"])
 
 
 def draw(shape, seed=0, dtype=torch.float64, void=0.2, scale=3.0):
@@ -25,11 +22,10 @@ def draw(shape, seed=0, dtype=torch.float64, void=0.2, scale=3.0):
     pixels = (shape[0], *shape[2:])
     target = torch.randint(shape[1], pixels, generator=generator)
     target[torch.rand(pixels, generator=generator) < void] = VOID
-    offsets = tuple(2 * torch.rand(2, shape[1], generator=generator, dtype=torch.float64) - 0.5)
-    return logits, target, offsets
+    return logits, target
 
 
-def oracle(logits, target, offsets, power):
+def oracle(logits, target, power):
     """Counts, and the gradient of their sum weighted by (1 + k) for misses and (2 + k) / 3 for false alarms of class k."""
     num_classes = logits.shape[1]
     rows = logits.double().movedim(1, -1).reshape(-1, num_classes).tolist()
@@ -42,8 +38,7 @@ def oracle(logits, target, offsets, power):
             top = max(z[j] for j in rivals)
             parts = [math.exp(z[j] - top) for j in rivals]
             margin = z[k] - top - math.log(sum(parts))
-            offset = offsets[0 if k == y else 1][k] if offsets else 0.0
-            r = 1 / (1 + math.exp(-(float(offset) + (-margin if k == y else margin))))
+            r = 1 / (1 + math.exp(margin if k == y else -margin))
             found[0][k] += k == y
             found[1 if k == y else 2][k] += 1 - (1 - r) ** power
             slope = power * (1 - r) ** power * r * (-(1 + k) if k == y else (2 + k) / 3)  # in the margin
@@ -55,9 +50,9 @@ def oracle(logits, target, offsets, power):
     return torch.tensor(found, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64).view(shape).movedim(-1, 1)
 
 
-def run(logits, target, offsets, power):
+def run(logits, target, power, backend="fused"):
     z = logits.detach().requires_grad_()
-    found = error_counts(z, target, offsets, power, VOID)
+    found = soft_counts(z, target, power=power, backend=backend)
     classes = torch.arange(logits.shape[1], device=z.device)
     (gradient,) = torch.autograd.grad((found[1] * (1 + classes) + found[2] * (2 + classes) / 3).sum(), z)
     assert gradient.dtype == logits.dtype
@@ -65,21 +60,66 @@ def run(logits, target, offsets, power):
 
 
 @pytest.mark.parametrize("power", POWERS)
-@pytest.mark.parametrize("with_offsets", [True, False])
+@both
 @pytest.mark.parametrize(
     "shape", [(2, 2, 3, 4), (1, 3, 5, 2), (2, 19, 4, 3), (3, 5, 7), (1, 4, 2, 3, 2), (9, 6), (2, 65, 3)]
 )
-def test_loop_oracle(shape, with_offsets, power):
-    logits, target, offsets = draw(shape)
-    case = (logits, target, offsets if with_offsets else None, power)
-    for found, expected in zip(run(*case), oracle(*case), strict=True):
+def test_loop_oracle(shape, backend, power):
+    logits, target = draw(shape)
+    case = (logits, target, power)
+    for found, expected in zip(run(*case, backend), oracle(*case), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("power", POWERS)
 def test_gradcheck(power):
-    logits, target, offsets = draw((2, 4, 3, 2))
-    assert torch.autograd.gradcheck(lambda z: error_counts(z, target, offsets, power, VOID), logits.requires_grad_())
+    logits, target = draw((2, 4, 3, 2))
+    z = logits.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: soft_counts(z, target, power=power), z)
+    assert torch.autograd.gradgradcheck(lambda z: soft_counts(z, target, power=power, backend="reference"), z)
+
+
+def exact(z, label, power, misses, alarms):
+    """Errors of one pixel and the gradient of their weighted sum, with 80 digits."""
+    with localcontext() as context:
+        context.prec, context.Emin = 80, -(10**9)
+        q, z = Decimal(power), [Decimal(value) for value in z]
+        e = [(value - max(z)).exp() for value in z]
+        p = [part / sum(e) for part in e]
+        rest = [sum(e[j] for j in range(len(e)) if j != k) / sum(e) for k in range(len(e))]
+        errors = [1 - (p[k] if k == label else rest[k]) ** q for k in range(len(e))]
+        slopes = []  # in p
+        for k in range(len(e)):
+            kept, weight = (p[k], -Decimal(misses[k])) if k == label else (rest[k], Decimal(alarms[k]))
+            slopes.append(weight * q * kept ** (q - 1))
+        gradient = [sum(s * p[k] * (rest[k] if j == k else -p[j]) for k, s in enumerate(slopes)) for j in range(len(e))]
+        return [float(error) for error in errors], [float(value) for value in gradient]
+
+
+@both
+@pytest.mark.parametrize("label", [0, 1, 2])
+@pytest.mark.parametrize("gap", [0.0, 3.0, 18.0, 40.0, 80.0, 120.0])
+@pytest.mark.parametrize("power", [1.0, 0.5, 0.1])
+def test_confident_pixels_keep_their_gradient_in_float32(power, gap, label, backend):
+    """Sure and right, and sure and wrong: where 1 - p is far below the rounding of p, against 80 digits."""
+    z, misses, alarms = [gap, 0.0, -1.5], [1.0, 3.0, 0.5], [2.0, 1.0, 4.0]
+    errors, wanted = exact(z, label, power, misses, alarms)
+    logits = torch.tensor([z]).requires_grad_()
+    counts = soft_counts(logits, torch.tensor([label]), power=power, backend=backend)
+    (gradient,) = torch.autograd.grad((counts[1:] * torch.tensor([misses, alarms])).sum(), logits)
+    found = [float(counts[1 if k == label else 2][k].detach()) for k in range(3)]
+    assert found == pytest.approx(errors, rel=1e-6, abs=2e-7)
+    largest = max(map(abs, wanted))
+    assert gradient[0].tolist() == pytest.approx(wanted, rel=3e-6, abs=max(3e-7 * largest, 1e-37))
+
+
+@both
+@pytest.mark.parametrize("power", POWERS)
+def test_a_shift_of_all_logits_changes_nothing(power, backend):
+    logits, target = draw((2, 4, 5, 6), dtype=torch.float32)
+    logits = (logits * 64).round() / 64  # exact where 1e4 is added
+    for found, expected in zip(run(logits + 1e4, target, power, backend), run(logits, target, power, backend), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=40)
@@ -91,10 +131,10 @@ def test_gradcheck(power):
     power=st.sampled_from(POWERS),
     seed=st.integers(0, 1000),
 )
-def test_layout_order_of_classes_and_constants_do_not_matter(classes, size, layout, void, power, seed):
+def test_layout_and_order_of_classes_do_not_matter(classes, size, layout, void, power, seed):
     samples, height, width = size
-    logits, target, offsets = draw((samples, classes, height, width), seed, void=void)
-    expected, gradient = run(logits, target, offsets, power)
+    logits, target = draw((samples, classes, height, width), seed, void=void)
+    expected, gradient = run(logits, target, power)
     if layout == "channels last":
         other = logits.to(memory_format=torch.channels_last)
     elif layout == "cropped":
@@ -103,11 +143,11 @@ def test_layout_order_of_classes_and_constants_do_not_matter(classes, size, layo
         other = logits.repeat_interleave(2, dim=-1)[..., ::2]
     else:
         other = logits + 7 * torch.arange(width)  # the same for all classes of a pixel
-    for found, wanted in zip(run(other, target, offsets, power), (expected, gradient), strict=True):
+    for found, wanted in zip(run(other, target, power), (expected, gradient), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
     order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
     relabelled = torch.where(target == VOID, VOID, order.argsort()[target.clamp(max=classes - 1)])
-    found, _ = run(logits[:, order], relabelled, tuple(o[order] for o in offsets), power)
+    found, _ = run(logits[:, order], relabelled, power)
     torch.testing.assert_close(found, expected[:, order], rtol=1e-9, atol=1e-11)
 
 
@@ -116,41 +156,43 @@ def test_layout_order_of_classes_and_constants_do_not_matter(classes, size, layo
 def test_tiles_change_nothing(monkeypatch, elements, shape):
     case = (*draw(shape), 0.5)
     expected = run(*case)
-    monkeypatch.setattr(counts, "_TILE", elements)
+    monkeypatch.setattr(fused_counts, "_TILE", elements)
     for found, wanted in zip(run(*case), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
 
 
+@both
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf])
-def test_junk_under_void_pixels_and_nan_elsewhere(junk):
-    logits, target, offsets = draw((2, 4, 5, 6))
-    expected = run(logits, target, offsets, 0.5)
+def test_junk_under_void_pixels_and_nan_elsewhere(junk, backend):
+    logits, target = draw((2, 4, 5, 6))
+    expected = run(logits, target, 0.5, backend)
     changed = logits.masked_fill((target == VOID).unsqueeze(1), junk)
-    for found, wanted in zip(run(changed, target, offsets, 0.5), expected, strict=True):
+    for found, wanted in zip(run(changed, target, 0.5, backend), expected, strict=True):
         assert torch.equal(found, wanted)
     changed[0, 0].masked_fill_(target[0] != VOID, torch.nan)
-    assert run(changed, target, offsets, 0.5)[0][1:].isnan().any()
+    assert run(changed, target, 0.5, backend)[0][1:].isnan().any()
 
 
 @pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_narrow_types(dtype, power):
-    """Counts in float32 of the logits as they are; the gradient is off by its own rounding and that of 1 - p."""
-    logits, target, offsets = draw((2, 5, 6, 7), dtype=dtype)
-    found, gradient = run(logits, target, offsets, power)
-    expected, wanted = oracle(logits, target, offsets, power)
+    """Counts in float32 of the logits as they are; the gradient is off by its own rounding."""
+    logits, target = draw((2, 5, 6, 7), dtype=dtype)
+    found, gradient = run(logits, target, power)
+    expected, wanted = oracle(logits, target, power)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-6)
-    torch.testing.assert_close(gradient.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
+    torch.testing.assert_close(gradient.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+@both
 @pytest.mark.parametrize("power", POWERS)
-def test_extreme_logits_stay_finite(power):
-    logits, target, offsets = draw((2, 4, 5, 6), dtype=torch.float32)
-    found, gradient = run(1e4 * logits.sign(), target, offsets, power)
+def test_extreme_logits_stay_finite(power, backend):
+    logits, target = draw((2, 4, 5, 6), dtype=torch.float32)
+    found, gradient = run(1e4 * logits.sign(), target, power, backend)
     assert found.isfinite().all()
     assert gradient.isfinite().all()
-    found, gradient = run(1e4 * logits, target, None, power)  # as good as certain: errors are 0 or 1
+    found, gradient = run(1e4 * logits, target, power, backend)  # as good as certain: errors are 0 or 1
     labels, preds = target[target != VOID], logits.argmax(1)[target != VOID]
     for k in range(4):
         assert found[:, k].tolist() == [
@@ -162,60 +204,64 @@ def test_extreme_logits_stay_finite(power):
 
 
 def test_nothing_of_the_size_of_the_logits_is_kept():
-    logits, target, _ = draw((2, 4, 5, 6))
+    logits, target = draw((2, 4, 5, 6))
     z = logits.requires_grad_()
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        error_counts(z, target, None, 0.5, VOID)
+        soft_counts(z, target, power=0.5)
     assert {t.data_ptr() for t in kept if t.numel() >= target.numel()} == {z.data_ptr(), target.data_ptr()}
 
 
 def test_backward_twice_but_no_second_derivative():
-    logits, target, offsets = draw((1, 3, 2, 2))
+    logits, target = draw((1, 3, 2, 2))
     z = logits.requires_grad_()
-    total = error_counts(z, target, offsets, 0.5, VOID)[1:].sum()
+    total = soft_counts(z, target, power=0.5)[1:].sum()
     first, second = (torch.autograd.grad(total, z, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
-    with pytest.raises(RuntimeError, match="create_graph=True: counts of errors have no second derivative"):
+    with pytest.raises(RuntimeError, match='create_graph=True: backend "fused" has no second derivative'):
         torch.autograd.grad(total, z, create_graph=True)
 
 
-@pytest.mark.parametrize("aggregation", ["dice", "jaccard"])
-def test_ratio_of_powers(aggregation):
-    """The loss with q = 1/2 by sums of square roots of probabilities."""
-    logits, target, _ = draw((2, 4, 5, 6))
-    loss = MarginCalibrationLoss(
-        4, scheme="none", margin="soft", surrogate="sigmoid", aggregation=aggregation, classes="all", smooth=0.25, power=0.5
-    ).calibrate([4, 3, 2, 1])
+def ratio(kind, n, hits, alarms, smooth):
+    """Of one class, from soft counts, as in the papers."""
+    if kind == "dice":
+        return (2 * hits + smooth) / (n + hits + alarms + smooth)
+    if kind == "jaccard":
+        return (hits + smooth) / (n + alarms + smooth)
+    return (hits + smooth) / (hits + 0.3 * alarms + 0.7 * (n - hits) + smooth)
+
+
+@pytest.mark.parametrize("per_image", [False, True])
+@pytest.mark.parametrize("power", [1.0, 0.5, 0.3])
+@pytest.mark.parametrize("kind", ["dice", "jaccard", "tversky"])
+def test_ratio_of_powers(kind, power, per_image):
+    """The losses by sums of powers of probabilities, and what they say of each class."""
+    logits, target = draw((2, 4, 5, 6))
+    make = {"dice": DiceLoss, "jaccard": JaccardLoss, "tversky": TverskyLoss}[kind]
+    loss = make(classes="all", smooth=0.25, power=power, per_image=per_image)
     p = logits.softmax(1)
-    ratios = []
-    for k in range(4):
-        mine, others = target == k, (target != k) & (target != VOID)
-        hits = float(p[:, k][mine].sqrt().sum())
-        alarms = float((1 - (1 - p[:, k][others]).sqrt()).sum())
-        n = int(mine.sum())
-        if aggregation == "jaccard":
-            ratios.append((hits + 0.25) / (n + alarms + 0.25))
-        else:
-            ratios.append((2 * hits + 0.25) / (n + hits + alarms + 0.25))
-    assert float(loss(logits, target)) == pytest.approx(1 - sum(ratios) / 4, rel=1e-12)
+    ratios, rates = [], []
+    for image in (slice(0, 1), slice(1, 2)) if per_image else (slice(None),):
+        for k in range(4):
+            mine, others = target[image] == k, (target[image] != k) & (target[image] != VOID)
+            hits = float((p[image, k][mine] ** power).sum())
+            alarms = float((1 - (1 - p[image, k][others]) ** power).sum())
+            n = int(mine.sum())
+            ratios.append(ratio(kind, n, hits, alarms, 0.25))
+            rates.append(((n - hits) / n, alarms / int(others.sum())))
+    assert float(loss(logits, target)) == pytest.approx(1 - sum(ratios) / len(ratios), rel=1e-12)
+    means = [sum(ratios[k::4]) / len(ratios[k::4]) for k in range(4)]
+    assert loss.class_statistics["ratio"].tolist() == pytest.approx(means, rel=1e-12)
+    if not per_image:
+        assert loss.class_statistics["miss_rate"].tolist() == pytest.approx([miss for miss, _ in rates], rel=1e-12)
+        assert loss.class_statistics["false_alarm_rate"].tolist() == pytest.approx([alarm for _, alarm in rates], rel=1e-12)
 
 
-def test_power_one_is_soft_dice_with_its_gradient():
-    logits, target, _ = draw((2, 4, 5, 6))
-    options = {"margin": "soft", "surrogate": "sigmoid", "aggregation": "dice", "classes": "all", "smooth": 1.0}
-    gradients = []
-    for loss in (MarginCalibrationLoss(4, scheme="none", **options).calibrate([4, 3, 2, 1]), DiceLoss(classes="all")):
-        z = logits.clone().requires_grad_()
-        loss(z, target).backward()
-        gradients.append(z.grad)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-14)
-
-
-@pytest.mark.parametrize(("power", "surrogate"), [(0.0, "sigmoid"), (1.5, "sigmoid"), (math.nan, "sigmoid"), (0.5, "log")])
-def test_power_out_of_range(power, surrogate):
-    with pytest.raises(ValueError, match="power: found .* expected 0 < power <= 1, and 1 unless the surrogate is 'sigmoid'"):
-        MarginCalibrationLoss(3, surrogate=surrogate, power=power)
+@pytest.mark.parametrize("power", [0.0, 1.5, math.nan, -1.0])
+@pytest.mark.parametrize("kind", [DiceLoss, JaccardLoss, TverskyLoss])
+def test_power_out_of_range(kind, power):
+    with pytest.raises(ValueError, match="power: found .* expected 0 < power <= 1"):
+        kind(power=power)
 
 
 @pytest.mark.parametrize("power", [0.75, 0.5, 0.25])
@@ -228,7 +274,7 @@ def test_power_does_not_move_the_decision_between_two_classes(power, weights):
     z = torch.stack([p.log(), (1 - p).log()], 1)
     risks = []
     for label in (0, 1):
-        each = [error_counts(row[None], torch.tensor([label]), None, power, VOID) for row in z]
+        each = [soft_counts(row[None], torch.tensor([label]), power=power) for row in z]
         risks.append(
             torch.stack([c[1] @ c.new_tensor([miss_1, miss_2]) + c[2] @ c.new_tensor([alarm_1, alarm_2]) for c in each])
         )

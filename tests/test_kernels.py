@@ -4,13 +4,15 @@ import math
 import subprocess
 import sys
 import threading
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcseg.kernels import fused, pixel_loss
+from mcseg.kernels import fused_loss, pixel_loss
+from mcseg.kernels import reference as plain
 from mcseg.kernels.tiles import on_threads, tiles
 
 BACKENDS = ["fused", "reference"]
@@ -186,7 +188,7 @@ def test_memory_formats_are_kept(format):
 def test_tiles_change_nothing(monkeypatch, elements, shape):
     case = draw(shape)
     whole = run("fused", *case)
-    monkeypatch.setattr(fused, "_TILE", elements)
+    monkeypatch.setattr(fused_loss, "_TILE", elements)
     seen = torch.zeros(case[1].shape, dtype=torch.int64)
     parts = list(tiles(case[0], elements))
     for samples, rows in parts:
@@ -386,3 +388,21 @@ def test_threads_of_a_forked_process():
     """It has none of its parent's; Lightning's strategy for notebooks forks after losses may have been computed."""
     done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "4"
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=6))
+def test_margins_and_probabilities_against_a_loop(z):
+    """Class margins, and log p and log(1 - p) with 60 digits."""
+    logits = torch.tensor(z, dtype=torch.float64)[None]
+    margins = plain.class_margins(logits)[0].tolist()
+    log_p, log_rest = (values[0].tolist() for values in plain.log_probabilities(logits))
+    with localcontext() as context:
+        context.prec = 60
+        e = [Decimal(value).exp() for value in z]
+        for k in range(len(z)):
+            assert margins[k] == z[k] - max(value for j, value in enumerate(z) if j != k)
+            rest = sum(e[j] for j in range(len(z)) if j != k)
+            assert log_p[k] == pytest.approx(float((e[k] / sum(e)).ln()), rel=1e-12, abs=1e-300)
+            assert log_rest[k] == pytest.approx(float((rest / sum(e)).ln()), rel=1e-12, abs=1e-300)
+    assert margins[z.index(max(z))] >= 0

@@ -1,6 +1,7 @@
 """The objective: values worked by hand, numbers of the authors' implementation, reductions, and life as a module."""
 
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -296,6 +297,27 @@ def test_refusals(logits, target, settings, error, message):
 def test_settings_are_checked_when_built(settings, message):
     with pytest.raises(ValueError, match=message):
         MarginCalibrationLoss(**{"num_classes": 4} | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scheme": "miou", "tau": 3.0}, "tau: found 3.0 with scheme 'miou', which takes max_margin; leave tau out"),
+        ({"scheme": "miou", "upsilon": 0.5}, "upsilon: found 0.5 with scheme 'miou'"),
+        ({"max_margin": 2.0}, "max_margin: found 2.0 with scheme 'ijcv2022', which takes tau and upsilon"),
+        ({"scheme": "none", "tau": 3.0}, "tau: found 3.0 with scheme 'none', which takes none of"),
+    ],
+    ids=str,
+)
+def test_settings_without_effect_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MarginCalibrationLoss(4, **settings)
+
+
+def test_every_argument_is_one_of_the_nine():
+    names = list(inspect.signature(MarginCalibrationLoss).parameters)
+    nine = "num_classes scheme tau upsilon foreground_weight ignore_index reduction backend max_margin"
+    assert names == nine.split()
 
 
 def test_cross_entropy_against_a_loop():

@@ -20,10 +20,12 @@ from mcseg.losses import (
     DiceLoss,
     FocalLoss,
     GeneralizedDiceLoss,
+    IoUWeightedLoss,
     JaccardLoss,
     LDAMLoss,
     LogitAdjustmentLoss,
     LovaszSoftmaxLoss,
+    MarginCalibrationLoss,
     TverskyLoss,
 )
 
@@ -43,16 +45,22 @@ OBJECTIVES = {
     "focal_root": partial(FocalLoss, gamma=0.5, alpha=ALPHA),
     "logit_adjustment": partial(LogitAdjustmentLoss, C, tau=1.5),
     "balanced_softmax": partial(BalancedSoftmaxLoss, C),
+    "margin_calibration": partial(MarginCalibrationLoss, C, tau=0.5),
+    "margin_calibration_miou": partial(MarginCalibrationLoss, C, "miou", backend="reference"),
+    "iou_weighted": partial(IoUWeightedLoss, C, decay=0.0),
     "ldam": partial(LDAMLoss, C),
     "ldam_scaled": partial(LDAMLoss, C, max_margin=0.7, scale=30.0),
     **{
         f"{name}_{'image' if per_image else 'batch'}_{classes}": partial(cls, per_image=per_image, classes=classes, **more)
         for name, cls, more in [
             ("dice", DiceLoss, {}),
+            ("dice_power", DiceLoss, {"power": 0.5}),
             ("dice_rough", DiceLoss, {"smooth": 0.0}),
             ("jaccard", JaccardLoss, {}),
+            ("jaccard_power", JaccardLoss, {"power": 0.25, "backend": "reference"}),
             ("jaccard_rough", JaccardLoss, {"smooth": 0.0}),
             ("tversky", TverskyLoss, {}),
+            ("tversky_power", TverskyLoss, {"power": 0.5}),
             ("tversky_focal", TverskyLoss, {"gamma": 4 / 3, "smooth": 0.0}),
             ("generalized_dice", GeneralizedDiceLoss, {}),
             ("lovasz", LovaszSoftmaxLoss, {}),
@@ -61,6 +69,8 @@ OBJECTIVES = {
         for classes in ("present", "all")
     },
 }
+OFFSETS = ["foreground_offsets", "background_offsets"]
+STORED = {"margin_calibration": OFFSETS, "margin_calibration_miou": OFFSETS, "iou_weighted": OFFSETS}
 COUNTED = {name: make for name, make in OBJECTIVES.items() if hasattr(make(), "calibrate")}
 
 
@@ -204,7 +214,7 @@ def test_gradient_is_that_of_the_value(name):
 def test_shapes_are_static_and_nothing_is_read_back(name):
     # On the meta device there are no values: boolean indexing, .item() and branches on data raise.
     logits, target = (t.detach().to("meta") for t in case())
-    value, gradient = value_and_gradient(ready(name), logits, target)
+    value, gradient = value_and_gradient(ready(name).to("meta"), logits, target)
     assert value.is_meta
     assert gradient.shape == logits.shape
 
@@ -217,8 +227,8 @@ def test_compiles_in_one_graph(name):
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     for one, other in zip(
         value_and_gradient(compiled, logits, target), value_and_gradient(loss, logits, target), strict=True
-    ):
-        assert torch.equal(one, other)
+    ):  # compiled code may take the reference where the loss by itself takes the fused way
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
 
 
 @every
@@ -260,7 +270,7 @@ def test_built_without_storage(name):
     loss.to_empty(device="cpu")
     if name in COUNTED:
         assert not loss.is_calibrated
-        assert loss.class_pixels.isnan().all()
+        assert all(getattr(loss, stored).isnan().all() for stored in STORED.get(name, ["class_pixels"]))
         loss.calibrate(COUNTS)
     assert torch.equal(loss(*case()), ready(name)(*case()))
 
@@ -274,8 +284,8 @@ def test_refusals(name):
         (torch.zeros(1, C, 2, 2), torch.zeros(1, 2, 2).bool(), TypeError, "target: found dtype torch.bool"),
         (torch.zeros(C), torch.zeros(()).long(), ValueError, r"logits: found shape \(4,\)"),
         (torch.zeros(1, C, 2, 2), torch.zeros(1, C, 2, 2).long(), ValueError, "without a class dimension"),
-        (torch.zeros(1, C, 2, 2), torch.full((1, 2, 2), C), ValueError, "target: found label 4, expected 0..3"),
-        (torch.zeros(1, C, 2, 2), torch.full((1, 2, 2), -1), ValueError, "target: found label -1, expected 0..3"),
+        (torch.zeros(1, C, 2, 2), torch.full((1, 2, 2), C), ValueError, "target: found (label|class) 4, expected 0"),
+        (torch.zeros(1, C, 2, 2), torch.full((1, 2, 2), -1), ValueError, "target: found (label|class) -1, expected 0"),
     ]:
         with pytest.raises(error, match=message) as caught:
             loss(logits, target)
@@ -289,7 +299,7 @@ def test_refusals(name):
 def test_uncalibrated(name):
     loss = OBJECTIVES[name]()
     assert not loss.is_calibrated
-    assert loss.class_pixels.isnan().all()
+    assert all(getattr(loss, stored).isnan().all() for stored in STORED.get(name, ["class_pixels"]))
     assert "calibrated=False" in repr(loss)
     with pytest.raises(RuntimeError, match=r"Loss is not calibrated: call loss.calibrate\(class_pixels\)") as caught:
         loss(*case())
@@ -301,7 +311,7 @@ def test_uncalibrated(name):
     assert loss.calibrate(torch.tensor(COUNTS)) is loss
     assert loss.is_calibrated
     assert "calibrated=True" in repr(loss)
-    with pytest.raises(ValueError, match="logits: found 5 classes, expected 4"):
+    with pytest.raises(ValueError, match="logits: found 5 classes"):
         loss(torch.zeros(1, 5, 2, 2), torch.zeros(1, 2, 2).long())
 
 
@@ -312,16 +322,18 @@ def test_state_dict_round_trip(name):
     torch.save(loss.state_dict(), file)
     file.seek(0)
     state = torch.load(file, weights_only=True)
-    assert list(state) == ["class_pixels"]
-    assert state["class_pixels"].tolist() == COUNTS
+    stored = STORED.get(name, ["class_pixels"])
+    assert list(state)[: len(stored)] == stored
+    if "class_pixels" in stored:
+        assert state["class_pixels"].tolist() == COUNTS
     for assign in (False, True):
         model = nn.ModuleDict({"objective": OBJECTIVES[name]()})
-        model.load_state_dict({"objective.class_pixels": state["class_pixels"]}, assign=assign)
+        model.load_state_dict({f"objective.{key}": value.clone() for key, value in state.items()}, assign=assign)
         assert model["objective"].is_calibrated
         assert torch.equal(model["objective"](*case()), loss(*case()))
     loss.load_state_dict(OBJECTIVES[name]().state_dict())
     assert not loss.is_calibrated
-    assert loss.class_terms.isnan().all()
+    assert not loss.class_constants
 
 
 @counted
@@ -329,9 +341,10 @@ def test_a_class_without_pixels_is_named_and_stays_finite(name):
     with pytest.warns(UserWarning, match="no pixels of class 1; ") as caught:
         loss = OBJECTIVES[name]().calibrate([500, 0, 30, 7])
     assert caught[0].filename == __file__
-    assert loss.class_terms.isfinite().all()
-    expected = math.log(1 / 537) if isinstance(loss, LogitAdjustmentLoss) else 0
-    assert loss.class_terms[1].item() == pytest.approx(expected * getattr(loss, "tau", 1))
+    expected = math.log(1 / 537) * loss.tau if isinstance(loss, LogitAdjustmentLoss) else 0
+    for constants in loss.class_constants.values():
+        assert constants.isfinite().all()
+        assert constants[1].item() == pytest.approx(expected)
     # validation labels that hold it all the same, alone as well
     logits, target = case()
     for labels in (target.masked_fill(target == 2, 1), target.masked_fill(target != 255, 1)):

@@ -20,17 +20,20 @@ from mcseg.losses import (
     CrossEntropyLoss,
     DiceLoss,
     FocalLoss,
+    GeneralizedDiceLoss,
+    IoUWeightedLoss,
     JaccardLoss,
     LDAMLoss,
     LogitAdjustmentLoss,
     LovaszSoftmaxLoss,
     MarginCalibrationLoss,
     SumLoss,
+    TverskyLoss,
+    default_objective,
 )
 
 PIXELS = [9000, 700, 250, 50]
 DICE = {"class_path": "mcseg.losses.DiceLoss"}
-POWER = {"margin": "soft", "surrogate": "sigmoid", "power": 0.5, "aggregation": "dice", "classes": "all"}
 OBJECTIVES = {
     "cross entropy": CrossEntropyLoss,
     "weighted cross entropy": lambda: CrossEntropyLoss(4, weighting="median_frequency"),
@@ -40,9 +43,10 @@ OBJECTIVES = {
     "logit adjustment": lambda: LogitAdjustmentLoss(4),
     "balanced softmax": lambda: BalancedSoftmaxLoss(4),
     "margin calibration": lambda: MarginCalibrationLoss(4),
-    "soft log": lambda: MarginCalibrationLoss(4, "miou", margin="soft"),
-    "running IoU": lambda: MarginCalibrationLoss(4, "none", margin="soft", surrogate="sigmoid", weighting="iou"),
-    "power Dice": lambda: MarginCalibrationLoss(4, "none", **POWER),
+    "running IoU": lambda: IoUWeightedLoss(4),
+    "power Dice": default_objective,
+    "generalised Dice": GeneralizedDiceLoss,
+    "Tversky": lambda: TverskyLoss(gamma=1.5, classes="all"),
     "Dice": DiceLoss,
     "Jaccard per image": lambda: JaccardLoss(per_image=True),
     "Lovász per image": lambda: LovaszSoftmaxLoss(per_image=True),
@@ -113,7 +117,7 @@ from functools import partial
 import pytorch_lightning as pl
 import torch
 from mcseg import JaccardCallback, SegmentationModule, SyntheticData
-from mcseg.losses import MarginCalibrationLoss
+from mcseg.losses import IoUWeightedLoss
 
 warnings.filterwarnings("ignore")
 processes, folder = int(sys.argv[1]), sys.argv[2]
@@ -125,7 +129,7 @@ data = SyntheticData(
 )
 module = SegmentationModule(
     "unet", "tu-test_resnet.r160_in1k", num_classes=data.num_classes, network_options={"decoder_channels": [8] * 5}, frozen_batch_norm=True,
-    objective=MarginCalibrationLoss(data.num_classes, "none", weighting="iou"),
+    objective=IoUWeightedLoss(data.num_classes),
     optimizer=partial(torch.optim.SGD, lr=1e-3),
 )
 start = torch.cat([p.detach().double().flatten() for p in module.network.parameters()])

@@ -32,7 +32,7 @@ from mcseg.callbacks.objective_monitor import ObjectiveMonitor
 from mcseg.callbacks.panels import ConfusionPicture
 from mcseg.callbacks.scores import JaccardCallback
 from mcseg.data import SyntheticData
-from mcseg.losses import MarginCalibrationLoss, SumLoss
+from mcseg.losses import IoUWeightedLoss, JaccardLoss, MarginCalibrationLoss, SumLoss
 from mcseg.margins import margin_offsets
 from mcseg.run.main import main
 from mcseg.run.recipes import RECIPES, recipe_names
@@ -98,22 +98,14 @@ def tracked(tmp_path_factory):
     """Run folder of two epochs with all three loggers, and what W&B and TensorBoard wrote."""
     folder = tmp_path_factory.mktemp("tracked")
     loggers = ["--trainer.logger+=WandbLogger", "--trainer.logger+=TensorBoardLogger", "--trainer.logger.save_dir=."]
-    objective = {
-        "scheme": "ijcv2022",
-        "tau": 3,
-        "power": 1.0,
-        "classes": "present",
-        "aggregation": "dice",
-        "surrogate": "sigmoid",
-        "margin": "soft",
-    }
+    objective = ["--model.objective=IoUWeightedLoss", "--model.objective.max_margin=3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_API_KEY", KEY)
         patch.chdir(folder)
         words = ["fit", *SYNTHETIC, *loggers, "--trainer.max_epochs=2", f"--trainer.default_root_dir={folder / 'run'}"]
-        main([*words, *(f"--model.objective.{key}={value}" for key, value in objective.items())])
+        main([*words, *objective])
         finish_wandb()
     (events,) = (folder / "run").rglob("events.out.*")
     return folder / "run", *wandb_run(folder / "run"), EventAccumulator(str(events), {"images": 0, "tensors": 0}).Reload()
@@ -131,12 +123,12 @@ def test_trackers_hold_the_numbers_of_metrics_csv(tracked):
     series = csv_series(folder)
     names = SyntheticData(**SCENES).class_names
     every = {"train/loss", "lr-AdamW", "val/loss", "val/miou", "val/pixel_accuracy", "val/classes_averaged"}
-    every |= {f"train/{key}/{name}" for key in ("ratio", "miss_rate", "false_alarm_rate") for name in names}
+    every |= {f"train/{key}/{name}" for key in ("miss_weight", "false_alarm_weight") for name in names}
     every |= {f"objective/{side}_offset/{name}" for side in ("foreground", "background") for name in names}
     assert every <= series.keys()
     assert {key for key in series if key.startswith("val/iou/")} <= {f"val/iou/{name}" for name in names}
     assert [step for step, _ in series["train/loss"]] == [0, 1, 2, 3]
-    assert [step for step, _ in series["val/miou"]] == [step for step, _ in series["train/ratio/road"]] == [1, 3]
+    assert [step for step, _ in series["val/miou"]] == [step for step, _ in series["train/running_iou/road"]] == [1, 3]
     for key, expected in series.items():
         assert [(row["trainer/global_step"], row[key]) for row in history if key in row] == expected, key
         found = [(event.step, event.value) for event in events.Scalars(key)]
@@ -173,7 +165,7 @@ def test_trackers_of_a_run_that_goes_on(tmp_path, monkeypatch):
 def test_offsets_are_those_of_the_counted_labels(tracked):
     data = SyntheticData(**SCENES)
     data.prepare_data()
-    offsets = margin_offsets(data.class_pixels(), tau=3.0)
+    offsets = margin_offsets(data.class_pixels(), "miou", max_margin=3.0)
     series = csv_series(tracked[0])
     for side, expected in zip(("foreground", "background"), offsets, strict=True):
         found = [series[f"objective/{side}_offset/{name}"] for name in data.class_names]
@@ -206,7 +198,7 @@ def test_trackers_hold_the_configuration(tracked):
     folder, config, _, events = tracked
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["data"]["class_path"] == "mcseg.data.SyntheticData"
-    assert config["model"]["objective"]["init_args"]["tau"] == 3.0
+    assert config["model"]["objective"]["init_args"]["max_margin"] == 3.0
     assert {key: config[key] for key in saved} == saved
     assert config["arch"] == "unet"  # Lightning's hyperparameters
     (text,) = events.Tensors("config/text_summary")
@@ -265,14 +257,11 @@ class Trains(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
-RATIO = {"scheme": "none", "margin": "soft", "surrogate": "sigmoid", "aggregation": "jaccard", "smooth": 0.0}
-
-
 def summed():
     """Two objectives with statistics, one with a constant, one that knows nothing of classes."""
     entries = [
-        {"class_path": "mcseg.losses.MarginCalibrationLoss", "init_args": RATIO},
-        {"class_path": "mcseg.losses.MarginCalibrationLoss", "init_args": {"weighting": "iou", "tau": 2.0}},
+        {"class_path": "mcseg.losses.JaccardLoss", "init_args": {"smooth": 0.0}},
+        {"class_path": "mcseg.losses.IoUWeightedLoss", "init_args": {"max_margin": 2.0}},
         {"class_path": "mcseg.losses.CrossEntropyLoss", "init_args": {"weighting": "median_frequency"}},
         {"class_path": "torch.nn.CrossEntropyLoss", "init_args": {"ignore_index": 255}},
     ]
@@ -314,13 +303,13 @@ def test_a_sum_tells_of_its_parts(tmp_path):
     found = {key: values[0][1] for key, values in csv_series(tmp_path).items()}
     ratios, (z, y) = expected_ratios(items)
     for key, values in ratios.items():
-        logged = [found.pop(f"train/MarginCalibrationLoss1/{key}/{name}") for name in "abc"]
+        logged = [found.pop(f"train/JaccardLoss/{key}/{name}") for name in "abc"]
         assert logged == pytest.approx(values.tolist(), rel=1e-5)
     preds = z.argmax(1)
     iou = [((preds == k) & (y == k)).sum() / ((preds == k) | (y == k)).sum() for k in range(3)]
-    assert [found.pop(f"train/MarginCalibrationLoss2/running_iou/{name}") for name in "abc"] == pytest.approx(iou)
+    assert [found.pop(f"train/IoUWeightedLoss/running_iou/{name}") for name in "abc"] == pytest.approx(iou)
     weights = {
-        key: [found.pop(f"train/MarginCalibrationLoss2/{key}/{name}") for name in "abc"]
+        key: [found.pop(f"train/IoUWeightedLoss/{key}/{name}") for name in "abc"]
         for key in ("miss_weight", "false_alarm_weight")
     }
     union = np.array([((preds == k) | (y == k)).sum() for k in range(3)])
@@ -328,19 +317,21 @@ def test_a_sum_tells_of_its_parts(tmp_path):
     assert weights["miss_weight"] == pytest.approx((1 / union / (share / union).sum()).tolist())
     assert weights["false_alarm_weight"] == pytest.approx([w * i for w, i in zip(weights["miss_weight"], iou, strict=True)])
     constants = {
-        "MarginCalibrationLoss2/background_offset": [2 * math.sqrt(m) / n for n, m in ((60, 40), (30, 70), (10, 90))],
+        "IoUWeightedLoss/background_offset": [
+            2 * (m / 90) ** 0.25 * (10 / n) ** 0.5 for n, m in ((60, 40), (30, 70), (10, 90))
+        ],
         "CrossEntropyLoss1/weight": [0.5, 1.0, 3.0],
     }
     for key, values in constants.items():
         assert [found.pop(f"objective/{key}/{name}") for name in "abc"] == pytest.approx(values)
-    assert found.keys() == {f"objective/MarginCalibrationLoss2/foreground_offset/{name}" for name in "abc"}
+    assert found.keys() == {f"objective/IoUWeightedLoss/foreground_offset/{name}" for name in "abc"}
     assert (tmp_path / "objective.png").is_file()
 
 
 def test_statistics_of_classes_that_are_not_in_the_batch():
     logits, target = torch.zeros(1, 3, 2, 2), torch.tensor([[[0, 0], [1, 255]]])
     for classes, ratio in (("present", math.nan), ("all", 0.0)):
-        loss = MarginCalibrationLoss(3, **RATIO, classes=classes).calibrate([2, 1, 1])
+        loss = JaccardLoss(smooth=0.0, classes=classes)
         assert loss.class_statistics == {}
         loss(logits, target)
         found = {key: values.tolist() for key, values in loss.class_statistics.items()}
@@ -349,7 +340,7 @@ def test_statistics_of_classes_that_are_not_in_the_batch():
         assert found["false_alarm_rate"] == pytest.approx([1 / 3] * 3)
         loss(logits, torch.zeros(1, 2, 2).long())
         assert loss.class_statistics["false_alarm_rate"].isnan().tolist() == [True, False, False]
-    loss = MarginCalibrationLoss(3, weighting="iou").calibrate([2, 1, 1])
+    loss = IoUWeightedLoss(3).calibrate([2, 1, 1])
     loss(logits, target)  # of equal logits class 0 is predicted
     assert loss.class_statistics["running_iou"].tolist() == pytest.approx([2 / 3, 0, math.nan], nan_ok=True)
 
@@ -375,10 +366,10 @@ import sys
 sys.path.insert(0, {tests!r})
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch.utils.data import DataLoader
-from test_tracking import RATIO, ObjectiveMonitor, Trains, finish_wandb, samples, trainer
-from mcseg.losses import MarginCalibrationLoss
+from test_tracking import ObjectiveMonitor, Trains, finish_wandb, samples, trainer
+from mcseg.losses import JaccardLoss
 loggers = [kind(save_dir={folder!r}, name="", version="") for kind in (CSVLogger, TensorBoardLogger, WandbLogger)]
-objective = MarginCalibrationLoss(3, **RATIO).calibrate([60, 30, 10])
+objective = JaccardLoss(smooth=0.0)
 run = trainer({folder!r}, [ObjectiveMonitor(["a", "b", "c"])], logger=loggers, strategy="ddp", devices=2, log_every_n_steps=9)
 run.fit(Trains(objective), DataLoader(samples(), 2))
 finish_wandb()
@@ -482,7 +473,7 @@ def test_sweep_file_is_one_that_wandb_takes_and_the_command_runs(tmp_path):
     assert sweep["method"] == "bayes"
     assert sweep["metric"] == {"name": "val/miou", "goal": "maximize"}
     assert sweep["early_terminate"].keys() == {"type", "min_iter"}
-    assert {key.rpartition(".")[2] for key in sweep["parameters"]} == {"scheme", "tau", "upsilon", "max_margin"}
+    assert {key.rpartition(".")[2] for key in sweep["parameters"]} == {"tau", "upsilon"}
     for parameter in sweep["parameters"].values():
         assert parameter.keys() == {"values"} or (
             parameter.keys() == {"distribution", "min", "max"}
@@ -508,11 +499,11 @@ def test_sweep_file_is_one_that_wandb_takes_and_the_command_runs(tmp_path):
     # The parameters act: the offsets in the checkpoint are those of the first trial, and other values give others
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     pixels = SyntheticData(**SCENES).class_pixels()
-    scheme, tau, upsilon = (first[f"model.objective.{key}"]["value"] for key in ("scheme", "tau", "upsilon"))
-    expected = margin_offsets(pixels, scheme, tau, upsilon)
+    tau, upsilon = (first[f"model.objective.{key}"]["value"] for key in ("tau", "upsilon"))
+    expected = margin_offsets(pixels, "ijcv2022", tau, upsilon)
     assert torch.equal(state["objective.foreground_offsets"], expected.foreground)
     assert torch.equal(state["objective.background_offsets"], expected.background)
-    assert not torch.equal(margin_offsets(pixels, scheme, 2 * tau, upsilon).foreground, expected.foreground)
+    assert not torch.equal(margin_offsets(pixels, "ijcv2022", 2 * tau, upsilon).foreground, expected.foreground)
     _, history = wandb_run(tmp_path)
     assert sum("val/miou" in row for row in history) == 1
     assert "sweeps" not in " ".join(recipe_names())

@@ -1,33 +1,148 @@
-"""Checkpoints of earlier versions: their arguments in today's terms, by Python and by the command."""
+"""Checkpoints of earlier versions: objectives by the arguments of then, and their state."""
 
+from functools import partial
+
+import pytest
 import torch
 
-from mcseg.checkpoints.translate import translate
-from mcseg.module import SegmentationModule
+from mcseg import SegmentationModule
+from mcseg.checkpoints.translate import translated
+from mcseg.losses import CrossEntropyLoss, DiceLoss, IoUWeightedLoss, JaccardLoss, MarginCalibrationLoss, SumLoss
 from mcseg.run.main import main
+
+LOSS = "mcseg.losses.MarginCalibrationLoss"
+# as the command line wrote them: every argument of then, most without effect
+ALL = {
+    "num_classes": 3,
+    "scheme": "ijcv2022",
+    "tau": 10.0,
+    "upsilon": 1.0,
+    "foreground_weight": None,
+    "ignore_index": 255,
+    "reduction": "mean",
+    "backend": "auto",
+    "max_margin": 1.0,
+    "margin": "hard",
+    "surrogate": "log",
+    "aggregation": "sum",
+    "weighting": "foreground",
+    "false_alarm_weight": 1.0,
+    "classes": "present",
+    "smooth": 1.0,
+    "decay": 0.95,
+    "power": 1.0,
+}
+SOFT = {"scheme": "none", "margin": "soft", "surrogate": "sigmoid"}
+SUCCESSORS = {
+    "power dice": ({**SOFT, "power": 0.5, "aggregation": "dice", "classes": "all"}, DiceLoss(power=0.5, classes="all")),
+    "soft jaccard": ({**SOFT, "aggregation": "jaccard", "smooth": 2.0}, JaccardLoss(smooth=2.0)),
+    "iou": ({"scheme": "miou", "max_margin": 2.0, "weighting": "iou", "decay": 0.9}, IoUWeightedLoss(3, 2.0, 0.9)),
+    "paper": ({"tau": 3.0, "max_margin": 7.0}, MarginCalibrationLoss(3, tau=3.0)),
+    "miou": ({"scheme": "miou", "max_margin": 7.0, "tau": 3.0}, MarginCalibrationLoss(3, "miou", max_margin=7.0)),
+    "uniform": ({"weighting": "uniform"}, MarginCalibrationLoss(3, foreground_weight=1.0)),
+}
+GONE = [
+    {"margin": "soft", "surrogate": "sigmoid", "aggregation": "dice", "scheme": "miou"},  # offsets of a region loss
+    {"aggregation": "jaccard"},  # a ratio of hard margins
+    {"margin": "soft"},  # soft margins with the log
+    {"false_alarm_weight": 0.5},
+    {"weighting": "iou", "scheme": "none"},
+]
+
+
+def settings_of(objective):
+    return repr(objective).replace(", calibrated=True", "").replace(", calibrated=False", "")
+
+
+def stored(given, every):
+    return {"class_path": LOSS, "init_args": {**ALL, **given} if every else {"num_classes": 3, **given}}
+
+
+@pytest.mark.parametrize("every", [True, False])
+@pytest.mark.parametrize(("given", "expected"), SUCCESSORS.values(), ids=SUCCESSORS)
+def test_objectives_have_their_successors(given, expected, every, tmp_path):
+    """A checkpoint whose arguments are those of then gives the objective of today, in Python, with one line."""
+    module = SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=3, objective=expected)
+    hyper_parameters = {**module.hparams, "objective": stored(given, every)}
+    state = module.state_dict()
+    for side in ("foreground_offsets", "background_offsets"):  # every objective of the family had them
+        state.setdefault(f"objective.{side}", torch.zeros(3, dtype=torch.float64))
+    torch.save(
+        {"state_dict": state, "hyper_parameters": hyper_parameters, "pytorch-lightning_version": "2.5.0"},
+        tmp_path / "a.ckpt",
+    )
+    loaded = SegmentationModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert settings_of(loaded.objective) == settings_of(expected)
+    assert loaded.state_dict().keys() == module.state_dict().keys()
+    _, remarks = translated(hyper_parameters)
+    if type(expected) is MarginCalibrationLoss and "weighting" not in given:
+        assert remarks == []
+    else:
+        assert len(remarks) == 1
+        assert f"mcseg.losses.{type(expected).__name__}" in remarks[0]
+        assert "\n" not in remarks[0]
+
+
+@pytest.mark.parametrize("given", GONE, ids=str)
+def test_what_has_no_successor_is_refused_in_one_line(given, tmp_path):
+    hyper_parameters = {"num_classes": 3, "objective": stored(given, every=True)}
+    with pytest.raises(ValueError, match="no successor") as caught:
+        translated(hyper_parameters)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(f"{name} {value}" in message for name, value in given.items())
+    # but the weights can be had
+    module = SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=3, objective=CrossEntropyLoss())
+    state = module.state_dict() | {"objective.foreground_offsets": torch.zeros(3, dtype=torch.float64)}
+    torch.save(
+        {
+            "state_dict": state,
+            "hyper_parameters": {**module.hparams, **hyper_parameters},
+            "pytorch-lightning_version": "2.5.0",
+        },
+        tmp_path / "a.ckpt",
+    )
+    with pytest.raises(ValueError, match=r"a\.ckpt \(written by an earlier mcseg.*no successor"):
+        SegmentationModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    loaded = SegmentationModule.load_from_checkpoint(tmp_path / "a.ckpt", objective=partial(CrossEntropyLoss))
+    assert isinstance(loaded.objective, CrossEntropyLoss)
+
+
+def test_sums_are_translated_part_by_part_and_others_are_left_alone():
+    entries = [{**stored({**SOFT, "aggregation": "dice"}, every=True), "weight": 0.3}, {"class_path": "torch.nn.Identity"}]
+    before = {"objective": {"class_path": "mcseg.losses.SumLoss", "init_args": {"num_classes": 3, "objectives": entries}}}
+    after, remarks = translated(before)
+    assert len(remarks) == 1
+    loss = SumLoss(**after["objective"]["init_args"])
+    assert repr(loss.parts[0]) == repr(DiceLoss())
+    assert loss.weights == [0.3, 1.0]
+    for objective in (
+        None,
+        {"class_path": "mcseg.losses.DiceLoss", "init_args": {"power": 0.5}},
+        {"class_path": "mine.Loss"},
+    ):
+        assert translated({"objective": objective, "arch": "fpn"}) == ({"objective": objective, "arch": "fpn"}, [])
+
 
 NEW = "mcseg.schedules.WarmupPolynomialLR"
 STEP = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 3}}
 
 
-def test_settings_of_the_polynomial_schedule_moved_to_a_class_of_its_own(caplog):
+def test_settings_of_the_polynomial_schedule_have_a_class_of_their_own():
     old = {"num_classes": 3, "scheduler": None, "lr_power": 0.5, "warmup_steps": 7}
-    with caplog.at_level("INFO"):
-        found = translate(old)
+    found, (remark,) = translated(old)
     assert found == {"num_classes": 3, "scheduler": {"class_path": NEW, "init_args": {"power": 0.5, "warmup_steps": 7}}}
-    assert "lr_power and warmup_steps are now settings of the scheduler" in caplog.text
+    assert "scheduler: lr_power and warmup_steps are read as" in remark
     assert old == {"num_classes": 3, "scheduler": None, "lr_power": 0.5, "warmup_steps": 7}  # left as it was
 
 
 def test_another_schedule_stays_and_loses_what_had_no_effect():
-    assert translate({"scheduler": STEP, "lr_power": 0.5, "warmup_steps": 7}) == {"scheduler": STEP}
+    assert translated({"scheduler": STEP, "lr_power": 0.5, "warmup_steps": 7}) == ({"scheduler": STEP}, [])
 
 
-def test_arguments_of_this_version_stay_as_they_are(caplog):
+def test_arguments_of_this_version_stay_as_they_are():
     plain = dict(SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=3).hparams)
-    with caplog.at_level("INFO"):
-        assert translate(plain) == plain
-    assert "earlier version" not in caplog.text
+    assert translated(plain) == (plain, [])
     assert plain["scheduler"] == {"class_path": NEW}
 
 
@@ -57,5 +172,5 @@ def test_an_old_checkpoint_loads_from_the_command(tmp_path, caplog):
     words = ["--data.num_workers=0", "--data.val_scenes=2", "--trainer.accelerator=cpu", "--trainer.logger=false"]
     with caplog.at_level("INFO"):
         main(["validate", "--ckpt_path", str(path), *words, "--trainer.enable_progress_bar=false"])
-    assert "lr_power and warmup_steps are now settings of the scheduler" in caplog.text
+    assert "old.ckpt: scheduler: lr_power and warmup_steps are read as" in caplog.text
     assert "mIoU" in caplog.text

@@ -12,18 +12,28 @@ from hypothesis import strategies as st
 
 from mcseg import SegmentationModule
 from mcseg.kernels import upsample
-from mcseg.losses import CrossEntropyLoss, MarginCalibrationLoss, Upsampling, margin_calibration_loss
+from mcseg.losses import (
+    CrossEntropyLoss,
+    GeneralizedDiceLoss,
+    IoUWeightedLoss,
+    JaccardLoss,
+    MarginCalibrationLoss,
+    Upsampling,
+    default_objective,
+    margin_calibration_loss,
+)
 from mcseg.margins import margin_offsets
 from mcseg.networks import SegmentationNetwork
 
 PIXELS = [9000, 700, 250, 50]
-OPTIONS = [
-    {},
-    {"scheme": "miou", "weighting": "iou"},
-    {"scheme": "none", "margin": "soft", "surrogate": "sigmoid", "aggregation": "dice", "classes": "all", "power": 0.5},
-    {"scheme": "miou", "margin": "hard", "surrogate": "sigmoid", "aggregation": "jaccard"},
-    {"scheme": "none", "margin": "soft", "weighting": "uniform", "reduction": "sum"},
-]
+OBJECTIVES = {
+    "margins": lambda: MarginCalibrationLoss(4).calibrate(PIXELS),
+    "sum": lambda: MarginCalibrationLoss(4, "miou", reduction="sum").calibrate(PIXELS),
+    "iou weights": lambda: IoUWeightedLoss(4).calibrate(PIXELS),
+    "default": default_objective,
+    "jaccard": lambda: JaccardLoss(per_image=True),
+    "generalized dice": GeneralizedDiceLoss,
+}
 
 
 def draw(coarse, full, seed=0, dtype=torch.float64):
@@ -46,15 +56,15 @@ def interpolated(logits, target, size, align_corners):
     cut=st.tuples(st.integers(0, 3), st.integers(0, 3)),
     align_corners=st.booleans(),
     strip=st.sampled_from([1, 300, 10**9]),
-    options=st.sampled_from(OPTIONS),
+    objective=st.sampled_from(list(OBJECTIVES)),
     seed=st.integers(0, 99),
 )
-def test_same_as_upsampling_first(coarse, full, cut, align_corners, strip, options, seed):
+def test_same_as_upsampling_first(coarse, full, cut, align_corners, strip, objective, seed):
     kept = [max(1, size - less) for size, less in zip(full, cut, strict=True)]
     logits, target = draw(coarse, kept, seed)
     found = []
     for fused in (True, False):
-        loss = MarginCalibrationLoss(4, **options).calibrate(PIXELS)
+        loss = OBJECTIVES[objective]()
         z = logits.clone().requires_grad_()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(upsample, "_STRIP", strip)
@@ -79,6 +89,21 @@ def test_neighbours_are_those_of_torch(coarse, full, align_corners):
     found = values[0, 0, lower, 0] * (1 - weight) + values[0, 0, upper, 0] * weight
     expected = F.interpolate(values, (full, 1), mode="bilinear", align_corners=align_corners)[0, 0, :, 0]
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_compiles_in_one_graph_with_its_upsampling(objective):
+    torch.compiler.reset()
+    logits, target = draw((5, 6), (17, 21))
+    loss = OBJECTIVES[objective]()
+    found = []
+    for function in (loss, torch.compile(OBJECTIVES[objective](), fullgraph=True, backend="aot_eager")):
+        z = logits.clone().requires_grad_()
+        value = function(z, target, upsample=True)
+        value.backward()
+        found.append((value.detach(), z.grad))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-13)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -124,7 +149,7 @@ def test_logits_of_full_resolution_are_never_held(monkeypatch):
             return out
 
     logits, target = torch.randn(1, 4, 16, 16, requires_grad=True), torch.randint(0, 4, (1, 64, 64))
-    loss = MarginCalibrationLoss(4, **OPTIONS[2]).calibrate(PIXELS)
+    loss = default_objective()
     with Watch():
         loss(logits, target, upsample=True).backward()
     assert largest <= target.numel()  # a quarter of the logits
@@ -132,7 +157,7 @@ def test_logits_of_full_resolution_are_never_held(monkeypatch):
 
 def test_nothing_labelled_nan_and_bad_input():
     logits, target = draw((3, 4), (9, 12))
-    loss = MarginCalibrationLoss(4, **OPTIONS[2]).calibrate(PIXELS)
+    loss = default_objective()
     z = logits.clone().requires_grad_()
     value = loss(z, torch.full_like(target, 255), upsample=True)
     value.backward()
@@ -172,13 +197,13 @@ def test_networks_give_the_logits_before_their_upsampling(arch):
     assert set(network.state_dict()) == set(copy.deepcopy(network).state_dict())
 
 
-@pytest.mark.parametrize("objective", ["family", "cross entropy"])
+@pytest.mark.parametrize("objective", ["default", "cross entropy"])
 @pytest.mark.parametrize("arch", ["fpn", "unet"])
 def test_a_training_step_is_the_same(arch, objective):
     """Loss and gradients of all parameters with and without the option, also where it does not apply."""
     torch.manual_seed(0)
     batch = {"image": torch.rand(2, 3, 40, 56), "mask": torch.randint(0, 4, (2, 40, 56))}
-    made = MarginCalibrationLoss(4, **OPTIONS[2]).calibrate(PIXELS) if objective == "family" else CrossEntropyLoss()
+    made = default_objective() if objective == "default" else CrossEntropyLoss()
     options = {"decoder_dropout": 0.0} if arch == "fpn" else {"decoder_channels": [16, 16, 8, 8, 8]}
     modules = []
     for fused in (False, True):
@@ -203,7 +228,7 @@ def test_validation_is_the_same(masks):
     found = []
     for fused in (False, True):
         torch.manual_seed(1)
-        objective = MarginCalibrationLoss(4, **OPTIONS[2]).calibrate(PIXELS)
+        objective = default_objective()
         module = SegmentationModule(
             "fpn", "tu-test_resnet.r160_in1k", num_classes=4, objective=objective, fused_upsample=fused
         ).eval()

@@ -8,12 +8,13 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mcseg.checkpoints.files import read_checkpoint, written_by
-from mcseg.checkpoints.translate import translate
+from mcseg.checkpoints.translate import translated
 from mcseg.lightning_internals import CLASS_PATH_KEY, INSTANTIATOR, INSTANTIATOR_KEY, argument_keys, as_settings
 from mcseg.messages import one_line
 
@@ -41,15 +42,15 @@ def plain_hyperparameters(found: dict[str, Any]) -> tuple[dict[str, Any], dict[s
 
 
 def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the arguments of a checkpoint's module that this version wants otherwise than they are stored.
+    """Read the arguments of a checkpoint's module that have changed since an earlier version; report each change in a line.
 
     Args:
         kind: the module's class.
         source: path, URL or open file.
-        given: arguments from the caller; see :func:`refuse_calls`, by which the stored ones are checked.
+        given: arguments from the caller, in place of stored ones; see :func:`refuse_calls`, by which the others are checked.
 
     Returns:
-        Arguments by name: those of an earlier version in the terms of this one.
+        Arguments by name, as this version takes them.
 
     Raises:
         ValueError: not a checkpoint, or one with arguments that this version refuses.
@@ -57,11 +58,13 @@ def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[s
     checkpoint = read_checkpoint(source)
     stored = {name: value for key in argument_keys(kind) for name, value in checkpoint.get(key, {}).items()}
     try:
-        translated = translate(stored)
-        refuse_calls(kind, translated, given)
+        arguments, remarks = translated({name: value for name, value in stored.items() if name not in given})
+        refuse_calls(kind, arguments, given)
     except ValueError as error:
         raise ValueError(f"{source} ({written_by(checkpoint)}): {error}") from None
-    return {name: value for name, value in translated.items() if name not in stored or value != stored[name]}
+    for remark in remarks:
+        rank_zero_info(f"{source}: {remark}")
+    return {name: value for name, value in arguments.items() if name not in stored or value != stored[name]}
 
 
 def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:

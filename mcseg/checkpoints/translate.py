@@ -1,45 +1,111 @@
-"""Hyperparameters of checkpoints that earlier versions wrote, in the terms of this one."""
+"""Checkpoints of earlier versions: settings that have other names now."""
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
 
-# Changes the arguments of a module in place; returns in a line what it did, or "".
-Translation = Callable[[dict[str, Any]], str]
+# What the margin-calibration loss took besides its arguments of today, with the defaults of then
+_FAMILY = {
+    "margin": "hard",
+    "surrogate": "log",
+    "aggregation": "sum",
+    "weighting": "foreground",
+    "false_alarm_weight": 1.0,
+    "classes": "present",
+    "smooth": 1.0,
+    "decay": 0.95,
+    "power": 1.0,
+}
+_SCALES = {"ijcv2022": ("tau", "upsilon"), "miou": ("max_margin",), "none": ()}
 
 
-def translate(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate the arguments of a module as a checkpoint holds them; each translation reports in one line what it did.
+def translated(stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Hyperparameters of a checkpoint as this version takes them.
 
     Args:
-        arguments: plain types, by name; left as they are.
+        stored: the module's arguments in plain types, as a checkpoint holds them; left as they are.
 
     Returns:
-        The arguments that this version takes, in plain types.
+        The arguments, and a line for each change.
 
     Raises:
-        ValueError: an argument without a successor.
+        ValueError: an objective that has no successor; in one line, with what to do.
     """
-    found = copy.deepcopy(dict(arguments))
-    for translation in _TRANSLATIONS:
-        if done := translation(found):
-            rank_zero_info(f"checkpoint of an earlier version: {done}")
-    return found
+    arguments = dict(stored)
+    remarks: list[str] = []
+    if isinstance(objective := arguments.get("objective"), Mapping):
+        arguments["objective"] = _objective(objective, remarks)
+    _schedule(arguments, remarks)
+    return arguments, remarks
 
 
-def _schedule(arguments: dict[str, Any]) -> str:
-    """``lr_power`` and ``warmup_steps`` were arguments of the module, for the schedule that ``scheduler`` None stood for."""
+def drop_unused_offsets(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Take the offsets of an objective that has none any more out of a checkpoint's ``state_dict``."""
+    for name in list(state):
+        if name.startswith("objective.") and name.endswith(("foreground_offsets", "background_offsets")) and name not in own:
+            del state[name]
+
+
+def _schedule(arguments: dict[str, Any], remarks: list[str]) -> None:
+    """Translate ``lr_power`` and ``warmup_steps``, the module's settings of the schedule that ``scheduler`` None meant."""
     moved = {"lr_power": "power", "warmup_steps": "warmup_steps"}
     old = {new: arguments.pop(name) for name, new in moved.items() if name in arguments}
     if arguments.get("scheduler") is not None:  # another schedule, on which they had no effect
-        return ""
+        return
     arguments.pop("scheduler", None)  # the default of this version is the same schedule
-    if not old:
-        return ""
-    arguments["scheduler"] = {"class_path": "mcseg.schedules.WarmupPolynomialLR", "init_args": old}
-    return f"lr_power and warmup_steps are now settings of the scheduler, WarmupPolynomialLR: {old}"
+    if old:
+        arguments["scheduler"] = {"class_path": "mcseg.schedules.WarmupPolynomialLR", "init_args": old}
+        given = ", ".join(f"{name} {value}" for name, value in old.items())
+        remarks.append(f"scheduler: lr_power and warmup_steps are read as mcseg.schedules.WarmupPolynomialLR ({given})")
 
 
-_TRANSLATIONS: tuple[Translation, ...] = (_schedule,)
+def _objective(objective: Mapping[str, Any], remarks: list[str]) -> dict[str, Any]:
+    path, given = objective.get("class_path", ""), dict(objective.get("init_args") or {})
+    kind = path.rpartition(".")[2]
+    if kind == "SumLoss":
+        given["objectives"] = [
+            _objective(part, remarks) | ({"weight": part["weight"]} if "weight" in part else {})
+            for part in given.get("objectives", ())
+        ]
+        return {**objective, "init_args": given}
+    if kind != "MarginCalibrationLoss" or not path.startswith("mcseg."):
+        return dict(objective)
+    scheme = given.get("scheme", "ijcv2022")
+    effective = {name: value for name, value in given.items() if name not in ("tau", "upsilon", "max_margin")}
+    effective |= {name: given[name] for name in _SCALES.get(scheme, ()) if name in given}
+    if not _FAMILY.keys() & given.keys():
+        return {**objective, "init_args": effective}
+    family = {name: given.get(name, default) for name, default in _FAMILY.items()}
+    own = {name: value for name, value in effective.items() if name not in _FAMILY}
+    shared = {name: own[name] for name in ("ignore_index", "backend") if name in own}
+    form = (family["margin"], family["surrogate"], family["aggregation"])
+    if form in (("soft", "sigmoid", "dice"), ("soft", "sigmoid", "jaccard")) and scheme == "none":
+        successor = {"dice": "DiceLoss", "jaccard": "JaccardLoss"}[form[2]]
+        arguments = {name: family[name] for name in ("classes", "smooth", "power")} | shared
+    elif form != ("hard", "log", "sum") or family["false_alarm_weight"] != 1.0:
+        raise _no_successor(family, scheme)
+    elif family["weighting"] == "iou":
+        if scheme != "miou" or own.get("reduction", "mean") != "mean":
+            raise _no_successor(family, scheme)
+        successor = "IoUWeightedLoss"
+        kept = {name: own[name] for name in ("num_classes", "max_margin") if name in own}
+        arguments = kept | {"decay": family["decay"]} | shared
+    else:
+        successor, arguments = "MarginCalibrationLoss", dict(own)
+        if family["weighting"] == "uniform":
+            arguments["foreground_weight"] = 1.0
+    path = f"mcseg.losses.{successor}"
+    if successor != kind or arguments != own:
+        differing = ", ".join(f"{name} {value}" for name, value in {"scheme": scheme, **family}.items() if name in given)
+        new = ", ".join(f"{name} {value}" for name, value in arguments.items())
+        remarks.append(f"objective: {kind} of an earlier version ({differing}) is read as {path} ({new})")
+    return {"class_path": path, "init_args": arguments}
+
+
+def _no_successor(family: Mapping[str, Any], scheme: str) -> ValueError:
+    found = ", ".join(f"{name} {value}" for name, value in family.items() if value != _FAMILY[name])
+    return ValueError(
+        f"objective: MarginCalibrationLoss of an earlier version with {found}, scheme {scheme} has no successor; give "
+        "another one: load_from_checkpoint(..., objective=...) in Python, --model.init_from on the command line"
+    )

@@ -1,51 +1,40 @@
-"""Errors at calibrated margins, predicted classes and their counts, implemented several ways.
-
-At a pixel with logits ``z`` (one per class), label ``y`` and class margins ``s_k`` (hard: ``z_k - max_{j != k} z_j``), a
-surrogate ``phi`` counts a miss as ``phi(foreground_y - s_y)`` and a false alarm of each other class as
-``phi(background_k + s_k)``; `mcseg.losses.family` has the whole family. `pixel_loss` is the paper's member, `pixel_errors` a
-weighted sum per pixel of any member, `error_counts` the sums per class.
+"""Losses per pixel and soft counts per class, predicted classes and their counts: each operation implemented several ways.
 
 Implementations agree on value, gradient and tie-breaking: of several largest logits the lowest index counts as the
 largest, and the lowest of the remaining ones as its runner-up.
 
-* ``"reference"``: plain PyTorch, one readable function for all members, on any device, differentiable as often as one likes;
-* ``"fused"``: the gradient by formula, tile by tile on the CPU. Only `pixel_loss`, and `error_counts` of soft margins with
-  the sigmoid, have it; where it is asked for elsewhere, the reference serves;
-* ``"triton"``: one kernel for all members on a GPU, in float32 inside; logits of at most that width.
+* ``"reference"``: plain PyTorch, written to be read, on any device, differentiable as often as one likes;
+* ``"fused"``: the gradient by formula, tile by tile on the CPU;
+* ``"triton"``: kernels on a GPU, in float32 inside; logits of at most that width.
 
-``"auto"`` is triton on a GPU that has it, else fused; the reference in an exported graph.
-
-`predicted_classes` and `confusion_counts` have no backend to choose: Triton on a GPU that has it, else PyTorch by blocks.
+`_OPERATIONS` says which operation has which; where one that it has not is asked for, the reference serves. ``"auto"`` is
+triton on a GPU that has it, else fused; the reference where code is exported or, on the CPU, compiled.
 """
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .confusion import counted, predicted
-from .counts import soft_error_counts
-from .fused import fused_pixel_loss
-from .reference import ErrorKind, Margin, Surrogate, error_sums, surrogate_errors, weighted_sum
+from . import confusion, fused_counts, fused_loss, reference
 from .upsample import Upsampling, neighbours, upsampled
 
 __all__ = [
     "BACKENDS",
-    "ErrorKind",
-    "Margin",
-    "Surrogate",
     "Upsampling",
     "check_backend",
     "check_labels",
     "check_predictions",
     "confusion_counts",
-    "error_counts",
     "neighbours",
-    "pixel_errors",
     "pixel_loss",
     "predicted_classes",
+    "soft_counts",
+    "weighted_pixel_loss",
 ]
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -72,9 +61,9 @@ def pixel_loss(
     backend: str = "auto",
     upsampling: Upsampling | None = None,
 ) -> Tensor:
-    """Compute the paper's loss of every pixel, hard margins with the log surrogate; shapes are the caller's to check.
+    """Compute the paper's loss of every pixel; shapes are the caller's to check.
 
-    With phi the softplus::
+    With logits ``z`` (one per class), label ``y``, class margins ``s_k = z_k - max_{j != k} z_j`` and phi the softplus::
 
         [ foreground_weight * phi(foreground_y - s_y) + sum_{k != y} phi(background_k + s_k) ] / C
 
@@ -97,119 +86,82 @@ def pixel_loss(
             ``ignore_index``. Labels are checked on the CPU only, and not in compiled code: elsewhere the check would make
             the host wait for the device, and such a label gives NaN from the kernels.
     """
-    backend = _chosen(backend, logits)
-    if upsampling is not None and backend != "triton":
-        settings = {"foreground_weight": foreground_weight, "ignore_index": ignore_index, "backend": backend}
-        return upsampled(
-            lambda z, y: pixel_loss(z, y, foreground, background, **settings),  # type: ignore[arg-type]
-            logits,
-            target,
-            upsampling,
-            per_pixel=True,
-        )
-    if backend == "fused":
-        logits, target, shape = _prepared(logits, target, ignore_index)
-        foreground, background = _constants(logits, foreground, background)
-        loss = fused_pixel_loss(logits, target, foreground, background, foreground_weight, ignore_index)
-        return loss if loss.shape == shape else loss.view(shape)
+    if _chosen("pixel_loss", backend, logits) == "fused":
+        offsets = (foreground, background)
+        return _run("pixel_loss", logits, target, offsets, (foreground_weight, ignore_index), backend, upsampling)
     num_classes = logits.shape[1]
     misses = torch.full_like(foreground, foreground_weight / num_classes)
     false_alarms = torch.full_like(background, 1 / num_classes)
-    kind = ErrorKind(ignore_index=ignore_index)
-    return pixel_errors(logits, target, foreground, background, misses, false_alarms, kind, backend, upsampling)
+    constants = (foreground, background, misses, false_alarms)
+    return _run("weighted_pixel_loss", logits, target, constants, (ignore_index,), backend, upsampling)
 
 
-def pixel_errors(
+def weighted_pixel_loss(
     logits: Tensor,
     target: Tensor,
     foreground: Tensor,
     background: Tensor,
     misses: Tensor,
     false_alarms: Tensor,
-    kind: ErrorKind,
+    *,
+    ignore_index: int,
     backend: str = "auto",
     upsampling: Upsampling | None = None,
 ) -> Tensor:
-    """Compute of every pixel the weighted sum of its miss and its false alarms.
+    """Compute the terms of `pixel_loss` with a weight for each class and kind of error, not divided by C.
+
+    With the weights u of misses and v of false alarms::
+
+        u_y * phi(foreground_y - s_y) + sum_{k != y} v_k * phi(background_k + s_k)
 
     Args:
-        logits: As in `pixel_loss`, likewise ``target``, ``foreground``, ``background`` and ``backend``.
+        logits: As in `pixel_loss`, likewise all that is not named here; so are the result and the errors.
         target: See there.
         foreground: See there.
         background: See there.
         misses: ``(C,)`` weights, constants.
         false_alarms: ``(C,)`` weights, constants.
-        kind: Margin, surrogate and label of void pixels.
+        ignore_index: See there.
         backend: See there.
         upsampling: See there.
-
-    Returns:
-        ``(N, *spatial)`` in the dtype of the logits or float32, whichever is wider, 0 where void.
     """
-    backend = _chosen(backend, logits)
-    if upsampling is not None and backend != "triton":
-        return upsampled(
-            lambda z, y: pixel_errors(z, y, foreground, background, misses, false_alarms, kind, backend),
-            logits,
-            target,
-            upsampling,
-            per_pixel=True,
-        )
-    logits, target, shape = _prepared(logits, target, kind.ignore_index)
-    constants = _constants(logits, foreground, background, misses, false_alarms)
-    if backend == "triton":
-        from . import gpu
-
-        loss: Tensor = gpu.pixel_errors(logits, target, *constants, *_settings(kind), *(upsampling or ()))
-        return loss.view(shape)
-    foreground, background, misses, false_alarms = constants
-    errors, is_label = surrogate_errors(logits, target, foreground, background, kind)
-    return weighted_sum(errors, is_label, misses, false_alarms).view(shape)
+    constants = (foreground, background, misses, false_alarms)
+    return _run("weighted_pixel_loss", logits, target, constants, (ignore_index,), backend, upsampling)
 
 
-def error_counts(
+def soft_counts(
     logits: Tensor,
     target: Tensor,
-    offsets: tuple[Tensor, Tensor] | None,
-    kind: ErrorKind,
+    *,
+    power: float = 1.0,
+    ignore_index: int = 255,
     backend: str = "auto",
     upsampling: Upsampling | None = None,
 ) -> Tensor:
-    """Sum the errors of every class over all pixels.
+    """Sum over all labelled pixels, for every class, labels and soft errors from powers of the softmax p.
+
+    A pixel with label y misses by ``1 - p_y^power`` and is a false alarm of every other class by ``1 - (1 - p_k)^power``;
+    with power 1 the hits and false alarms are the probabilities themselves.
 
     Args:
-        logits: As in `pixel_loss`, likewise ``target`` and ``backend``.
+        logits: As in `pixel_loss`, likewise ``target``, ``ignore_index``, ``backend`` and ``upsampling``; and the errors.
         target: See there.
-        offsets: Foreground and background, ``(C,)`` each, constants; None: all are 0.
-        kind: Margin, surrogate and label of void pixels.
+        power: q, above 0 and up to 1.
+        ignore_index: See there.
         backend: See there.
         upsampling: See there.
 
     Returns:
         ``(3, C)``: labelled pixels, misses, false alarms, in the dtype of the logits or float32, whichever is wider.
     """
-    backend = _chosen(backend, logits)
-    if upsampling is not None and backend != "triton":
-        return upsampled(
-            lambda z, y: error_counts(z, y, offsets, kind, backend), logits, target, upsampling, per_pixel=False
-        )
-    logits, target, _ = _prepared(logits, target, kind.ignore_index)
-    if backend == "fused" and (kind.margin, kind.surrogate) == ("soft", "sigmoid"):
-        return soft_error_counts(logits, target, offsets and _constants(logits, *offsets), kind.power, kind.ignore_index)
-    zeros = torch.zeros(logits.shape[1], device=logits.device)
-    foreground, background = _constants(logits, *(offsets or (zeros, zeros)))
-    if backend == "triton":
-        from . import gpu
-
-        offset_vectors = (foreground, background)
-        counts: Tensor = gpu.error_counts(logits, target, *offset_vectors, *_settings(kind), *(upsampling or ()))
-        return counts
-    return error_sums(*surrogate_errors(logits, target, foreground, background, kind))
+    return _run("soft_counts", logits, target, (), (power, ignore_index), backend, upsampling)
 
 
 @torch.no_grad()
 def predicted_classes(logits: Tensor, size: tuple[int, ...] | None = None, upsampling: Upsampling | None = None) -> Tensor:
     """Find the class of the largest logit of every pixel; of equal ones the lowest.
+
+    Triton on a GPU that has it, else PyTorch by blocks.
 
     Args:
         logits: ``(N, C, *spatial)``, floating point, any strides.
@@ -225,17 +177,17 @@ def predicted_classes(logits: Tensor, size: tuple[int, ...] | None = None, upsam
     if z.ndim == 2:  # (N, C): N pixels without an image around them
         z = z.T[None]
     spatial = z.shape[2:] if upsampling is None else shape
+    if upsampling is not None and torch.compiler.is_compiling() and not z.is_cuda:
+        z, upsampling = _interpolated(z, spatial, upsampling), None
     if z.is_cuda and _runs_triton(z):
-        from . import gpu
-
-        found: Tensor = gpu.predicted_classes(z, list(spatial), *(upsampling or ()))
+        found: Tensor = _gpu().predicted_classes(z, list(spatial), *(upsampling or ()))
     else:
-        found = predicted(z, spatial, upsampling)
+        found = confusion.predicted(z, spatial, upsampling)
     return found.view(len(logits), *shape)
 
 
 def confusion_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
-    """Count pixels by target and prediction.
+    """Count pixels by target and prediction; Triton on a GPU that has it, else PyTorch by blocks.
 
     Args:
         preds: Integers 0..C-1, any shape.
@@ -252,12 +204,11 @@ def confusion_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_ind
         ValueError: Predictions and target have different shapes, or, on the CPU, such a pixel.
     """
     check_predictions(preds, target)
-    if target.is_cuda and _HAS_TRITON:
-        from . import gpu
-
-        found: Tensor = gpu.confusion_counts(preds, target, num_classes, ignore_index)
+    if target.device.type != "cpu" or torch.compiler.is_compiling():
+        count = _gpu().confusion_counts if target.is_cuda and _HAS_TRITON else confusion.counted_anywhere
+        found: Tensor = count(preds, target, num_classes, ignore_index)
         return found[:-1].view(num_classes, num_classes), found[-1]
-    counts = counted(preds, target, num_classes, ignore_index).view(num_classes, num_classes)
+    counts = confusion.counted(preds, target, num_classes, ignore_index).view(num_classes, num_classes)
     return counts, counts.new_zeros(())
 
 
@@ -270,29 +221,80 @@ def check_predictions(preds: Tensor, target: Tensor) -> None:
         raise ValueError(f"preds: found shape {tuple(preds.shape)}, expected {tuple(target.shape)}, the shape of the target")
 
 
-def _prepared(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, torch.Size]:
-    """Logits with a spatial dimension, int64 labels that are checked; and the target's shape."""
+def _gpu() -> Any:
+    from . import gpu  # imports triton
+
+    return gpu
+
+
+class _Operation(NamedTuple):
+    """Implementations of an operation, called as ``(logits, target, *constants, *settings)``.
+
+    They get logits with a spatial dimension, target int64 and constants ``(C,)`` float32 or wider on the logits' device;
+    triton's also ``height, width, align_corners`` of an upsampling, where there is one.
+    """
+
+    per_pixel: bool  # whether it gives ``(N, *spatial)``, or sums over all pixels
+    reference: Callable[..., Tensor] | None
+    fused: Callable[..., Tensor] | None
+    triton: Callable[..., Tensor] | None
+
+
+_OPERATIONS = {
+    "pixel_loss": _Operation(True, None, fused_loss.pixel_loss, None),
+    "weighted_pixel_loss": _Operation(
+        True, reference.weighted_pixel_loss, None, lambda *given: _gpu().weighted_pixel_loss(*given)
+    ),
+    "soft_counts": _Operation(
+        False, reference.soft_counts, fused_counts.soft_counts, lambda *given: _gpu().soft_counts(*given)
+    ),
+}
+
+
+def _run(
+    name: str,
+    logits: Tensor,
+    target: Tensor,
+    constants: Sequence[Tensor],
+    settings: tuple[float, ...],
+    backend: str,
+    upsampling: Upsampling | None,
+) -> Tensor:
+    """Prepare what every operation needs and call the implementation; the last of the settings is the ignore_index."""
+    chosen = _chosen(name, backend, logits)
+    operation = _OPERATIONS[name]
+    if upsampling is not None and chosen != "triton":
+
+        def at_full_size(z: Tensor, y: Tensor) -> Tensor:
+            return _run(name, z, y, constants, settings, chosen, None)
+
+        if torch.compiler.is_compiling():  # which decides itself what is kept
+            return at_full_size(_interpolated(logits, target.shape[-2:], upsampling), target)
+        return upsampled(at_full_size, logits, target, upsampling, per_pixel=operation.per_pixel)
     # int64 is what gather and scatter want; it also keeps a negative ignore_index from wrapping around in uint8
     target = target.long()
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_labels(target, logits.shape[1], ignore_index)
+        check_labels(target, logits.shape[1], int(settings[-1]))
     shape = target.shape
     if logits.ndim == 2:  # (N, C): N pixels without an image around them
         logits, target = logits.T[None], target[None]
-    return logits, target, shape
-
-
-def _constants(logits: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
     dtype = torch.promote_types(logits.dtype, torch.float32)
     # dtype before device: some devices have no float64
-    return tuple(vector.detach().to(dtype).to(logits.device) for vector in vectors)
+    vectors = (vector.detach().to(dtype).to(logits.device) for vector in constants)
+    implementation: Callable[..., Tensor] = getattr(operation, chosen)
+    found = implementation(logits, target, *vectors, *settings, *(upsampling or ()))
+    return found.view(shape) if operation.per_pixel and found.shape != shape else found
 
 
-def _settings(kind: ErrorKind) -> tuple[bool, bool, float, int]:
-    return kind.margin == "soft", kind.surrogate == "log", kind.power, kind.ignore_index
+def _interpolated(logits: Tensor, size: torch.Size, upsampling: Upsampling) -> Tensor:
+    """Upsampled logits of the first ``size`` rows and columns, in float32 or wider."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = F.interpolate(z, upsampling[:2], mode="bilinear", align_corners=upsampling.align_corners)
+    return z[..., : size[0], : size[1]]
 
 
-def _chosen(backend: str, logits: Tensor) -> str:
+def _chosen(name: str, backend: str, logits: Tensor) -> str:
+    """The implementation to use: ``"reference"``, ``"fused"`` or ``"triton"``."""
     check_backend(backend)
     runs = _runs_triton(logits)
     if backend == "triton" and not runs:
@@ -300,11 +302,12 @@ def _chosen(backend: str, logits: Tensor) -> str:
             f"backend: found 'triton' with {logits.dtype} on {logits.device.type}, expected logits of at most 32 bits on a "
             "GPU, and the package triton; 'auto' takes what can be used"
         )
-    if backend != "auto":
-        return backend
-    if _exporting():
+    if backend == "auto":
+        backend = "triton" if runs and logits.is_cuda and not _exporting() else "fused"
+    # An exporter drops an autograd.Function and keeps the operations of its forward; a compiler fuses by itself.
+    if backend == "fused" and (_OPERATIONS[name].fused is None or torch.compiler.is_compiling()):
         return "reference"
-    return "triton" if runs and logits.is_cuda else "fused"
+    return backend
 
 
 def _runs_triton(logits: Tensor) -> bool:
@@ -312,8 +315,7 @@ def _runs_triton(logits: Tensor) -> bool:
 
 
 def _exporting() -> bool:
-    # torch.export drops an autograd.Function and keeps the operations of its forward, some of them in place: only the
-    # reference stays differentiable. Before torch 2.7 exporting cannot be told from compiling.
+    # before torch 2.7 exporting cannot be told from compiling
     is_exporting: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)
     return is_exporting is not None and is_exporting()
 

@@ -77,51 +77,43 @@ def _planes(z: Tensor) -> Tensor:
     return z if z.ndim <= 4 else z.flatten(2, -2) if z.is_contiguous() else z.reshape(*z.shape[:2], -1, z.shape[-1])
 
 
-@torch.library.custom_op("mcseg::pixel_errors", mutates_args=())
-def pixel_errors(
+@torch.library.custom_op("mcseg::weighted_pixel_loss", mutates_args=())
+def weighted_pixel_loss(
     logits: Tensor,
     target: Tensor,
     foreground: Tensor,
     background: Tensor,
     misses: Tensor,
     false_alarms: Tensor,
-    soft: bool,
-    log: bool,
-    power: float,
     ignore_index: int,
     height: int = 0,
     width: int = 0,
     align_corners: bool = False,
 ) -> Tensor:
-    """Compute what `mcseg.kernels.pixel_errors` does.
+    """Compute what `mcseg.kernels.weighted_pixel_loss` does.
 
     With a spatial dimension, target int64, vectors ``(C,)`` float32 on the device of the logits. Height and width are those
     of an upsampling, and 0 without one.
     """
     loss = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
     vectors = (foreground, background, misses, false_alarms)
-    _sum(logits, target, vectors, loss, None, soft, log, power, ignore_index, (height, width, align_corners))
+    _sum(logits, target, vectors, loss, None, 1.0, ignore_index, (height, width, align_corners))
     return loss
 
 
-@torch.library.custom_op("mcseg::error_counts", mutates_args=())
-def error_counts(
+@torch.library.custom_op("mcseg::soft_counts", mutates_args=())
+def soft_counts(
     logits: Tensor,
     target: Tensor,
-    foreground: Tensor,
-    background: Tensor,
-    soft: bool,
-    log: bool,
     power: float,
     ignore_index: int,
     height: int = 0,
     width: int = 0,
     align_corners: bool = False,
 ) -> Tensor:
-    """Compute what `mcseg.kernels.error_counts` does; arguments as in `pixel_errors`."""
+    """Compute what `mcseg.kernels.soft_counts` does; arguments as in `weighted_pixel_loss`."""
     counts = torch.zeros(_PROGRAMS, 3, logits.shape[1], dtype=torch.float32, device=logits.device)
-    vectors = (foreground, background, foreground, foreground)  # weights are not read
-    _sum(logits, target, vectors, None, counts, soft, log, power, ignore_index, (height, width, align_corners))
+    _sum(logits, target, (None,) * 4, None, counts, power, ignore_index, (height, width, align_corners))
     return counts.sum(0, dtype=torch.float64).float()
 
 
@@ -129,20 +121,20 @@ def error_counts(
 def error_gradient(
     logits: Tensor,
     target: Tensor,
-    foreground: Tensor,
-    background: Tensor,
+    foreground: Tensor | None,
+    background: Tensor | None,
     misses: Tensor,
     false_alarms: Tensor,
     upstream: Tensor | None,
-    soft: bool,
-    log: bool,
     power: float,
     ignore_index: int,
     height: int = 0,
     width: int = 0,
     align_corners: bool = False,
 ) -> Tensor:
-    """Differentiate `pixel_errors` in the logits, times ``upstream`` ``(N, *spatial)`` where given.
+    """Differentiate the weighted errors of `weighted_pixel_loss`, or without offsets those of `soft_counts`, in the logits.
+
+    Times ``upstream`` ``(N, *spatial)`` where given.
 
     Returns:
         In the shape, dtype and memory format of the logits.
@@ -158,7 +150,7 @@ def error_gradient(
     upstream = None if upstream is None else upstream.float().contiguous()
     vectors = (foreground, background, misses, false_alarms)
     sizes = (places.width, *places.shape, z.shape[1], *places.strides[0], *places.strides[1], ignore_index, power)
-    kind = {"SOFT": soft, "LOG": log, "POWER": power != 1}
+    kind = {"SOFT": foreground is None, "POWER": power != 1}
     up = height > 0
     statistics, pair = None, None
     if up:
@@ -232,11 +224,9 @@ def confusion_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_ind
 def _sum(
     logits: Tensor,
     target: Tensor,
-    vectors: tuple[Tensor, ...],
+    vectors: tuple[Tensor | None, ...],
     loss: Tensor | None,
     counts: Tensor | None,
-    soft: bool,
-    log: bool,
     power: float,
     ignore_index: int,
     upsampling: tuple[int, int, bool],
@@ -249,18 +239,18 @@ def _sum(
     blocks = triton.cdiv(places.pixels, tile["BP"])
     num_blocks = blocks * z.shape[0]
     sizes = (num_blocks, blocks, places.pixels, places.width, *places.shape, z.shape[1])
-    kind = {"SOFT": soft, "LOG": log, "POWER": power != 1, "FLAT": places.flat, "UP": upsampling[0] > 0}
+    kind = {"SOFT": counts is not None, "POWER": power != 1, "FLAT": places.flat, "UP": upsampling[0] > 0}
     programs = num_blocks if counts is None else min(num_blocks, _PROGRAMS)
     settings = (*sizes, *places.strides[0], ignore_index, power)
     kernels.forward[(programs,)](z, target.contiguous(), *vectors, loss, counts, *places.tables, *settings, **kind, **tile)
 
 
-@pixel_errors.register_fake
+@weighted_pixel_loss.register_fake
 def _(logits: Tensor, target: Tensor, *_: Any) -> Tensor:
     return torch.empty(target.shape, dtype=torch.float32, device=logits.device)
 
 
-@error_counts.register_fake
+@soft_counts.register_fake
 def _(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty(3, logits.shape[1], dtype=torch.float32, device=logits.device)
 
@@ -288,14 +278,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _of_pixels(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    return error_gradient(*ctx.saved_tensors, upstream, *ctx.settings), *(None,) * 12
+    return error_gradient(*ctx.saved_tensors, upstream, 1.0, *ctx.settings), *(None,) * 9
 
 
 def _of_counts(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     # a function of the counts weighs the errors of a class with its derivative in their sum
     weights = upstream[1].contiguous(), upstream[2].contiguous()
-    return error_gradient(*ctx.saved_tensors, *weights, None, *ctx.settings), *(None,) * 10
+    return error_gradient(*ctx.saved_tensors, None, None, *weights, None, *ctx.settings), *(None,) * 6
 
 
-pixel_errors.register_autograd(_of_pixels, setup_context=_keep)
-error_counts.register_autograd(_of_counts, setup_context=_keep)
+weighted_pixel_loss.register_autograd(_of_pixels, setup_context=_keep)
+soft_counts.register_autograd(_of_counts, setup_context=_keep)

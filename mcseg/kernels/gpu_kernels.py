@@ -1,18 +1,19 @@
-r"""Errors at calibrated margins, their sums and their gradient as Triton kernels; and predictions and their counts.
+r"""Losses of pixels, soft counts of classes and their gradient as Triton kernels; and predictions and their counts.
 
 A block of pixels with all of its classes is one tile. Three passes over it, of which only the first reads device memory
 where the classes fit on chip (up to 256; with more, the tile comes from the cache again):
 
 1. largest logit and runner-up, and ``sum_r``, the sum of ``exp(z_k - runner-up)`` over all but the largest;
-2. errors, summed over the classes of a pixel (`pixel_loss`) or over the pixels of a class (`error_counts`); or what the
-   gradient needs of all classes;
+2. errors, weighted and summed over the classes of a pixel (hard margins with the log) or over the pixels of a class (soft
+   counts); or what the gradient needs of all classes;
 3. the gradient, written once.
 
 With the weighted slopes G_k = d loss / d s_k, q1 the largest logit and q2 its runner-up, hard margins give::
 
     d / d z_k = G_k        d / d z_q1 = G_q1 - sum_{k != q1} G_k        d / d z_q2 = G_q2 - G_q1
 
-and soft ones, where d s_k / d z_j = -p_j / (1 - p_k) for j != k, with h_k = G_k / (1 - p_k)::
+and soft counts, with s_k = log(p_k / (1 - p_k)), so that d s_k / d z_j = -p_j / (1 - p_k) for j != k, and
+h_k = G_k / (1 - p_k)::
 
     d / d z_j = G_j - p_j sum_{k != j} h_k
 
@@ -104,40 +105,39 @@ def _scan(
 
 @triton.jit
 def _errors(
-    z, c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power,
-    SOFT: tl.constexpr, LOG: tl.constexpr, POWER: tl.constexpr,
+    z, c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT: tl.constexpr, POWER: tl.constexpr
 ):  # fmt: skip
-    """Errors, their slopes in t, p and 1 - p (soft margins), and which is the label's; (classes, pixels), 0 if not valid."""
+    """Errors, their slopes in t, p and 1 - p (soft counts), and which is the label's; (classes, pixels), 0 if not valid."""
     is_label = c[:, None] == label[None, :]
     is_top = c[:, None] == first[None, :]
     valid = valid[None, :] & (c < classes)[:, None]
     z = tl.where(valid, z, 0.0)
-    fg = tl.load(fg_ptr + label)[None, :]
-    bg = tl.load(bg_ptr + c, mask=c < classes, other=0.0)[:, None]
     p, rest = z, z
     if SOFT:
         d = tl.exp(second - top)
         total = 1.0 + d * sum_r
         p = tl.where(is_top, (1.0 / total)[None, :], tl.exp(z - top[None, :]) / total[None, :])
         rest = tl.where(is_top, (d * sum_r / total)[None, :], 1.0 - p)
-        log_total, log_sum_r = tl.log(total), tl.log(sum_r)
-        s = z - (top + log_total)[None, :] - tl.log(tl.maximum(rest, 1e-37))
-        s = tl.where(is_top, (top - second - log_sum_r)[None, :], s)
+        kept = tl.where(is_label, p, rest)
+        lost = tl.where(is_label, rest, p)
+        if POWER:
+            # in logarithms: where p or 1 - p is below the smallest number, its power is not
+            log_total = tl.log(total)
+            of_rival = tl.where(is_top, (second - top + tl.log(sum_r) - log_total)[None, :], tl.log(tl.maximum(rest, 0.5)))
+            kept = tl.exp(power * tl.where(is_label, z - (top + log_total)[None, :], of_rival))
+            error = 1.0 - kept
+            slope = power * kept * lost
+        else:
+            error = lost
+            slope = kept * lost
     else:
         s = tl.where(is_top, (top - second)[None, :], z - top[None, :])
-    t = tl.where(is_label, fg - s, bg + s)
-    u = tl.exp(-tl.abs(t))
-    slope = tl.where(t > 0, 1.0, u) / (1.0 + u)
-    error = tl.maximum(t, 0.0) + _log1p(u)
-    if not LOG:
-        if POWER:
-            # 1 - r = exp(-softplus(t))
-            kept = tl.exp(-power * error)
-            error = 1.0 - kept
-            slope = power * kept * slope
-        else:
-            error = slope
-            slope = error * tl.where(t > 0, u, 1.0) / (1.0 + u)
+        t = tl.where(
+            is_label, tl.load(fg_ptr + label)[None, :] - s, tl.load(bg_ptr + c, mask=c < classes, other=0.0)[:, None] + s
+        )
+        u = tl.exp(-tl.abs(t))
+        slope = tl.where(t > 0, 1.0, u) / (1.0 + u)
+        error = tl.maximum(t, 0.0) + _log1p(u)
     return tl.where(valid, error, 0.0), tl.where(valid, slope, 0.0), p, rest, is_label
 
 
@@ -245,7 +245,7 @@ def forward(
     z_ptr, y_ptr, fg_ptr, bg_ptr, wm_ptr, wf_ptr, loss_ptr, counts_ptr,
     rows_ptr, down_ptr, columns_ptr, across_ptr,
     num_blocks, blocks, pixels, width, height, breadth, classes, zn, zc, zh, zw, ignore, power,
-    SOFT: tl.constexpr, LOG: tl.constexpr, POWER: tl.constexpr, FLAT: tl.constexpr, UP: tl.constexpr,
+    SOFT: tl.constexpr, POWER: tl.constexpr, FLAT: tl.constexpr, UP: tl.constexpr,
     ONE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Write the loss of every pixel, or each program's counts (programs, 3, classes), which begin at 0."""
@@ -269,7 +269,7 @@ def forward(
             if not ONE:
                 z = _load(z_ptr, place, right, below, to_right, to_below, start + c, classes, valid, zc, UP)
             error, slope, _, rest, is_label = _errors(
-                z, start + c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT, LOG, POWER
+                z, start + c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT, POWER
             )
             if counts_ptr is None:
                 loss += _sums(error, slope, rest, start + c, classes, first, is_label, label, wm_ptr, wf_ptr, SOFT)[0]
@@ -301,7 +301,7 @@ def backward(
     z_ptr, y_ptr, fg_ptr, bg_ptr, wm_ptr, wf_ptr, upstream_ptr, gradient_ptr, found_ptr, pair_ptr,
     rows_ptr, down_ptr, columns_ptr, across_ptr,
     blocks, pixels, width, height, breadth, classes, zn, zc, zh, zw, gn, gc, gh, gw, ignore, power,
-    SOFT: tl.constexpr, LOG: tl.constexpr, POWER: tl.constexpr, FLAT: tl.constexpr, UP: tl.constexpr,
+    SOFT: tl.constexpr, POWER: tl.constexpr, FLAT: tl.constexpr, UP: tl.constexpr,
     ONE: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of the weighted errors, times a pixel's upstream gradient where there is one.
@@ -322,7 +322,7 @@ def backward(
         if not ONE:
             z = _load(z_ptr, place, right, below, to_right, to_below, start + c, classes, valid, zc, UP)
         error, slope, _, rest, is_label = _errors(
-            z, start + c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT, LOG, POWER
+            z, start + c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT, POWER
         )
         _, others, largest = _sums(error, slope, rest, start + c, classes, first, is_label, label, wm_ptr, wf_ptr, SOFT)
         of_others += others
@@ -344,7 +344,7 @@ def backward(
             if not ONE:
                 z = _load(z_ptr, place, right, below, to_right, to_below, start + c, classes, valid, zc, UP)
             _, slope, share, rest, is_label = _errors(
-                z, start + c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT, LOG, POWER
+                z, start + c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT, POWER
             )
             g = _slopes(
                 slope,
@@ -372,7 +372,7 @@ def gather(
     z_ptr, y_ptr, fg_ptr, bg_ptr, wm_ptr, wf_ptr, found_ptr, pair_ptr, gradient_ptr,
     rows_ptr, down_ptr, columns_ptr, across_ptr, row_from_ptr, row_to_ptr, column_from_ptr, column_to_ptr,
     pixels, width, height, breadth, classes, zn, zc, zh, zw, gn, gc, gh, gw, ignore, power, total,
-    SOFT: tl.constexpr, LOG: tl.constexpr, POWER: tl.constexpr, MOST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    SOFT: tl.constexpr, POWER: tl.constexpr, MOST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of coarse cells, (classes, a run of cells of one row): over the pixels that each has a part in."""
     sample = (tl.program_id(0) // height).to(tl.int64)
@@ -409,7 +409,7 @@ def gather(
             factor = tl.load(found_ptr + 5 * total + pixel, mask=valid, other=0.0) * weight * share_of_cell
             z = _load(z_ptr, place + sample * zn, right, below, to_right, to_below, c, classes, valid, zc, True)
             _, slope, share, rest, is_label = _errors(
-                z, c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT, LOG, POWER
+                z, c, classes, top, first, second, sum_r, label, valid, fg_ptr, bg_ptr, power, SOFT, POWER
             )
             g = _slopes(
                 slope, share, rest, c, classes, first, other, of_others, of_top, is_label, label, wm_ptr, wf_ptr, SOFT

@@ -1,133 +1,99 @@
-"""Errors at calibrated margins, written to be read; autograd derives the gradient."""
-
-from dataclasses import dataclass
-from typing import Literal
+"""The operations of `mcseg.kernels` written to be read: plain PyTorch, autograd derives the gradient."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Margin = Literal["hard", "soft"]
-Surrogate = Literal["log", "sigmoid"]
 
-
-@dataclass(frozen=True)
-class ErrorKind:
-    """Member of the family of `mcseg.losses.family`.
-
-    Attributes:
-        margin: ``"hard"`` or ``"soft"``.
-        surrogate: ``"log"`` or ``"sigmoid"``.
-        power: q of the sigmoid, above 0 and up to 1.
-        ignore_index: label of void pixels.
-    """
-
-    margin: Margin = "hard"
-    surrogate: Surrogate = "log"
-    power: float = 1.0
-    ignore_index: int = 255
-
-
-def class_margins(logits: Tensor, kind: Margin) -> Tensor:
-    """Compute the margin of every class.
-
-    Args:
-        logits: ``(N, C, *spatial)`` float32 or float64, finite, C >= 2.
-        kind: ``"hard"`` or ``"soft"``.
-
-    Returns:
-        ``(N, C, *spatial)``. Of several largest logits the lowest index counts as the largest.
-    """
-    classes = torch.arange(logits.shape[1], device=logits.device).view(-1, *[1] * (logits.ndim - 2))
-    top, first = logits.max(dim=1, keepdim=True)
-    is_first = classes == first
-    others = logits.masked_fill(is_first, -torch.inf)
-    if kind == "hard":
-        # not amax, which shares the gradient of a tie out
-        return logits - torch.where(is_first, others.max(dim=1, keepdim=True).values, top)
-    # log(1 - p) is exact for all but the largest class, whose rivals are summed by themselves.
-    log_p = (logits - logits.logsumexp(dim=1, keepdim=True)).masked_fill(is_first, -1.0)
-    rivals = others.logsumexp(dim=1, keepdim=True)
-    return torch.where(is_first, logits - rivals, log_p - torch.log1p(-log_p.exp()))
-
-
-def surrogate_errors(
+def weighted_pixel_loss(
     logits: Tensor,
     target: Tensor,
     foreground: Tensor,
     background: Tensor,
-    kind: ErrorKind,
-) -> tuple[Tensor, Tensor]:
-    """Compute ``phi`` for every pixel and class, and which of them are misses.
+    misses: Tensor,
+    false_alarms: Tensor,
+    ignore_index: int,
+) -> Tensor:
+    """Compute what `mcseg.kernels.weighted_pixel_loss` does.
 
     Args:
         logits: ``(N, C, *spatial)`` floating point.
         target: ``(N, *spatial)`` int64.
-        foreground: ``(C,)`` offsets, likewise ``background``.
-        background: see there.
-        kind: margin, surrogate in natural units, label of void pixels.
+        foreground: ``(C,)`` offsets in float32 or wider, likewise ``background``.
+        background: See there.
+        misses: ``(C,)`` weights, likewise ``false_alarms``.
+        false_alarms: See there.
+        ignore_index: Label of void pixels.
 
     Returns:
-        Errors ``(N, C, *spatial)`` in float32 or wider, 0 at void pixels; and the one-hot labels of the same shape, bool:
-        where true the error is that of a miss, elsewhere that of a false alarm.
+        ``(N, *spatial)`` in float32 or wider.
     """
-    void = (target == kind.ignore_index).unsqueeze(1)
-    label = target.unsqueeze(1).masked_fill(void, 0)
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    z = logits.to(wide).masked_fill(void, 0.0)  # before any arithmetic: 0 * nan would be nan in the backward pass
-    classes = torch.arange(z.shape[1], device=z.device).view(-1, *[1] * (z.ndim - 2))
-    is_label = (classes == label) & ~void
+    z, label, void = _without_void(logits, target, ignore_index)
+    is_label = _is_class(z, label)
     per_class = (-1, *[1] * (z.ndim - 2))
-    foreground, background = (offsets.to(wide).view(per_class) for offsets in (foreground, background))
-    if (kind.margin, kind.surrogate) == ("soft", "sigmoid"):
-        errors = _soft_sigmoid(z, label, foreground, background)
-    else:
-        s = class_margins(z, kind.margin)
-        t = torch.where(is_label, foreground - s, background + s)
-        # F.softplus turns into the identity too early for float64
-        errors = -F.logsigmoid(-t) if kind.surrogate == "log" else torch.sigmoid(t)
-    if kind.power < 1:  # the slope at 1 is infinite
-        errors = 1 - (1 - errors).clamp(min=torch.finfo(errors.dtype).eps).pow(kind.power)
-    return errors.masked_fill(void, 0.0), is_label
+    foreground, background, misses, false_alarms = (
+        vector.to(z.dtype).view(per_class) for vector in (foreground, background, misses, false_alarms)
+    )
+    s = class_margins(z)
+    t = torch.where(is_label, foreground - s, background + s)
+    # F.softplus turns into the identity too early for float64
+    errors = torch.where(is_label, misses, false_alarms) * -F.logsigmoid(-t)
+    return errors.sum(dim=1).masked_fill(void.squeeze(1), 0.0)
 
 
-def _soft_sigmoid(z: Tensor, label: Tensor, foreground: Tensor, background: Tensor) -> Tensor:
-    """Sigmoid errors at soft margins from the probabilities alone, quicker than by way of the margins.
+def soft_counts(logits: Tensor, target: Tensor, power: float, ignore_index: int) -> Tensor:
+    """Compute what `mcseg.kernels.soft_counts` does; arguments and types as in `weighted_pixel_loss`."""
+    z, label, void = _without_void(logits, target, ignore_index)
+    is_label = _is_class(z, label) & ~void
+    log_p, log_rest = log_probabilities(z)
+    over = [dim for dim in range(z.ndim) if dim != 1]
+    misses = _lost(power * log_p).masked_fill(~is_label, 0.0)
+    false_alarms = _lost(power * log_rest).masked_fill(is_label | void, 0.0)
+    return torch.stack([is_label.sum(over).to(z.dtype), misses.sum(over), false_alarms.sum(over)])
 
-    As p / (1 - p) = exp(s), a false alarm has 1 / (1 + exp(-(offset + s))) = p / (p + (1 - p) exp(-offset)). A miss,
-    where s changes its sign, has the same with p and 1 - p exchanged.
+
+def class_margins(z: Tensor) -> Tensor:
+    """``s_k = z_k - max_{j != k} z_j`` for logits ``(N, C, *spatial)``, of the same shape.
+
+    Of several largest logits the lowest index counts as the largest, and the lowest of the others as its rival.
     """
-    tiny = torch.finfo(z.dtype).tiny
-    p = z.softmax(dim=1)
-    own = p.gather(1, label)
-    # 1 - p of the label as the sum of the others, without cancellation: where it is tiny, it is the error
-    rest = p.scatter(1, label, 0.0).sum(dim=1, keepdim=True)
-    miss = rest / (rest + own * (-foreground).exp().flatten()[label]).clamp(min=tiny)
-    odds = (-background).exp()
-    errors = p / torch.addcmul(odds, p, 1 - odds).clamp(min=tiny)
-    return errors.scatter(1, label, miss)
+    top, first = z.max(dim=1, keepdim=True)
+    is_first = _is_class(z, first)
+    # not amax, which shares the gradient of a tie out
+    second = z.masked_fill(is_first, -torch.inf).max(dim=1, keepdim=True).values
+    return z - torch.where(is_first, second, top)
 
 
-def weighted_sum(errors: Tensor, is_label: Tensor, misses: Tensor, false_alarms: Tensor) -> Tensor:
-    """Aggregate by ``sum``: per pixel, weight of the label times its miss plus weights of the others times false alarms.
+def log_probabilities(z: Tensor) -> tuple[Tensor, Tensor]:
+    """``log p`` and ``log(1 - p)`` of the softmax of logits ``(N, C, *spatial)``, both exact to rounding, C >= 2.
 
-    Args:
-        errors: as from :func:`surrogate_errors`, likewise ``is_label``.
-        is_label: see there.
-        misses: ``(C,)`` weights.
-        false_alarms: ``(C,)`` weights.
-
-    Returns:
-        ``(N, *spatial)``.
+    For the largest logit, whose p may be 1 to rounding, both follow from the log-odds of the others against it; for all
+    else p is at most 1/2, and nothing cancels.
     """
-    per_class = (-1, *[1] * (errors.ndim - 2))
-    weights = torch.where(is_label, misses.to(errors.dtype).view(per_class), false_alarms.to(errors.dtype).view(per_class))
-    return (weights * errors).sum(dim=1)
+    top, first = z.max(dim=1, keepdim=True)
+    z = z - top.detach()  # a shift changes nothing; sums of large logarithms would be rounded to their size
+    is_first = _is_class(z, first)
+    odds = z.masked_fill(is_first, -torch.inf).logsumexp(dim=1, keepdim=True) - z.gather(1, first)
+    log_p = z.log_softmax(dim=1)
+    rest = torch.log1p(-log_p.masked_fill(is_first, -1.0).exp())  # -1: the slope at p = 1 is infinite
+    return torch.where(is_first, F.logsigmoid(-odds), log_p), torch.where(is_first, F.logsigmoid(odds), rest)
 
 
-def error_sums(errors: Tensor, is_label: Tensor) -> Tensor:
-    """Sum errors over the pixels: ``(3, C)`` labelled pixels, misses, false alarms; arguments as in :func:`weighted_sum`."""
-    over = [dim for dim in range(errors.ndim) if dim != 1]
-    misses = errors.masked_fill(~is_label, 0.0).sum(over)
-    false_alarms = errors.masked_fill(is_label, 0.0).sum(over)
-    return torch.stack([is_label.sum(over).to(errors.dtype), misses, false_alarms])
+def _lost(log_kept: Tensor) -> Tensor:
+    """``1 - kept`` from its logarithm: to rounding where little is lost, and with the slope where all but a little is."""
+    # autograd takes the slope of expm1 from its result, which is -1 to rounding there
+    return torch.where(log_kept > -0.5, -torch.expm1(log_kept), 1 - log_kept.exp())
+
+
+def _without_void(logits: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits in float32 or wider, 0 where void; label, 0 where void, and whether void, both ``(N, 1, *spatial)``."""
+    void = (target == ignore_index).unsqueeze(1)
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # before any arithmetic: 0 * nan would be nan in the backward pass
+    return z.masked_fill(void, 0.0), target.unsqueeze(1).masked_fill(void, 0), void
+
+
+def _is_class(z: Tensor, index: Tensor) -> Tensor:
+    """One-hot ``(N, C, *spatial)`` of class indices ``(N, 1, *spatial)``."""
+    classes = torch.arange(z.shape[1], device=z.device).view(-1, *[1] * (z.ndim - 2))
+    return classes == index

@@ -1,10 +1,10 @@
-"""What objectives share: checks of inputs and settings, constants that stay float64, calibration from pixel counts."""
+"""What an objective offers, and what those of mcseg share: checked inputs, constants that stay float64, calibration."""
 
 import inspect
 import math
 import warnings
-from collections.abc import Callable
-from typing import Any, Self, cast, get_args
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, Self, cast, get_args
 
 import torch
 import torch.distributed
@@ -12,6 +12,51 @@ from torch import Tensor, nn
 
 from mcseg.kernels import Upsampling, check_labels
 from mcseg.margins import ClassPixels, checked_counts
+
+
+class ObjectiveProtocol(Protocol):
+    """What an objective offers to the module, to sums of objectives and to the callbacks.
+
+    Any ``torch.nn.Module`` that is called with logits and target serves; all else is optional, and `offered` gives what
+    holds where an objective does not have it.
+
+    Attributes:
+        is_calibrated: Whether it can be called; False until `calibrate` where it needs pixel counts. Default: True.
+        terms: Parts of the last value by name, scalars without gradient, which are logged. Default: none.
+        class_constants: What calibration set for each class, ``(C,)`` each by name. Default: none.
+        class_statistics: What the last call found of each class, ``(C,)`` each by name. Default: none.
+        takes_coarse_logits: Whether it may be called with an `mcseg.kernels.Upsampling` as third argument and logits
+            ``(N, C, h, w)`` that are to be upsampled so to the target's size. Default: False.
+    """
+
+    is_calibrated: bool
+    terms: Mapping[str, Tensor]
+    class_constants: Mapping[str, Tensor]
+    class_statistics: Mapping[str, Tensor]
+    takes_coarse_logits: bool
+
+    def __call__(self, logits: Tensor, target: Tensor, /) -> Tensor:
+        """Compute a scalar from ``logits (N, C, H, W)`` and ``target (N, H, W)``: classes, or 255 where void."""
+        ...
+
+    def calibrate(self, class_pixels: ClassPixels, /) -> Any:
+        """Take ``(C,)`` counts of the pixels of the training labels. Default: None in its place, nothing is counted."""
+        ...
+
+
+_DEFAULTS: dict[str, Any] = {
+    "calibrate": None,
+    "is_calibrated": True,
+    "terms": {},
+    "class_constants": {},
+    "class_statistics": {},
+    "takes_coarse_logits": False,
+}
+
+
+def offered(objective: nn.Module, name: str) -> Any:
+    """An optional member of `ObjectiveProtocol` by its name, or the default where the objective does not have it."""
+    return getattr(objective, name, _DEFAULTS[name])
 
 
 def check_inputs(logits: Tensor, target: Tensor, least_classes: int = 1, upsampling: Upsampling | None = None) -> None:
@@ -41,6 +86,11 @@ def check_inputs(logits: Tensor, target: Tensor, least_classes: int = 1, upsampl
             f"target: found shape {tuple(target.shape)}, expected {expected} for logits {tuple(logits.shape)}: "
             "class indices without a class dimension, logits resized to the labels"
         )
+
+
+def as_upsampling(upsample: bool | Upsampling, target: Tensor) -> Upsampling | None:
+    """Spell out what True (to the size of the target) and False (not at all) say."""
+    return Upsampling(*target.shape[-2:]) if upsample is True else upsample or None
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
@@ -183,25 +233,20 @@ class Objective(nn.Module):
         return self
 
 
-class CountedLoss(Objective):
-    """An objective with one constant per class, derived from the pixel counts of the training labels.
+class CalibratedLoss(Objective):
+    """An objective with constants per class that follow from the pixel counts of the training labels.
 
-    Call `calibrate` once before the first use. The counts travel in the ``state_dict``, so an objective that loads a
-    calibrated checkpoint needs no training labels. Counts and constants stay float64 when the module is cast.
+    Call `calibrate` once before the first use. What `_stored` names are buffers, float64 ``(C,)``: NaN until calibrated,
+    they travel in the ``state_dict``, so that an objective that loads a calibrated checkpoint needs no training labels.
+    They stay float64 when the module is cast.
 
     Args:
         num_classes: C >= 2; None only where no counts are needed.
         ignore_index: Label of void pixels.
-        counted: False leaves out the buffers: a setting that needs no counts.
-
-    Attributes:
-        class_pixels: Buffer, float64 ``(C,)``, NaN until calibrated.
-        class_terms: Buffer outside the ``state_dict``, float64 ``(C,)``: what the objective derives from the counts.
+        counted: False where a setting needs no counts: there are no buffers then.
     """
 
-    class_pixels: Tensor
-    class_terms: Tensor
-    _term = "constant"  # what `class_terms` are
+    _stored: tuple[str, ...] = ()
     _absent = "its constant is 0"  # what becomes of a class without pixels, in the words of the warning
 
     def __init__(self, num_classes: int | None, ignore_index: int = 255, *, counted: bool = True) -> None:
@@ -216,13 +261,8 @@ class CountedLoss(Objective):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the counts are known, or not needed."""
+        """Whether the constants are known, or not needed."""
         return self._calibrated or not self._counted
-
-    @property
-    def class_constants(self) -> dict[str, Tensor]:
-        """``class_terms``, once they are known, by what they are."""
-        return {self._term: self.class_terms} if self._calibrated else {}
 
     def calibrate(self, class_pixels: ClassPixels) -> Self:
         """Set the constants from ``(C,)`` counts of labelled training pixels per class, void excluded.
@@ -247,15 +287,82 @@ class CountedLoss(Objective):
                 "if the training labels should contain it.",
                 stacklevel=2,
             )
-        terms = self._terms(n)
-        self.class_pixels.copy_(n)
-        self.class_terms.copy_(terms)
+        with warnings.catch_warnings():  # it has just been said
+            warnings.filterwarnings("ignore", message="class_pixels: no pixels of class")
+            values = self._values(n)
+        for name in self._stored:
+            cast(Tensor, getattr(self, name)).copy_(values[name])
         self._calibrated = True
+        self._derive()
         return self
 
     def extra_repr(self) -> str:
-        """Name the settings and whether the counts are known."""
+        """Name the settings and whether the constants are known."""
         return super().extra_repr() + (f", calibrated={self._calibrated}" if self._counted else "")
+
+    def _values(self, n: Tensor) -> dict[str, Tensor]:
+        """What is stored, finite float64 ``(C,)`` each by name, from the counts, likewise on the CPU."""
+        raise NotImplementedError
+
+    def _derive(self) -> None:
+        """Compute what follows from the stored buffers; after each change of these."""
+
+    def _require_calibrated(self) -> None:
+        if not self.is_calibrated:
+            raise RuntimeError(
+                f"{type(self).__name__} is not calibrated: call loss.calibrate(class_pixels) with the pixel counts of "
+                "the training labels, or load a calibrated state_dict (inside a Trainer, the data module calibrates it)"
+            )
+
+    def _reset_buffers(self) -> None:
+        # a flag beside the buffers: looking for NaN in them at each step would make the host wait for the device
+        self._calibrated = False
+        if not self._counted:
+            return
+        for name in self._stored:
+            self.register_buffer(name, torch.full((self.num_classes or 0,), torch.nan, dtype=torch.float64))
+        self._derive()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if not self._counted:
+            return
+        stored = [cast(Tensor, getattr(self, name)) for name in self._stored]
+        self._calibrated = not any(values.is_meta or bool(values.isnan().any()) for values in stored)
+        self._derive()
+
+
+class CountedLoss(CalibratedLoss):
+    """An objective with one constant per class, computed anew from the counts, which are what is stored.
+
+    Args:
+        num_classes: As of `CalibratedLoss`, likewise the others.
+        ignore_index: See there.
+        counted: See there.
+
+    Attributes:
+        class_pixels: Buffer, float64 ``(C,)``, NaN until calibrated.
+        class_terms: Buffer outside the ``state_dict``, float64 ``(C,)``: what the objective derives from the counts.
+    """
+
+    class_pixels: Tensor
+    class_terms: Tensor
+    _stored = ("class_pixels",)
+    _term = "constant"  # what `class_terms` are
+
+    @property
+    def class_constants(self) -> dict[str, Tensor]:
+        """``class_terms``, once they are known, by what they are."""
+        return {self._term: self.class_terms} if self._calibrated else {}
+
+    def _values(self, n: Tensor) -> dict[str, Tensor]:
+        self._terms(n)  # which may refuse them, before anything is stored
+        return {"class_pixels": n}
+
+    def _derive(self) -> None:
+        n = self.class_pixels
+        terms = self._terms(n.detach().cpu().double()).to(n.dtype).to(n.device) if self._calibrated else n.clone()
+        self.register_buffer("class_terms", terms, persistent=False)
 
     def _terms(self, n: Tensor) -> Tensor:
         """Derive finite constants, float64 ``(C,)``, from the counts, likewise on the CPU."""
@@ -263,33 +370,10 @@ class CountedLoss(Objective):
 
     def _terms_for(self, logits: Tensor) -> Tensor:
         """Constants in dtype and on the device of the logits."""
-        if not self._calibrated:
-            raise RuntimeError(
-                f"{type(self).__name__} is not calibrated: call loss.calibrate(class_pixels) with the pixel counts of "
-                "the training labels, or load a calibrated state_dict (inside a Trainer, the data module calibrates it)"
-            )
+        self._require_calibrated()
         if logits.shape[1] != self.num_classes:
             raise ValueError(
                 f"logits: found {logits.shape[1]} classes, expected {self.num_classes}; give the network and the loss the "
                 "same number of classes"
             )
         return self.class_terms.to(logits.dtype).to(logits.device)  # dtype first: some devices have no float64
-
-    def _reset_buffers(self) -> None:
-        # a flag beside the buffers: looking for NaN in them at each step would make the host wait for the device
-        self._calibrated = False
-        if self.num_classes is None or not self._counted:
-            return
-        self.register_buffer("class_pixels", torch.full((self.num_classes,), torch.nan, dtype=torch.float64))
-        self.register_buffer("class_terms", torch.full_like(self.class_pixels, torch.nan), persistent=False)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if not self._counted:
-            return
-        n = self.class_pixels
-        self._calibrated = not n.is_meta and not bool(n.isnan().any())
-        if self._calibrated:
-            self.class_terms = self._terms(n.detach().cpu().double()).to(n.dtype).to(n.device)
-        else:
-            self.class_terms = torch.full_like(n, torch.nan)

@@ -8,7 +8,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
-from mcseg.losses.base import check_range
+from mcseg.losses.base import check_range, offered
 from mcseg.losses.pixelwise import CrossEntropyLoss
 from mcseg.margins import ClassPixels
 
@@ -73,7 +73,7 @@ class SumLoss(nn.Module):
     @property
     def is_calibrated(self) -> bool:
         """Whether all objectives that want pixel counts have them."""
-        return all(getattr(part, "is_calibrated", True) for part in self.parts)
+        return all(offered(part, "is_calibrated") for part in self.parts)
 
     @property
     def class_constants(self) -> dict[str, Tensor]:
@@ -89,14 +89,14 @@ class SumLoss(nn.Module):
         return {
             f"{name}/{key}": values
             for name, part in zip(self.names, self.parts, strict=True)
-            for key, values in cast(dict[str, Tensor], getattr(part, attribute, {})).items()
+            for key, values in offered(part, attribute).items()
         }
 
     def calibrate(self, class_pixels: ClassPixels) -> Self:
         """Give the ``(C,)`` pixel counts of the training labels to the objectives that want them."""
         for part in self.parts:
-            if hasattr(part, "calibrate"):
-                cast(Any, part).calibrate(class_pixels)
+            if (calibrate := offered(part, "calibrate")) is not None:
+                calibrate(class_pixels)
         return self
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:

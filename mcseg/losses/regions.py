@@ -1,21 +1,44 @@
 r"""Objectives that are ratios of pixel counts made soft: Dice, Jaccard, Tversky, and the Lovász extension of Jaccard.
 
-With ``p = softmax(z)`` over the classes, ``r_c`` 1 where the label is class ``c`` and 0 elsewhere, sums over the labelled
-pixels of an image or of the whole batch, each class has the soft counts::
+With ``p = softmax(z)`` over the classes and a power q, sums over the labelled pixels of an image or of the whole batch, each
+class has the soft counts::
 
-    I_c = sum p_c r_c   (intersection),      P_c = sum p_c   (predicted),      T_c = sum r_c   (labelled)
+    n_c   pixels labelled c                          (T_c)
+    A_c = sum of 1 - p_c^q over these                misses
+    B_c = sum of 1 - (1 - p_c)^q over the others     false alarms
 
-Per image or batch, losses are averaged over the classes that have labelled pixels (``"present"``) or over all; an image
-without labelled pixels takes no part in the mean over images. Where nothing is labelled the loss is 0. Over the batch means
-over the batches of all processes: their soft counts are summed, so that a step on several GPUs is that of one.
-Lovász-softmax cannot be had from sums and is taken over the batch of each process.
+With q = 1 these are the usual ones: ``I_c = n_c - A_c = sum p_c r_c`` is the soft intersection, ``P_c = I_c + B_c = sum
+p_c`` what is predicted, r the one-hot labels. Per image or batch, losses are averaged over the classes that have labelled
+pixels (``"present"``) or over all; an image without labelled pixels takes no part in the mean over images. Where nothing is
+labelled the loss is 0. Over the batch means over the batches of all processes: their soft counts are summed, so that a step
+on several GPUs is that of one. Lovász-softmax cannot be had from sums and is taken over the batch of each process.
+
+**Why a power.** With q = 1 the slope of a pixel's error in its logits is p (1 - p), which vanishes for the pixels that are
+most wrong: a rare class that is missed everywhere stays missed. With q < 1 it is q p^q (1 - p) for a miss: the smaller q,
+the more do hopeless pixels still pull, until (1 - p^q) / q becomes -log p. Errors stay within 0 and 1, so that ratios of
+them stay ratios. Nor does q move the decision: with weights u of misses and v of false alarms, a pixel of two classes that
+has the first one with probability h has least risk at p = 1/2 where h (u_1 + v_2) = (1 - h)(u_2 + v_1), for every q. For
+one-hot labels 1 - p^q is q times the loss of Zhang and Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural
+Networks with Noisy Labels", NeurIPS 2018.
 """
+
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mcseg.losses.base import Objective, check_choice, check_range, mean_over_processes, summed_over_processes
-from mcseg.losses.family import Classes
+from mcseg.kernels import Upsampling, check_backend, soft_counts
+from mcseg.losses.base import (
+    Objective,
+    as_upsampling,
+    check_choice,
+    check_inputs,
+    check_range,
+    mean_over_processes,
+    summed_over_processes,
+)
+
+Classes = Literal["present", "all"]
 
 _TINY = 1e-30  # least denominator; only absent classes without smoothing come near
 
@@ -27,10 +50,6 @@ class RegionLoss(Objective):
         per_image: Ratios per image, then their mean; False is ratios over the whole batch.
         classes: ``"present"`` or ``"all"``: which classes enter the mean.
         ignore_index: Label of void pixels.
-
-    Attributes:
-        class_statistics: ``miss_rate``, 1 - I_c / T_c, and ``false_alarm_rate``, P_c - I_c over the pixels of the other
-            classes, of the last batch; Lovász-softmax has none.
     """
 
     def __init__(self, per_image: bool = False, classes: Classes = "present", ignore_index: int = 255) -> None:
@@ -39,104 +58,197 @@ class RegionLoss(Objective):
         self.per_image = per_image
         self.classes: Classes = classes
 
-    def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
-        counts = self._soft_counts(logits, target, labelled)
-        hits, predicted, labels = (t.detach().sum(0) for t in counts)
-        self.class_statistics = {
-            "miss_rate": (labels - hits) / labels,
-            "false_alarm_rate": (predicted - hits) / (labels.sum() - labels),
-        }
-        return self._mean(self._class_losses(*counts), counts[2])
-
-    def _class_losses(self, intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
-        """Compute losses (G,C) from soft counts, each (G,C): G is N per image and 1 over the batch."""
-        raise NotImplementedError
-
-    def _soft_counts(self, logits: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute I, P and T, each (G,C) in the dtype of the logits."""
-        # Void is masked by multiplication. Its label becomes 0 and `valid`, which is False there, is written as r_0.
-        valid = valid[:, None]
-        labels = target[:, None].masked_fill(~valid, 0)
-        of_class = torch.zeros_like(logits, dtype=torch.bool).scatter(1, labels, valid)
-        p = logits.softmax(1) * valid
-        intersection, predicted, labelled = (_image_sums(t) for t in (p * of_class, p, of_class))
-        counts = torch.stack([intersection, predicted, labelled.to(logits.dtype)])  # (3, N, C)
-        if not self.per_image:
-            counts = summed_over_processes(counts.sum(1, keepdim=True))
-        intersection, predicted, labelled = counts.unbind()
-        return intersection, predicted, labelled
+    def _counted(self, labelled: Tensor) -> Tensor:
+        """Which classes enter the mean, from labelled pixels (G,C): G is N per image and 1 over the batch."""
+        present = labelled > 0
+        return present if self.classes == "present" else present.any(1, keepdim=True).expand_as(present)
 
     def _mean(self, losses: Tensor, labelled: Tensor) -> Tensor:
         """Average losses (G,C) over the classes that count, then over the images that have labelled pixels."""
-        counted = labelled > 0
-        if self.classes == "all":
-            counted = counted.any(1, keepdim=True).expand_as(losses)
+        counted = self._counted(labelled)
         images = (losses * counted).sum(1) / counted.sum(1).clamp(min=1)
         if not self.per_image:  # of the whole batch, and of all processes
             return images.sum()
         return mean_over_processes(images.sum(), counted.any(1).sum())
 
 
-class SmoothedLoss(RegionLoss):
-    """A loss of regions with ``smooth`` >= 0 pixels added to numerator and denominator; the rest as `RegionLoss`."""
+class CountRatioLoss(RegionLoss):
+    """A loss of regions that is a function of the soft counts of each class.
+
+    Args:
+        per_image: As of `RegionLoss`, likewise ``classes`` and ``ignore_index``.
+        classes: See there.
+        ignore_index: See there.
+        power: q of the soft counts, 0 < q <= 1.
+        backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
+
+    Attributes:
+        class_statistics: Of the last batch, ``miss_rate``, A_c over the pixels of class c, and ``false_alarm_rate``, B_c
+            over those of the others; NaN where there are none.
+        takes_coarse_logits: True.
+    """
+
+    takes_coarse_logits = True
 
     def __init__(
-        self, per_image: bool = False, classes: Classes = "present", smooth: float = 1.0, ignore_index: int = 255
+        self,
+        per_image: bool = False,
+        classes: Classes = "present",
+        ignore_index: int = 255,
+        power: float = 1.0,
+        backend: str = "auto",
     ) -> None:
         super().__init__(per_image, classes, ignore_index)
+        if not 0 < power <= 1:
+            raise ValueError(f"power: found {power}, expected 0 < power <= 1")
+        check_backend(backend)
+        self.power = power
+        self.backend = backend
+
+    def forward(self, logits: Tensor, target: Tensor, upsample: bool | Upsampling = False) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            logits: (N,C,*spatial) floating point, unbounded scores.
+            target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
+            upsample: True takes coarse logits (N,C,h,w) and upsamples them bilinearly to the target (N,H,W), with corners
+                aligned as segmentation_models_pytorch does it, a strip of rows at a time: logits of full resolution are
+                never held. An `mcseg.kernels.Upsampling` does it its way.
+
+        Returns:
+            Scalar >= 0 in float32, or float64 for logits of that type; 0 where nothing is labelled.
+
+        Raises:
+            TypeError: Logits are not floating point or labels not integers.
+            ValueError: Shapes do not go together, or (CPU only) a label is no class.
+        """
+        upsampling = as_upsampling(upsample, target)
+        check_inputs(logits, target, upsampling=upsampling)
+        labelled, misses, alarms = self._soft_counts(logits, target, upsampling).unbind()
+        n, a, b = (counts.detach().sum(0) for counts in (labelled, misses, alarms))
+        self.class_statistics = {"miss_rate": a / n, "false_alarm_rate": b / (n.sum() - n)}
+        return self._mean(self._class_losses(labelled, misses, alarms), labelled)
+
+    def _class_losses(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+        """Compute losses (G,C) from soft counts, each (G,C)."""
+        raise NotImplementedError
+
+    def _soft_counts(self, logits: Tensor, target: Tensor, upsampling: Upsampling | None) -> Tensor:
+        """Count labels, misses and false alarms, (3,G,C)."""
+        groups = [slice(n, n + 1) for n in range(len(logits))] if self.per_image else [slice(None)]
+        counts = [
+            soft_counts(
+                logits[group],
+                target[group],
+                power=self.power,
+                ignore_index=self.ignore_index,
+                backend=self.backend,
+                upsampling=upsampling,
+            )
+            for group in groups
+        ]
+        if not counts:
+            return logits.new_zeros((3, 0, logits.shape[1])) * logits.sum()
+        return torch.stack(counts, 1) if self.per_image else summed_over_processes(counts[0])[:, None]
+
+
+class SmoothedLoss(CountRatioLoss):
+    """One minus a ratio per class, with ``smooth`` >= 0 pixels added to numerator and denominator.
+
+    Attributes:
+        class_statistics: Those of `CountRatioLoss`, and ``ratio``, the mean of the images' with ``per_image``; NaN of
+            classes outside the mean.
+    """
+
+    def __init__(
+        self,
+        per_image: bool = False,
+        classes: Classes = "present",
+        smooth: float = 1.0,
+        ignore_index: int = 255,
+        power: float = 1.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(per_image, classes, ignore_index, power, backend)
         check_range("smooth", smooth, 0)
         self.smooth = smooth
 
+    def _class_losses(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+        ratios = self._ratios(labelled, misses, alarms)
+        counted = self._counted(labelled)
+        self.class_statistics["ratio"] = (ratios.detach() * counted).sum(0) / counted.sum(0)
+        return 1 - ratios
+
+    def _ratios(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+        """Compute ratios (G,C) from soft counts, each (G,C)."""
+        raise NotImplementedError
+
 
 class DiceLoss(SmoothedLoss):
-    r"""Soft Dice loss.
+    r"""Soft Dice loss, with ``power`` below 1 power Dice.
 
-    The mean over classes of::
+    The mean over classes of one minus::
 
-        1 - (2 I_c + smooth) / (P_c + T_c + smooth)
+        (2 (n_c - A_c) + smooth) / (2 n_c - A_c + B_c + smooth)
 
-    See the module `mcseg.losses.regions` for the soft counts. After Milletari et al., "V-Net", 3DV 2016, arXiv 1606.04797,
-    with sums of ``p`` and ``r`` in the denominator in place of their squares (as Drozdzal et al., 2016).
+    which for power 1 is ``(2 I_c + smooth) / (P_c + T_c + smooth)``. See the module `mcseg.losses.regions` for the soft
+    counts and the power. After Milletari et al., "V-Net", 3DV 2016, arXiv 1606.04797, with sums of ``p`` and ``r`` in the
+    denominator in place of their squares (as Drozdzal et al., 2016).
 
     Args:
         per_image: Ratios per image, then their mean; False is ratios over the whole batch.
         classes: ``"present"`` averages over classes with labelled pixels. ``"all"`` includes absent ones, whose loss
-            ``P_c / (P_c + smooth)`` pushes false alarms down (and is constant without smoothing).
+            ``B_c / (B_c + smooth)`` pushes false alarms down (and is constant without smoothing).
         smooth: >= 0, added to numerator and denominator.
         ignore_index: Label of void pixels.
+        power: q of the soft counts, 0 < q <= 1; 1 is soft Dice, less lets the pixels that are most wrong pull more.
+        backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
 
     Raises:
         ValueError: A setting is out of its range.
+
+    Example:
+        >>> loss = DiceLoss(power=0.5, classes="all")
+        >>> loss(torch.tensor([[2.0, -1.0], [0.5, 1.0]]), torch.tensor([0, 1]))
+        tensor(0.1135)
     """
 
-    def _class_losses(self, intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
-        return 1 - (2 * intersection + self.smooth) / (predicted + labelled + self.smooth).clamp(min=_TINY)
+    def _ratios(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+        total = (2 * labelled - misses + alarms + self.smooth).clamp(min=_TINY)
+        return (2 * (labelled - misses) + self.smooth) / total
+
+
+def default_objective() -> DiceLoss:
+    """Make what mcseg trains with unless it is told otherwise: power Dice over all classes, q = 1/2."""
+    return DiceLoss(power=0.5, classes="all")
 
 
 class JaccardLoss(SmoothedLoss):
     r"""Soft Jaccard (IoU) loss.
 
-    The mean over classes of::
+    The mean over classes of one minus::
 
-        1 - (I_c + smooth) / (P_c + T_c - I_c + smooth)
+        (n_c - A_c + smooth) / (n_c + B_c + smooth)
 
-    See the module `mcseg.losses.regions` for the soft counts. After Rahman and Wang, "Optimizing Intersection-Over-Union in
-    Deep Neural Networks for Image Segmentation", ISVC 2016 (there of one class, without smoothing).
+    which for power 1 is ``(I_c + smooth) / (P_c + T_c - I_c + smooth)``. See the module `mcseg.losses.regions` for the soft
+    counts and the power. After Rahman and Wang, "Optimizing Intersection-Over-Union in Deep Neural Networks for
+    Image Segmentation", ISVC 2016 (there of one class, without smoothing).
 
     Args:
         per_image: Ratios per image, then their mean; False is ratios over the whole batch.
         classes: ``"present"`` averages over classes with labelled pixels. ``"all"`` includes absent ones, whose loss
-            ``P_c / (P_c + smooth)`` pushes false alarms down (and is constant without smoothing).
+            ``B_c / (B_c + smooth)`` pushes false alarms down (and is constant without smoothing).
         smooth: >= 0, added to numerator and denominator.
         ignore_index: Label of void pixels.
+        power: q of the soft counts, 0 < q <= 1; less lets the pixels that are most wrong pull more.
+        backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
 
     Raises:
         ValueError: A setting is out of its range.
     """
 
-    def _class_losses(self, intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
-        union = predicted + labelled - intersection
-        return 1 - (intersection + self.smooth) / (union + self.smooth).clamp(min=_TINY)
+    def _ratios(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+        return (labelled - misses + self.smooth) / (labelled + alarms + self.smooth).clamp(min=_TINY)
 
 
 class TverskyLoss(SmoothedLoss):
@@ -144,12 +256,12 @@ class TverskyLoss(SmoothedLoss):
 
     The mean over classes of::
 
-        (1 - TI_c)^(1 / gamma),    TI_c = (I_c + smooth) / (I_c + alpha (P_c - I_c) + beta (T_c - I_c) + smooth)
+        (1 - TI_c)^(1 / gamma),    TI_c = (n_c - A_c + smooth) / (n_c - A_c + alpha B_c + beta A_c + smooth)
 
-    See the module `mcseg.losses.regions` for the soft counts. After Salehi et al., "Tversky loss function for image
-    segmentation using 3D fully convolutional deep networks", MLMI 2017, arXiv 1706.05721; ``gamma`` after Abraham
-    and Khan, "A Novel Focal Tversky Loss Function", ISBI 2019, arXiv 1810.07842. With alpha = beta = 0.5 it is
-    `DiceLoss` of twice the ``smooth``, with alpha = beta = 1 `JaccardLoss`.
+    See the module `mcseg.losses.regions` for the soft counts and the power. After Salehi et al., "Tversky loss function for
+    image segmentation using 3D fully convolutional deep networks", MLMI 2017, arXiv 1706.05721; ``gamma`` after Abraham and
+    Khan, "A Novel Focal Tversky Loss Function", ISBI 2019, arXiv 1810.07842. With alpha = beta = 0.5 it is `DiceLoss` of
+    twice the ``smooth``, with alpha = beta = 1 `JaccardLoss`.
 
     Args:
         alpha: >= 0, price of false alarms.
@@ -159,6 +271,8 @@ class TverskyLoss(SmoothedLoss):
         classes: ``"present"`` averages over classes with labelled pixels, ``"all"`` includes absent ones.
         smooth: >= 0, added to numerator and denominator.
         ignore_index: Label of void pixels.
+        power: q of the soft counts, 0 < q <= 1; less lets the pixels that are most wrong pull more.
+        backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -177,8 +291,10 @@ class TverskyLoss(SmoothedLoss):
         classes: Classes = "present",
         smooth: float = 1.0,
         ignore_index: int = 255,
+        power: float = 1.0,
+        backend: str = "auto",
     ) -> None:
-        super().__init__(per_image, classes, smooth, ignore_index)
+        super().__init__(per_image, classes, smooth, ignore_index, power, backend)
         check_range("alpha", alpha, 0)
         check_range("beta", beta, 0)
         check_range("gamma", gamma, 0, open_=True)
@@ -186,43 +302,57 @@ class TverskyLoss(SmoothedLoss):
         self.beta = beta
         self.gamma = gamma
 
-    def _class_losses(self, intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
-        errors = self.alpha * (predicted - intersection) + self.beta * (labelled - intersection)
-        losses = 1 - (intersection + self.smooth) / (intersection + errors + self.smooth).clamp(min=_TINY)
+    def _ratios(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+        hits = labelled - misses
+        errors = self.alpha * alarms + self.beta * misses
+        return (hits + self.smooth) / (hits + errors + self.smooth).clamp(min=_TINY)
+
+    def _class_losses(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+        losses = super()._class_losses(labelled, misses, alarms)
         if self.gamma == 1:
             return losses
         return losses.clamp(min=torch.finfo(losses.dtype).eps) ** (1 / self.gamma)
 
 
-class GeneralizedDiceLoss(RegionLoss):
+class GeneralizedDiceLoss(CountRatioLoss):
     r"""Generalised Dice loss: one ratio over all classes, each weighted by its labelled pixels.
 
     Per image or batch::
 
-        1 - 2 sum_c w_c I_c / sum_c w_c (P_c + T_c),    w_c = 1 / T_c^2
+        1 - 2 sum_c w_c (n_c - A_c) / sum_c w_c (2 n_c - A_c + B_c),    w_c = 1 / n_c^2
 
-    See the module `mcseg.losses.regions` for the soft counts. After Sudre et al., "Generalised Dice Overlap as a Deep
-    Learning Loss Function for Highly Unbalanced Segmentations", DLMIA 2017, arXiv 1707.03237. No smoothing is
-    needed: the denominator is positive wherever anything is labelled.
+    See the module `mcseg.losses.regions` for the soft counts, here of power 1. After Sudre et al., "Generalised Dice
+    Overlap as a Deep Learning Loss Function for Highly Unbalanced Segmentations", DLMIA 2017, arXiv 1707.03237. No
+    smoothing is needed: the denominator is positive wherever anything is labelled.
 
     Args:
         per_image: A ratio per image, then their mean; False is one ratio over the whole batch.
         classes: A class without labelled pixels, whose weight would be infinite, has weight 0 (``"present"``) or the
             largest of the other classes' (``"all"``, as in the authors' NiftyNet).
         ignore_index: Label of void pixels.
+        backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
 
     Raises:
         ValueError: A setting is out of its range.
     """
 
-    def _class_losses(self, intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Tensor:
+    def __init__(
+        self,
+        per_image: bool = False,
+        classes: Classes = "present",
+        ignore_index: int = 255,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(per_image, classes, ignore_index, backend=backend)
+
+    def _class_losses(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
         present = labelled > 0
         weights = labelled.clamp(min=1) ** -2 * present
         if self.classes == "all":
             weights = weights.where(present, weights.amax(1, keepdim=True))
-        overlap = (weights * intersection).sum(1, keepdim=True)
+        overlap = (weights * (labelled - misses)).sum(1, keepdim=True)
         # 0 only where nothing is labelled, and that image or batch is left out of the mean
-        total = (weights * (predicted + labelled)).sum(1, keepdim=True)
+        total = (weights * (2 * labelled - misses + alarms)).sum(1, keepdim=True)
         return (1 - 2 * overlap / total.clamp(min=_TINY)).expand_as(labelled)
 
 
@@ -277,8 +407,3 @@ def _jaccard_steps(of_class: Tensor, dtype: torch.dtype) -> Tensor:
     intersection, union = total - of_class.cumsum(-1), total + (~of_class).cumsum(-1)  # int64
     others = (intersection.to(dtype) / (union * (union - 1)).clamp(min=1).to(dtype)).where(union > 1, 1.0)
     return torch.where(of_class, 1 / union.to(dtype), others)
-
-
-def _image_sums(values: Tensor) -> Tensor:
-    """Sum (N,C,*spatial) over space."""
-    return values.sum(tuple(range(2, values.ndim))) if values.ndim > 2 else values

@@ -26,14 +26,14 @@ from mcseg.callbacks.scores import JaccardCallback, score_names
 from mcseg.callbacks.trackers import log_configuration
 from mcseg.checkpoints.files import CheckpointFile, read_checkpoint, steps_done, written_by
 from mcseg.checkpoints.hyperparameters import refuse_calls
-from mcseg.checkpoints.translate import translate
+from mcseg.checkpoints.translate import translated
 from mcseg.data import SegmentationData
 from mcseg.evaluation.inference import Inference
 from mcseg.lightning_internals import CheckpointSettingsCLI, as_settings, cpu_computes_bfloat16
-from mcseg.losses import POWER_DICE
 from mcseg.messages import one_line
 from mcseg.module import SegmentationModule
 from mcseg.run.folder import exclusive_lock, run_folder
+from mcseg.run.recipes import default_objective
 from mcseg.run.resume import ContinuedCSVLogger
 from mcseg.run.signals import CheckpointOnSignal
 
@@ -98,7 +98,7 @@ class SegmentationCLI(CheckpointSettingsCLI):
         parser.add_class_arguments(Inference, "inference")
         parser.set_defaults(
             {
-                "model.objective": {"class_path": "mcseg.losses.MarginCalibrationLoss", "init_args": dict(POWER_DICE)},
+                "model.objective": default_objective(),
                 "trainer.logger": {
                     "class_path": "CSVLogger",
                     "init_args": {"save_dir": ".", "name": "", "version": ""},
@@ -138,10 +138,10 @@ class SegmentationCLI(CheckpointSettingsCLI):
             raise ValueError(f"mcseg {self.verb} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt")
 
     def take_checkpoint_settings(self, verb: str, path: Path) -> None:
-        """Take a checkpoint's objective whole: what an earlier version did not know has its default, not the recipe's."""
+        """Take a checkpoint's objective whole: what the checkpoint does not name has its default, not the recipe's."""
         checkpoint = read_checkpoint(path)
         try:
-            stored = translate(checkpoint.get("hyper_parameters", {}))
+            stored, remarks = translated(checkpoint.get("hyper_parameters", {}))
             refuse_calls(SegmentationModule, stored, {})
             if stored:
                 self.config = self.parser.parse_object({verb: {"model": as_settings(stored)}}, self.config)
@@ -149,10 +149,12 @@ class SegmentationCLI(CheckpointSettingsCLI):
             raise ValueError(
                 f"--ckpt_path: {path} has settings that do not hold here ({written_by(checkpoint)}): {one_line(error)}"
             ) from None
-        if stored.get("objective"):
+        for remark in remarks:
+            rank_zero_info(f"{path}: {remark}")
+        if named := stored.get("objective"):
             objective = self.config[verb].model.objective
             for name, parameter in inspect.signature(pkgutil.resolve_name(objective.class_path)).parameters.items():
-                known = name == "num_classes" or name in stored["objective"].get("init_args", {})
+                known = name == "num_classes" or name in named.get("init_args", {})
                 if not known and name in objective.init_args and parameter.default is not parameter.empty:
                     objective.init_args[name] = parameter.default
 

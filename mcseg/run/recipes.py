@@ -19,6 +19,12 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
 
+def default_objective() -> dict[str, Any]:
+    """Class path and arguments of the objective of a run without one of its own."""
+    objective: dict[str, Any] = yaml.safe_load(recipe_path("objectives/default").read_text())["model"]["objective"]
+    return objective
+
+
 def expand_shorthand(words: Sequence[str]) -> list[str]:
     """Spell out what may be said short: a recipe behind the verb, ``--root``, ``--format``, the settings of ``bound``."""
     verb, *rest = words
@@ -37,13 +43,16 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
     names: list[str] = []
     behind = 1  # where the last recipe ends
     after_config = False
-    for word in words:
+    for before, word in zip(["", *words], words, strict=False):
         flag, _, value = word.partition("=")
-        if after_config or (flag in ("--config", "-c") and value):
+        if before == "--model.objective":
+            found.append(_full_name(word))
+        elif after_config or (flag in ("--config", "-c") and value):
             names.append(word if after_config else value)
             found += _layer(recipe_path(names[-1]), first=len(names) == 1)
             behind = len(found)
         elif word not in ("--config", "-c"):
+            word = f"{flag}={_full_name(value)}" if flag == "--model.objective" and value else word
             found += [_NO_OBJECTIVE, word] if flag == "--model.objective" else [word]
             if flag == "--model.arch":  # the recipe's options go, those on the command line stay
                 found.insert(behind, _NO_OPTIONS)
@@ -59,6 +68,13 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
         names = ["synthetic"]  # the embedded data set, so that every verb works as it is
         found[1:1] = ["--config", str(recipe_path("synthetic"))]
     return Path(names[0]).stem if names else "custom", found
+
+
+def _full_name(objective: str) -> str:
+    """Class path of an objective of mcseg by its name; other libraries have classes of the same names."""
+    from mcseg import losses
+
+    return f"mcseg.losses.{objective}" if objective in losses.__all__ else objective
 
 
 def recipe_path(name: str) -> Path:

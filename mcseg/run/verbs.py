@@ -1,6 +1,7 @@
 """What `mcseg` does besides Lightning's verbs: download, show, bound, stats, check, compare."""
 
 import argparse
+import inspect
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning.cli import LightningArgumentParser
+from torch import nn
 
 from mcseg.benchmarks import benchmark_names
 from mcseg.callbacks.held_out import HeldOutBounds
@@ -16,8 +18,7 @@ from mcseg.data import IGNORE_INDEX, DataError, SegmentationData
 from mcseg.data.benchmark import benchmark_facts
 from mcseg.data.datamodule import SPLITS
 from mcseg.data.files import Sample
-from mcseg.losses import MarginCalibrationLoss
-from mcseg.margins import MarginOffsets, margin_offsets
+from mcseg.losses import offered
 from mcseg.run.cli import SegmentationCLI
 
 
@@ -96,22 +97,24 @@ def bound(recipe: str, args: Sequence[str]) -> None:
 
 
 def stats(recipe: str, args: Sequence[str]) -> None:
-    """``mcseg stats``: count the training labels; print and draw shares and offsets of the classes."""
+    """``mcseg stats``: count the training labels; print and draw shares, and what the objective derives from them."""
     config, data = _data(recipe, args)
     pixels = data.class_pixels()
-    offsets = _offsets(config, pixels)
     share = pixels.double() / pixels.sum()
+    constants = _class_constants(config.model.objective, pixels)
+    titles = [name.replace("_", " ") for name in constants]
     width = max(len("class"), *map(len, data.class_names))
-    print(f"{'class':<{width}}  {'pixels':>14}  {'share %':>8}  {'foreground offset':>17}  {'background offset':>17}")
+    print(f"{'class':<{width}}  {'pixels':>14}  {'share %':>8}" + "".join(f"  {title:>17}" for title in titles))
     for index in share.argsort(descending=True).tolist():
-        print(
-            f"{data.class_names[index]:<{width}}  {int(pixels[index]):>14,}  {100 * float(share[index]):>8.3f}  "
-            f"{float(offsets.foreground[index]):>17.4g}  {float(offsets.background[index]):>17.4g}"
+        own = "".join(
+            f"  {float(values[index]):>{max(17, len(title))}.4g}"
+            for title, values in zip(titles, constants.values(), strict=True)
         )
+        print(f"{data.class_names[index]:<{width}}  {int(pixels[index]):>14,}  {100 * float(share[index]):>8.3f}{own}")
     from mcseg.pictures import save_class_shares
 
     path = Path(config.trainer.default_root_dir or Path("runs") / recipe) / "class_shares.png"
-    save_class_shares(data.class_names, share, offsets.foreground, offsets.background, path, data.palette)
+    save_class_shares(data.class_names, share, dict(zip(titles, constants.values(), strict=True)), path, data.palette)
     print(f"picture: {path}")
 
 
@@ -159,10 +162,16 @@ def _data(recipe: str, args: Sequence[str], **options: Any) -> tuple[Namespace, 
     return config, parser.instantiate_classes(parser.parse_object({"data": config.data.as_dict()})).data
 
 
-def _offsets(config: Namespace, pixels: torch.Tensor) -> MarginOffsets:
-    """Offsets of the configured objective, where it has such; the paper's otherwise."""
-    objective = config.model.objective
-    own = pkgutil.resolve_name(objective.class_path) is MarginCalibrationLoss  # the parser may have changed the path
-    settings = objective.init_args.as_dict() if own else {}
-    keys = [key for key in ("scheme", "tau", "upsilon", "max_margin") if settings.get(key) != "none"]
-    return margin_offsets(pixels, **{key: settings[key] for key in keys if key in settings})
+def _class_constants(settings: Namespace | None, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the configured objective derives from the counts, ``(C,)`` each by name; nothing where it needs none."""
+    if settings is None:
+        return {}
+    found = settings.as_dict()
+    if "num_classes" in inspect.signature(pkgutil.resolve_name(found["class_path"])).parameters:
+        found["init_args"] = {**(found.get("init_args") or {}), "num_classes": len(pixels)}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(nn.Module, "objective")
+    objective = parser.instantiate_classes(parser.parse_object({"objective": found})).objective
+    if (calibrate := offered(objective, "calibrate")) is not None:
+        calibrate(pixels)
+    return dict(offered(objective, "class_constants"))

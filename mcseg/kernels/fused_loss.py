@@ -41,10 +41,10 @@ _LARGEST = 60
 _STEEP = 1e38
 
 
-def fused_pixel_loss(
+def pixel_loss(
     logits: Tensor, target: Tensor, foreground: Tensor, background: Tensor, foreground_weight: float, ignore_index: int
 ) -> Tensor:
-    """Compute the loss of every pixel; arguments as in `mcseg.kernels.pixel_loss`, target int64, offsets converted.
+    """Compute the loss of every pixel; arguments as in `mcseg.kernels.pixel_loss`, with offsets in the dtype of the loss.
 
     Note:
         Keeps one tensor for the backward pass besides its inputs, of the logits' shape: the gradient for an upstream
@@ -80,22 +80,17 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # @once_differentiable would let the gradient pass as a constant where `upstream` is one
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:
+        if torch.is_grad_enabled():
             raise RuntimeError('create_graph=True: backend "fused" has no second derivative; use backend="reference"')
         logits, *constants = ctx.saved_tensors
         target = constants[0]
         upstream = (upstream * (target != ctx.scalars[1]) / logits.shape[1]).unsqueeze(1)
-        if compiling:
-            scaled = ctx.gradient * upstream
-        else:
-            # The gradient is scaled where it lies and handed out, which halves the memory; a second backward through a
-            # retained graph finds none and computes it anew.
-            gradient, ctx.gradient = ctx.gradient, None
-            if gradient is None:
-                gradient = _loss_and_gradient(logits, *constants, *ctx.scalars, with_gradient=True)[1]
-            scaled = gradient.mul_(upstream)
-        return scaled.to(logits.dtype), None, None, None, None, None
+        # The gradient is scaled where it lies and handed out, which halves the memory; a second backward through a retained
+        # graph finds none and computes it anew.
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            gradient = _loss_and_gradient(logits, *constants, *ctx.scalars, with_gradient=True)[1]
+        return gradient.mul_(upstream).to(logits.dtype), None, None, None, None, None
 
 
 def _loss_and_gradient(
@@ -137,8 +132,8 @@ def _loss_and_gradient(
 
 
 def _as_a_whole(logits: Tensor) -> bool:
-    """On the CPU tiles stay in the cache; elsewhere, and where code is compiled, there are none."""
-    return logits.device.type != "cpu" or torch.compiler.is_compiling()
+    """On the CPU tiles stay in the cache; elsewhere there are none."""
+    return logits.device.type != "cpu"
 
 
 def _tile(
