@@ -105,7 +105,7 @@ def main() -> None:
             kills += 1
             checkpoint = killed / "checkpoints" / "last.ckpt"
             step = steps_done(checkpoint) if checkpoint.is_file() else 0
-            left = sorted(path.name for path in killed.rglob("*.tmp"))
+            left = sorted(path.name for path in killed.rglob(".*.tmp.*"))
             print(f"{name} after {seconds:.1f} s; step of the checkpoint: {step} {' '.join(left)}", flush=True)
         else:
             fit(["--resume", str(killed)])

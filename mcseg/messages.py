@@ -20,15 +20,23 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PEER_ENDED = re.compile(r"Connection (reset|closed) by peer|remote process exit")
 
 
-def one_line(error: BaseException) -> str:
-    """What a person needs of an error: without a worker's traceback, and without the parser's other attempts."""
+def one_line(error: BaseException, *, limit: int | None = None) -> str:
+    """Return what a person needs of an error: no worker's traceback, none of the parser's other attempts.
+
+    Args:
+        error: of any library.
+        limit: most characters; what is beyond becomes "...".
+    """
+    text = _essence(error)
+    return text if limit is None or len(text) <= limit else text[:limit] + "..."
+
+
+def _essence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = error.filename or "where the run folder is, or the temporary files"
+        return f"{where}: {error.strerror}; make room, and a training resumes with mcseg fit --resume RUN_FOLDER"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return (
-            f"{error.strerror}: where the run folder is, or the temporary files; make room, and a training goes on with "
-            "mcseg fit --resume RUN_FOLDER"
-        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "worker process" in lines[0]:
         return lines[-1].partition("Error: ")[2] or lines[-1]

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,7 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-Palette = Sequence[tuple[int, int, int]]
+from mcseg.atomic import write_atomically
+from mcseg.palette import Palette, distinct_colors, void_color
+
 _Arguments = ParamSpec("_Arguments")
 
 _PAPER, _INK, _RULE = (255, 255, 255), (40, 40, 40), (205, 205, 205)
@@ -24,19 +25,6 @@ _COLUMN_WIDTH = 360  # pixels; smaller images are enlarged, larger ones reduced 
 _BAR_WIDTH = 240  # of the largest value
 _FONT_SIZE = 15
 LEGEND_CLASSES = 30  # a legend of more takes more room than the pictures
-
-
-def void_color(palette: Palette) -> tuple[int, int, int]:
-    """Black, or the light colour that PASCAL VOC has for void where black stands for a class."""
-    return (224, 224, 192) if (0, 0, 0) in map(tuple, palette) else (0, 0, 0)
-
-
-def default_palette(classes: int) -> Palette:
-    """Distinguishable RGB colours for classes that have none."""
-    from matplotlib import colormaps
-
-    colors = colormaps["gist_rainbow"](np.linspace(0, 1, classes))[:, :3]
-    return [(int(r), int(g), int(b)) for r, g, b in (255 * colors).round()]
 
 
 def as_array(picture: Image.Image) -> NDArray[np.uint8]:
@@ -295,7 +283,7 @@ def _draw_scale(draw: ImageDraw.ImageDraw, left: int, top: int, font: ImageFont.
 
 def save(picture: Image.Image, path: Path) -> None:
     """Write a picture under a temporary name and rename it, so that no half-written file is left behind."""
-    atomically(path, lambda temporary: picture.save(temporary))
+    write_atomically(path, lambda temporary: picture.save(temporary))
 
 
 def pack(folder: Path, archive: Path) -> Path:
@@ -312,7 +300,7 @@ def pack(folder: Path, archive: Path) -> Path:
                 for path in files:
                     packed_tar.add(path, path.relative_to(folder).as_posix())
 
-    atomically(archive, write)
+    write_atomically(archive, write)
     return archive
 
 
@@ -346,7 +334,6 @@ def save_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
         history: one mapping per epoch: ``epoch`` and the logged ``train/loss``, ``val/miou``, ``val/iou/<class>``.
         path: the PNG.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -354,8 +341,8 @@ def save_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     _curve(left, history, "train/loss", color="black")
     left.set(xlabel="epoch", ylabel="training loss", title="objective")
     keys = sorted({key for row in history for key in row if key.startswith("val/iou/")})
-    for index, key in enumerate(keys):
-        _curve(right, history, key, color=colormaps["gist_rainbow"](index / max(1, len(keys) - 1)), linewidth=1)
+    for key, color in zip(keys, distinct_colors(len(keys)), strict=True):
+        _curve(right, history, key, color=tuple(channel / 255 for channel in color), linewidth=1)
     _curve(right, history, "val/miou", color="black", linewidth=2.5)
     right.set(xlabel="epoch", ylabel="IoU", ylim=(0, 1), title="validation")
     for axes in (left, right):
@@ -364,7 +351,7 @@ def save_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
         right.set(title=f"validation: mIoU and {len(keys)} classes")
     elif right.lines:
         right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
 
 
 def _curve(axes: "object", history: Sequence[Mapping[str, float]], key: str, **style: object) -> None:
@@ -396,15 +383,4 @@ def save_class_shares(
         positive = all(bool((values >= 0).all()) for values in constants.values())
         axes[1].set(xlabel="constants of the objective", xscale="log" if positive else "linear")
         axes[1].legend()
-    atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
-
-
-def atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file by ``write(temporary)`` and rename it to ``path``, so that no half-written file is left behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))

@@ -1,5 +1,6 @@
 """Broken and unusual files in a folder of the user's own: each is one line that names it, or what a person would expect."""
 
+import functools
 import io
 import os
 import shutil
@@ -25,6 +26,7 @@ from mcseg.data import DataError, FolderData
 from mcseg.data.check import check
 from mcseg.module import SegmentationModule
 from mcseg.run.main import main
+from mcseg.schedules import WarmupPolynomialLR
 
 NAME = "photo 3"
 
@@ -495,7 +497,8 @@ class Seen(pl.Callback):
 
 def run(data, callbacks, folder, epochs=1):
     torch.manual_seed(0)
-    module = SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=3, warmup_steps=1)
+    schedule = functools.partial(WarmupPolynomialLR, warmup_steps=1)
+    module = SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=3, scheduler=schedule)
     trainer = pl.Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, default_root_dir=folder, callbacks=[JaccardCallback(), *callbacks],

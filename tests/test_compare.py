@@ -37,6 +37,7 @@ from mcseg.compare.shifts import _GRID, _miou_on_grid, fit_shifts, shifted_miou
 from mcseg.compare.statistics import class_iou, measures, paired_intervals
 from mcseg.compare.study import StudySettings, _ParseOnly, _parser, explicit_settings, make_study, parse_grid, setting_words
 from mcseg.evaluation.metrics import Scores, image_counts, rarest_third
+from mcseg.palette import distinct_colors
 from mcseg.run.main import main
 from mcseg.run.recipes import RECIPES
 
@@ -221,7 +222,7 @@ def test_objectives_as_people_write_them(tmp_path):
         written,
         seeds=[4, 2],
         baseline="objectives/focal",
-        tune={"model.lr_power": ["0.5", 1]},
+        tune={"model.scheduler.power": ["0.5", 1]},
         folds=["train-000*", ["train-0020", "train-0021"]],
     )
     assert [objective.label for objective in study.objectives] == written
@@ -232,7 +233,10 @@ def test_objectives_as_people_write_them(tmp_path):
     )
     # what an objective below it has set, here margin_calibration's tau in the data's recipe, must not leak into it
     assert study.objectives[3].words == ("--model.objective=null", "--config", str(own))
-    assert all(objective.trials == (("--model.lr_power=0.5",), ("--model.lr_power=1",)) for objective in study.objectives)
+    assert all(
+        objective.trials == (("--model.scheduler.power=0.5",), ("--model.scheduler.power=1",))
+        for objective in study.objectives
+    )
     assert study.folds == (("train-000*",), ("train-0020", "train-0021"))
     assert (study.seeds, study.baseline) == ((4, 2), "objectives/focal")
     assert parse_grid(["tau=1,10", "x=[1,2],[3,4]"]) == {"tau": ["1", "10"], "x": ["[1,2]", "[3,4]"]}
@@ -255,7 +259,7 @@ TRIALS = {
         ({"objectives": ["dice:smooth"]}, "KEY=VALUE"),
         ({"objectives": [{"name": "dice"}]}, "expected recipe, overrides, trials"),
         ({"objectives": TRIALS, "folds": ["train-0000"]}, "same number, found a 2, b 1"),
-        ({"tune": {"model.lr_power": [1, 2]}}, "give folds"),
+        ({"tune": {"model.scheduler.power": [1, 2]}}, "give folds"),
         ({"tune": {"tau": [1, 2]}, "folds": ["train-0000"]}, "cross_entropy: .*tau' is not accepted"),
         ({"folds": ["train-0000", "0001TP_*"]}, "0001TP_\\* is the name of no training image.*such as train-0000"),
         ({"folds": ["*"]}, "every training image"),
@@ -308,7 +312,10 @@ def miou(value):
 
 def test_plan_takes_the_best_trial_of_each_objective_into_the_final_runs():
     study = study_of(
-        ["cross_entropy", "dice"], seeds=[3, 4], folds=["train-000*", "train-001*"], tune={"model.lr_power": [1, 2, 3]}
+        ["cross_entropy", "dice"],
+        seeds=[3, 4],
+        folds=["train-000*", "train-001*"],
+        tune={"model.scheduler.power": [1, 2, 3]},
     )
     outcomes = {}
     assert len(planned(study)) == 2 * 2 * 3
@@ -322,7 +329,7 @@ def test_plan_takes_the_best_trial_of_each_objective_into_the_final_runs():
     assert {name for name in found if "trial" not in name} == {"dice, seed 3", "dice, seed 4"}
     run = found["dice, seed 4"][0]
     assert (run.trial, run.shifts) == (0, (0.5, -0.5))  # 0.3 on average, the failed one does not count
-    assert "--model.lr_power=1" in run.words
+    assert "--model.scheduler.power=1" in run.words
     assert not any("held_out" in word for word in run.words)
     outcomes["cross_entropy, trial 0, fold 0, seed 3"] = missing
     run = planned(study, outcomes, (0.5, -0.5))["cross_entropy, seed 3"][0]
@@ -357,16 +364,16 @@ CAMVID = ("--config", str(RECIPES / "camvid.yaml"))
 def test_key_follows_what_changes_the_numbers(tmp_path):
     recipe = tmp_path / "a.yaml"
 
-    def key(content="model: {lr_power: 1}", name=recipe, label="x", **options):
+    def key(content="model: {aux_weight: 1}", name=recipe, label="x", **options):
         name.write_text(content)
         return Run(label, "final", 0, (*CAMVID, "--config", str(name), *options.pop("words", ())), **options).key
 
     base = key()
-    assert base == key(label="y") == key("# the same\nmodel:\n  lr_power: 1\n") == key(name=tmp_path / "b.yaml")
+    assert base == key(label="y") == key("# the same\nmodel:\n  aux_weight: 1\n") == key(name=tmp_path / "b.yaml")
     assert base == key(words=("--trainer.enable_progress_bar=false",)) == key(words=("--trainer.logger=false",))
     assert key(words=("--data.root", "x")) == key(words=("--data.root=x",)) == key(words=("--data.root=elsewhere/x",))
     assert key(words=("--data.root=x",)) != key(words=("--data.root=y",))
-    others = [key("model: {lr_power: 2}"), key(words=("--seed_everything=1",)), key(shifts=(1.0, -1.0))]
+    others = [key("model: {aux_weight: 2}"), key(words=("--seed_everything=1",)), key(shifts=(1.0, -1.0))]
     others.append(key(start=Run("z", "first", 0, CAMVID)))
     assert len({base, *others}) == 5
 
@@ -380,7 +387,7 @@ def test_key_is_of_the_settings_that_hold_in_the_end():
     assert key(old, "--model.objective=null", new) == key(new)
     assert key(old, "--model.objective.smooth=2", "--model.objective.smooth=1") == key(old)
     assert key(old, "--model.objective.smooth=2") == key(old, "--model.objective.init_args.smooth=2.0")
-    assert key(old, "--model.lr_power=1") == key("--model.lr_power=1", old) == key("--model={lr_power: 1.0}", old)
+    assert key(old, "--model.aux_weight=1") == key("--model.aux_weight=1", old) == key("--model={aux_weight: 1.0}", old)
     # as the parser does, a new class keeps the arguments of the old one that it knows
     kept = "--model.objective={class_path: mcseg.losses.JaccardLoss, init_args: {smooth: 1, classes: all}}"
     assert key(old, new) == key(kept)
@@ -576,9 +583,7 @@ class Fabricated:
             pixels = torch.randint(0, 3, (6, 8), dtype=torch.uint8)
             pictures.save(pictures.image_picture(torch.rand(3, 6, 8)), path / "pictures" / "0-image.jpg")
             for name in ("target", "prediction"):
-                pictures.save(
-                    pictures.palette_image(pixels, pictures.default_palette(3)), path / "pictures" / f"0-{name}.png"
-                )
+                pictures.save(pictures.palette_image(pixels, distinct_colors(3)), path / "pictures" / f"0-{name}.png")
         result = {"objective": run.objective, "role": run.role, "seed": run.seed, "fold": run.fold, "trial": run.trial}
         result |= {name.replace("counts", "scores"): worker._scores(value, [2]) for name, value in counts.items()}
         result |= {"key": run.key, "shifts": run.shifts, "images": 5, "steps": 12}
@@ -630,7 +635,7 @@ def test_table_is_mean_and_deviation_of_scores_and_intervals_of_counts(tmp_path)
 
 def test_files_of_a_comparison(tmp_path):
     study = study_of(
-        ["cross_entropy", "dice"], seeds=[0, 1], folds=["train-000*", "train-001*"], tune={"model.lr_power": [1, 2]}
+        ["cross_entropy", "dice"], seeds=[0, 1], folds=["train-000*", "train-001*"], tune={"model.scheduler.power": [1, 2]}
     )
     study = replace(study, remarks=("a remark",))
     made = Fabricated(tmp_path, study)
@@ -642,7 +647,7 @@ def test_files_of_a_comparison(tmp_path):
         "cross_entropy",
         "1",
         "1",
-        "model.lr_power=2",
+        "model.scheduler.power=2",
     )
     with (tmp_path / "table.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -796,7 +801,7 @@ HOSTILE = "<img src=x onerror=alert(1)>\"'&{{ 7 * 7 }}"
 
 
 def test_report_shows_everything_without_scripts_and_fetches_nothing(tmp_path):
-    study = study_of(["cross_entropy", "dice"], seeds=[0, 1], folds=["train-000*"], tune={"model.lr_power": [1, 2]})
+    study = study_of(["cross_entropy", "dice"], seeds=[0, 1], folds=["train-000*"], tune={"model.scheduler.power": [1, 2]})
     study = replace(study, remarks=("a remark",))
     made = Fabricated(tmp_path, study)
     page = made.report()
@@ -808,7 +813,7 @@ def test_report_shows_everything_without_scripts_and_fetches_nothing(tmp_path):
         f"{100 * row['iou/pole_mean']:.1f}",
         "a remark",
         "dice + shifts",
-        "lr_power=2",
+        "power=2",
         "90.0",  # share of the most frequent class
         *("road", "sky", "pole"),
     ):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mcseg.data.classlist import table_from_file, table_from_names, table_from_toml
-from mcseg.data.labels import DataError, LabelTable, distinct_colors, pack_color
+from mcseg.data.labels import DataError, LabelTable, pack_color
+from mcseg.palette import distinct_colors
 
 NAMES = ("a", "b", "c")
 COLORS = ((0, 0, 0), (10, 20, 30), (255, 0, 255))

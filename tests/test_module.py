@@ -15,11 +15,13 @@ from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import nn
 
 from mcseg.callbacks.scores import JaccardCallback
+from mcseg.checkpoints.compatibility import initialize_network
 from mcseg.data import SyntheticData
 from mcseg.evaluation.inference import Inference, labels_at
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import margin_offsets
 from mcseg.module import SegmentationModule
+from mcseg.schedules import WarmupPolynomialLR
 from mcseg.seeds import seed_of, seeded
 
 TINY = {
@@ -179,7 +181,7 @@ TOUCH = {"class_path": "torch.save", "init_args": {"obj": 1, "f": "owned"}}
 # By this package, by Lightning, or by the parser, whose words and whose order of trying differ from version to version
 REFUSED = (
     "nothing else is called|without dots|not in the allowlist|does not correspond to a subclass|Expected 'torch.save' to be"
-    "|Option 'obj' is not accepted"
+    "|Option 'obj' is not accepted|does not accept option"
 )
 
 
@@ -203,6 +205,7 @@ REFUSED = (
         {"network_options": {"decoder": TOUCH}},
         {"_instantiator": "torch.save"},
         {"_class_path": "mcseg.SegmentationModule", "objective": TOUCH},
+        {"class_path": "mcseg.module.SegmentationModule", "init_args": {"num_classes": 3, "objective": TOUCH}},
         {"_class_path": "numpy.memmap", "filename": "owned", "shape": [1], "mode": "w+"},
     ],
     ids=str,
@@ -261,7 +264,7 @@ def test_a_plateau_is_followed_in_training_alone(tmp_path):
 def test_reload_and_resume_fetch_no_encoder_weights(tmp_path, monkeypatch):
     fetched = []
     monkeypatch.setattr(
-        "mcseg.networks.network.SegmentationNetwork.load_pretrained_encoder", lambda *args: fetched.append(args[3])
+        "mcseg.networks.network.SegmentationNetwork.load_pretrained_encoder", lambda *args: fetched.append(args[1])
     )
     module = SegmentationModule(**TINY, encoder_weights="imagenet", num_classes=8)
     assert fetched == []
@@ -333,7 +336,10 @@ def test_polynomial_schedule_per_step(tmp_path):
             self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     module = SegmentationModule(
-        **TINY, num_classes=8, optimizer=partial(torch.optim.SGD, lr=0.1), lr_power=0.5, warmup_steps=2
+        **TINY,
+        num_classes=8,
+        optimizer=partial(torch.optim.SGD, lr=0.1),
+        scheduler=partial(WarmupPolynomialLR, power=0.5, warmup_steps=2),
     )
     trainer(tmp_path, max_epochs=3, callbacks=[Rates()]).fit(module, data())
     steps = range(6)  # 4 scenes, batch 2, 3 epochs
@@ -547,7 +553,7 @@ def test_auxiliary_head_is_trained_along_and_left_out_of_predictions(tmp_path):
     # A network without the head starts from one with it, and the other way round.
     for weight in (0.0, 0.4):
         other = SegmentationModule(**TINY, num_classes=8, aux_weight=weight, init_from=str(path))
-        other._init_from(str(path))
+        initialize_network(other.network, str(path))
         assert torch.equal(other.eval()(batch["image"]), again.eval()(batch["image"]))
     with pytest.raises(ValueError, match="aux_weight: found -1"):
         SegmentationModule(**TINY, num_classes=8, aux_weight=-1)

@@ -13,6 +13,25 @@ from mcseg.networks import SegmentationNetwork
 ENCODER = "tu-test_resnet.r160_in1k"
 
 
+def with_its_weights(network, arch, encoder):
+    """SMP's own model, whose upsampling is its own as well."""
+    import segmentation_models_pytorch as smp
+
+    model = smp.create_model(arch, encoder, encoder_weights=None, classes=network.model.segmentation_head[0].out_channels)
+    model.load_state_dict(network.model.state_dict())
+    return model.eval()
+
+
+@pytest.mark.parametrize("arch", ["unet", "fpn", "deeplabv3", "deeplabv3plus", "pspnet", "upernet", "segformer"])
+def test_logits_are_those_of_smp(arch):
+    encoder = "resnet18" if arch.startswith("deeplab") else ENCODER
+    network = SegmentationNetwork(arch, encoder, 4, channels_last=False).eval()
+    image = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        expected = with_its_weights(network, arch, encoder)((image - network.mean) / network.std)
+        torch.testing.assert_close(network(image), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "arch",
     [
@@ -39,7 +58,7 @@ def test_every_architecture_takes_any_size(arch):
 
 
 def test_dpt_takes_any_size():
-    network = SegmentationNetwork("dpt", "tu-test_vit.r160_in1k", 3, {"dynamic_img_size": True}).eval()
+    network = SegmentationNetwork("dpt", "tu-test_vit.r160_in1k", 3, options={"dynamic_img_size": True}).eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 50, 70)).shape == (1, 3, 50, 70)
 
@@ -68,7 +87,7 @@ def test_padding_is_cut_off_and_leaves_divisible_sizes_alone():
     image = torch.rand(1, 3, 33, 64)
     with torch.no_grad():
         logits = network(image)
-        direct = network.model(
+        direct = with_its_weights(network, "fpn", ENCODER)(
             ((torch.nn.functional.pad(image, (0, 0, 0, 31), mode="replicate")) - network.mean) / network.std
         )
     assert seen[0] == (64, 64)
@@ -88,21 +107,22 @@ def test_channels_last_is_a_matter_of_memory_only():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("unett", ENCODER, 3), "network unett with encoder .*unetplusplus"),
-        (("unet", "resnet19", 3), "network unet with encoder resnet19: .*resnet34"),
-        (("unet", ENCODER, 3, {"decoder_chanels": [1]}), "decoder_chanels"),
+        (("unett", ENCODER, None), "network unett with encoder .*unetplusplus"),
+        (("unet", "resnet19", None), "network unet with encoder resnet19: .*resnet34"),
+        (("unet", ENCODER, {"decoder_chanels": [1]}), "decoder_chanels"),
     ],
 )
 def test_unknown_names_are_one_line(arguments, message):
+    arch, encoder, options = arguments
     with pytest.raises(ValueError, match=message) as error:
-        SegmentationNetwork(*arguments)
+        SegmentationNetwork(arch, encoder, 3, options=options)
     assert "\n" not in str(error.value)
 
 
 def test_pretrained_weights_that_cannot_be_had(monkeypatch):
     network = SegmentationNetwork("unet", "resnet18", 3)
     with pytest.raises(ValueError, match="encoder_weights: imagenet for resnet18 .* set encoder_weights to null"):
-        network.load_pretrained_encoder("unet", "resnet18", "imagenet")
+        network.load_pretrained_encoder("imagenet")
 
 
 def test_pretrained_weights_bring_their_normalisation(monkeypatch):
@@ -126,7 +146,7 @@ def test_pretrained_weights_bring_their_normalisation(monkeypatch):
     )
     network = SegmentationNetwork("unet", "resnet18", 3)
     assert not (next(network.model.encoder.parameters()) == 0.25).all()
-    network.load_pretrained_encoder("unet", "resnet18", "imagenet")
+    network.load_pretrained_encoder("imagenet")
     assert (next(network.model.encoder.parameters()) == 0.25).all()
     torch.testing.assert_close(network.mean.flatten(), torch.tensor([0.2, 0.4, 0.6]))
     torch.testing.assert_close(network.std.flatten(), torch.tensor([0.2, 0.2, 0.2]))
@@ -275,7 +295,7 @@ def test_auxiliary_logits_are_the_heads(monkeypatch):
 
 
 def coplenet(num_classes=3, **options):
-    return SegmentationNetwork("coplenet", "", num_classes, {"feature_channels": [8, 16, 32, 64, 128], **options})
+    return SegmentationNetwork("coplenet", "", num_classes, options={"feature_channels": [8, 16, 32, 64, 128], **options})
 
 
 def test_coplenet_has_the_published_size():
@@ -327,13 +347,13 @@ def test_coplenet_overfits_one_batch():
 )
 def test_unusable_options_of_coplenet_are_one_line(options, message):
     with pytest.raises(ValueError, match=message) as error:
-        SegmentationNetwork("coplenet", "", 3, options)
+        SegmentationNetwork("coplenet", "", 3, options=options)
     assert "\n" not in str(error.value)
 
 
 def test_coplenet_has_no_pretrained_weights():
     with pytest.raises(ValueError, match="encoder_weights: found imagenet; coplenet has no pretrained weights"):
-        coplenet().load_pretrained_encoder("coplenet", "resnet34", "imagenet")
+        coplenet().load_pretrained_encoder("imagenet")
 
 
 def test_coplenet_comes_back_from_a_checkpoint(tmp_path):

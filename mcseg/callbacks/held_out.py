@@ -13,10 +13,12 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from mcseg import pictures
+from mcseg.atomic import write_atomically
 from mcseg.callbacks.base import EvaluationCallback
 from mcseg.evaluation.bounds import Weight, held_out_iou, iou_lower_bounds, miou_lower_bound
 from mcseg.evaluation.margin_counts import MARGINS, MarginCounts
 from mcseg.evaluation.metrics import image_counts
+from mcseg.palette import Palette
 
 _COLUMNS = (0.0, 0.5, 1.0, 2.0, 5.0)  # margins of the table
 _FEW_UNITS = 50  # below this the level of the bootstrap has not been checked
@@ -111,7 +113,7 @@ class HeldOutBounds(EvaluationCallback):
         result = self.result(data.class_names, split)
         folder = Path(trainer.default_root_dir)
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-        pictures.atomically(folder / "bound.json", lambda temporary: temporary.write_text(text))
+        write_atomically(folder / "bound.json", lambda temporary: temporary.write_text(text))
         save_margins(self._margins, data.class_names, data.palette, folder / "margins.png")
         rank_zero_info("\n" + bound_table(result) + f"\nwritten: {folder / 'bound.json'}, {folder / 'margins.png'}")
 
@@ -244,7 +246,7 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-def save_margins(counts: MarginCounts, names: Sequence[str], palette: pictures.Palette, path: Path) -> None:
+def save_margins(counts: MarginCounts, names: Sequence[str], palette: Palette, path: Path) -> None:
     """Draw, for each class, IoU and share of cleared pixels against the margin; more than 30 classes go without a legend."""
     from matplotlib.figure import Figure
 
@@ -266,4 +268,4 @@ def save_margins(counts: MarginCounts, names: Sequence[str], palette: pictures.P
     right.set(ylabel="share", title="pixels of the class that clear the margin")
     if len(names) <= pictures.LEGEND_CLASSES:
         right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    pictures.atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))

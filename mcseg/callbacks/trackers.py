@@ -10,6 +10,7 @@ from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
 from mcseg import pictures
+from mcseg.palette import Palette, distinct_colors
 
 
 def class_names(trainer: pl.Trainer, names: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -18,10 +19,10 @@ def class_names(trainer: pl.Trainer, names: Sequence[str] | None = None) -> tupl
     return tuple(found or map(str, range(trainer.lightning_module.hparams["num_classes"])))
 
 
-def class_palette(trainer: pl.Trainer, classes: int) -> pictures.Palette:
+def class_palette(trainer: pl.Trainer, classes: int) -> Palette:
     """Class colours: the data module's, or distinguishable ones."""
     found = getattr(getattr(trainer, "datamodule", None), "palette", None)
-    return tuple(found) if found else pictures.default_palette(classes)
+    return tuple(found) if found else distinct_colors(classes)
 
 
 def log_picture(trainer: pl.Trainer, key: str, picture: Image.Image, file: str) -> None:

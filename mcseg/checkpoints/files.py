@@ -1,6 +1,5 @@
 """Checkpoint files: written atomically, read without unpickling anything but tensors and plain types."""
 
-import os
 import pickle
 import re
 import zipfile
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 from lightning_fabric.plugins import TorchCheckpointIO
-from torch import Tensor
 
+from mcseg.atomic import write_atomically
+from mcseg.lightning_internals import load_from_url
 from mcseg.version import __version__
 
 VERSION = "mcseg_version"  # key of a checkpoint
@@ -31,20 +31,15 @@ class CheckpointFile(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         place = Path(path)
-        temporary = place.with_name(f".{place.name}.tmp")  # what a killed process has left is written over
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:  # given a path, torch would write with errors that do not tell the reason
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(place)
+
+        try:
+            write_atomically(place, write, exclusive=True)
         except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, OSError):  # torch's writer has errors of its own on top
-                cause = cause.__context__
-            reason = getattr(cause, "strerror", None) or str(error).splitlines()[0]
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             before = "the checkpoint that was there before is whole" if place.exists() else "there is none"
             raise OSError(f"{place}: the checkpoint cannot be written ({reason}); {before}") from error
 
@@ -58,7 +53,7 @@ class CheckpointFile(TorchCheckpointIO):
 @contextmanager
 def _refusing(path: Any) -> Iterator[None]:
     """Say in one line why a file is no checkpoint."""
-    is_file = "://" not in str(path) and Path(path).is_file()
+    is_file = isinstance(path, str | Path) and "://" not in str(path) and Path(path).is_file()
     if is_file and not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: not a checkpoint, or one that was cut off; expected a .ckpt file as mcseg fit writes it")
     try:
@@ -72,39 +67,35 @@ def _refusing(path: Any) -> Iterator[None]:
         ) from None
 
 
-def read_checkpoint(path: str | Path, **options: Any) -> dict[str, Any]:
-    """Read a checkpoint of this package to the CPU.
+def read_checkpoint(source: Any) -> dict[str, Any]:
+    """Read a checkpoint of this package to the CPU; of a file, the tensors only when they are used.
 
     Args:
-        path: a file.
-        **options: of ``torch.load``.
+        source: path, URL, or open file, which is left at its beginning.
 
     Raises:
         ValueError: not a checkpoint, or one with other objects than tensors and plain types.
         FileNotFoundError: no such file.
     """
-    with _refusing(path):
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, **options)
+    with _refusing(source):
+        if isinstance(source, str | Path) and "://" in str(source):
+            checkpoint = load_from_url(source)
+        else:
+            mapped = isinstance(source, str | Path)
+            checkpoint = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    if hasattr(source, "seek"):
+        source.seek(0)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{path}: holds no state_dict; expected a .ckpt file as mcseg fit writes it")
+        raise ValueError(f"{source}: holds no state_dict; expected a .ckpt file as mcseg fit writes it")
     return checkpoint
 
 
-def written_by(checkpoint: dict[str, Any]) -> str:
+def written_by(checkpoint: Mapping[str, Any]) -> str:
     """Say which version of the package wrote a checkpoint, and which this is."""
     writer = f"mcseg {checkpoint[VERSION]}" if VERSION in checkpoint else "an earlier mcseg"
     return f"written by {writer}, this is {__version__}"
 
 
-def differing_tensors(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that only one of two states has, or that have different shapes in them, sorted."""
-    return sorted(
-        name
-        for name in found.keys() | own.keys()
-        if name not in found or name not in own or found[name].shape != own[name].shape
-    )
-
-
 def steps_done(path: Path) -> int:
     """Training steps that are behind a checkpoint."""
-    return int(read_checkpoint(path, mmap=True)["global_step"])
+    return int(read_checkpoint(path)["global_step"])

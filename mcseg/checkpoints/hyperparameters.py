@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
-from pytorch_lightning.cli import instantiate_module
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities import rank_zero_info
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from mcseg.checkpoints.files import read_checkpoint, written_by
+from mcseg.checkpoints.translate import translated
+from mcseg.lightning_internals import CLASS_PATH_KEY, INSTANTIATOR, INSTANTIATOR_KEY, argument_keys, as_settings
 from mcseg.messages import one_line
 
 
@@ -33,9 +37,34 @@ def plain_hyperparameters(found: dict[str, Any]) -> tuple[dict[str, Any], dict[s
         # The command line links num_classes to the objective, and Lightning notes it even where the class takes none.
         accepted = inspect.signature(pkgutil.resolve_name(objective["class_path"])).parameters
         objective["init_args"] = {k: v for k, v in objective["init_args"].items() if k != "num_classes" or k in accepted}
-    # The one instantiator that Lightning trusts in a checkpoint
-    plain["_instantiator"] = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
+    plain[INSTANTIATOR_KEY] = INSTANTIATOR
     return plain, reasons
+
+
+def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the arguments of a checkpoint's module that have changed since an earlier version; report each change in a line.
+
+    Args:
+        kind: the module's class.
+        source: path, URL or open file.
+        given: arguments from the caller, in place of stored ones; see :func:`refuse_calls`, by which the others are checked.
+
+    Returns:
+        Arguments by name, as this version takes them.
+
+    Raises:
+        ValueError: not a checkpoint, or one with arguments that this version refuses.
+    """
+    checkpoint = read_checkpoint(source)
+    stored = {name: value for key in argument_keys(kind) for name, value in checkpoint.get(key, {}).items()}
+    try:
+        arguments, remarks = translated({name: value for name, value in stored.items() if name not in given})
+        refuse_calls(kind, arguments, given)
+    except ValueError as error:
+        raise ValueError(f"{source} ({written_by(checkpoint)}): {error}") from None
+    for remark in remarks:
+        rank_zero_info(f"{source}: {remark}")
+    return {name: value for name, value in arguments.items() if name not in stored or value != stored[name]}
 
 
 def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
@@ -58,14 +87,13 @@ def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]
     if dotted := [name for name in stored if "." in name]:  # which could reach into what the caller gives
         raise ValueError(f"found the arguments {dotted}, expected names without dots")
     parser = ArgumentParser(exit_on_error=False)
-    arguments = {name: value for name, value in {**stored, **given}.items() if name != "_instantiator"}
-    if path := arguments.pop("_class_path", None):
+    arguments = {**stored, **given}
+    if arguments.get(CLASS_PATH_KEY):
         parser.add_subclass_arguments(kind, "model", fail_untyped=False)
-        arguments = {"class_path": path, "dict_kwargs": arguments}
     else:
         parser.add_class_arguments(kind, "model", fail_untyped=False)
     try:
-        parsed = parser.parse_object({"model": arguments}).model
+        parsed = parser.parse_object({"model": as_settings(arguments)}).model
     except ArgumentError as error:
         raise ValueError(one_line(error)) from None
     values = {**parsed.get("dict_kwargs", {}), **vars(parsed.get("init_args", parsed))}

@@ -36,6 +36,7 @@ def translated(stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     remarks: list[str] = []
     if isinstance(objective := arguments.get("objective"), Mapping):
         arguments["objective"] = _objective(objective, remarks)
+    _schedule(arguments, remarks)
     return arguments, remarks
 
 
@@ -44,6 +45,19 @@ def drop_unused_offsets(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> 
     for name in list(state):
         if name.startswith("objective.") and name.endswith(("foreground_offsets", "background_offsets")) and name not in own:
             del state[name]
+
+
+def _schedule(arguments: dict[str, Any], remarks: list[str]) -> None:
+    """Translate ``lr_power`` and ``warmup_steps``, the module's settings of the schedule that ``scheduler`` None meant."""
+    moved = {"lr_power": "power", "warmup_steps": "warmup_steps"}
+    old = {new: arguments.pop(name) for name, new in moved.items() if name in arguments}
+    if arguments.get("scheduler") is not None:  # another schedule, on which they had no effect
+        return
+    arguments.pop("scheduler", None)  # the default of this version is the same schedule
+    if old:
+        arguments["scheduler"] = {"class_path": "mcseg.schedules.WarmupPolynomialLR", "init_args": old}
+        given = ", ".join(f"{name} {value}" for name, value in old.items())
+        remarks.append(f"scheduler: lr_power and warmup_steps are read as mcseg.schedules.WarmupPolynomialLR ({given})")
 
 
 def _objective(objective: Mapping[str, Any], remarks: list[str]) -> dict[str, Any]:

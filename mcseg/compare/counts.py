@@ -37,9 +37,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from mcseg.atomic import write_atomically
 from mcseg.compare.comparison import Comparison, Entry
 from mcseg.compare.statistics import Counts
-from mcseg.pictures import atomically
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -67,7 +67,7 @@ def write_counts(runs: Iterable[tuple[Path, Mapping[str, Any]]], path: Path) -> 
                 frame = _frame(folder, result, differing)
                 file.write(frame.to_csv(index=False, header=index == 0, lineterminator="\n").encode())
 
-    atomically(path, write)
+    write_atomically(path, write)
 
 
 def read_counts(path: str | Path) -> "DataFrame":

@@ -20,6 +20,7 @@ from mcseg.callbacks.base import EvaluationCallback
 from mcseg.data import IGNORE_INDEX, SegmentationData
 from mcseg.evaluation.inference import labels_at
 from mcseg.evaluation.metrics import image_counts
+from mcseg.palette import Palette
 
 _LOG_PROBS = 4_000_000  # values (pixels x classes) that a run keeps for the choice of shifts: 8 MB
 _SIDE = 480  # pixels of the longer side of a picture in the report
@@ -171,7 +172,7 @@ class EvaluationRecord(EvaluationCallback):
                 found |= {} if shifted is None else {"shifted": shifted[index]}
                 self._draw(place, batch["image"][index], found, data.palette)
 
-    def _draw(self, place: int, image: Tensor, masks: dict[str, Tensor], palette: pictures.Palette) -> None:
+    def _draw(self, place: int, image: Tensor, masks: dict[str, Tensor], palette: Palette) -> None:
         height, width = masks["target"].shape
         scale = min(1.0, _SIDE / max(height, width))
         size = (max(1, round(width * scale)), max(1, round(height * scale)))

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 import mcseg
+from mcseg.atomic import write_atomically
 from mcseg.compare.plan import Outcome, Run, Shifts, runs
 from mcseg.compare.shifts import fit_shifts
 from mcseg.compare.study import Study
-from mcseg.pictures import atomically
 from mcseg.run.folder import exclusive_lock
 
 _PATIENCE = 10.0  # seconds that a process has to end when it is told to
@@ -66,7 +66,7 @@ class Folder:
 
 def save_text(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it."""
-    atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def default_jobs() -> int:

@@ -22,7 +22,7 @@ ObjectiveSettings = str | Mapping[str, Any]
 # Settings that change no number that a run finds.
 _IRRELEVANT = ("trainer.enable_progress_bar", "trainer.enable_model_summary", "trainer.logger")
 # Settings in which the objectives of a comparison may differ without a remark.
-_OBJECTIVES_OWN = ("model.objective", "model.optimizer", "model.scheduler", "model.lr_power", "model.warmup_steps")
+_OBJECTIVES_OWN = ("model.objective", "model.optimizer", "model.scheduler")
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from mcseg.atomic import write_atomically
 from mcseg.callbacks.objective_monitor import ObjectiveMonitor
 from mcseg.callbacks.panels import ConfusionPicture, PredictionPanel, TrainingCurves
 from mcseg.callbacks.prediction_writer import PredictionWriter
@@ -31,7 +32,6 @@ from mcseg.compare.record import EvaluationRecord, TrainingRecord
 from mcseg.compare.schedule import save_text
 from mcseg.evaluation.metrics import Scores, rarest_third
 from mcseg.messages import one_line
-from mcseg.pictures import atomically
 from mcseg.run.cli import SegmentationCLI, silence_warnings
 from mcseg.run.signals import CheckpointOnSignal
 
@@ -196,7 +196,7 @@ def _commit() -> str | None:
 
 
 def _save_arrays(path: Path, **arrays: np.ndarray[Any, Any]) -> None:
-    atomically(path, lambda temporary: np.savez_compressed(temporary, **arrays))  # type: ignore[arg-type]
+    write_atomically(path, lambda temporary: np.savez_compressed(temporary, **arrays))  # type: ignore[arg-type]
 
 
 def main(folder: Path) -> None:

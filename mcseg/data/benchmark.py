@@ -6,10 +6,10 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from mcseg.benchmarks import benchmark_names, facts_file
 from mcseg.data.classlist import table_from_toml
 from mcseg.data.datamodule import SegmentationData
 from mcseg.data.files import Sample
@@ -18,12 +18,6 @@ from mcseg.data.layout import fill, find, fixed_folder, readable
 from mcseg.data.matlab import MatReader
 
 _FILES = ("images", "masks", "list")  # what a source of a split names
-_FACTS = resources.files("mcseg.data").joinpath("facts")
-
-
-def benchmark_names() -> list[str]:
-    """Names of the benchmarks that mcseg knows."""
-    return sorted(path.name.removesuffix(".toml") for path in _FACTS.iterdir() if path.name.endswith(".toml"))
 
 
 @cache
@@ -31,7 +25,7 @@ def benchmark_facts(name: str) -> dict[str, Any]:
     """Content of ``facts/<name>.toml``. Raises DataError for a name without such a file."""
     if name not in benchmark_names():
         raise DataError(f"found the benchmark {name}, expected one of {', '.join(benchmark_names())}")
-    return tomllib.loads(_FACTS.joinpath(f"{name}.toml").read_text(encoding="utf-8"))
+    return tomllib.loads(facts_file(name).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class BenchmarkData(SegmentationData):
     """A benchmark in its official layout.
 
     Args:
-        name: name of the benchmark, see :func:`benchmark_names`.
+        name: name of the benchmark, see :func:`mcseg.benchmarks.benchmark_names`.
         root: folder into which the archives were unpacked, or a folder further in, down to the data set's own.
         labels: which of the benchmark's label sets, where it has several.
         table: what the mask values mean, if not what the facts say.

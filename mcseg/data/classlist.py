@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mcseg.data.labels import IGNORE_INDEX, Color, DataError, LabelTable, distinct_colors, pack_color
+from mcseg.data.labels import IGNORE_INDEX, DataError, LabelTable, pack_color
+from mcseg.palette import Color, distinct_colors
 
 
 def table_from_names(names: Sequence[str]) -> LabelTable:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mcseg.palette import Color
+
 IGNORE_INDEX = 255
 _UNKNOWN = 254  # marks raw values without an entry while mapping, so at most 254 classes fit
 _DIRECT_TABLE = 1 << 16  # raw ids below this are looked up directly, packed colours by bisection
-
-Color = tuple[int, int, int]
 
 
 class DataError(ValueError):
@@ -165,18 +165,3 @@ def _ranges(values: Iterable[int]) -> str:
         else:
             runs.append([value, value])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-
-
-def distinct_colors(count: int) -> tuple[Color, ...]:
-    """Return ``count`` distinguishable RGB colours for classes that have none (the bit-interleaved map of PASCAL VOC).
-
-    The first colour of that map, black, is left out: it reads as "nothing" in an overlay.
-    """
-    colors: list[Color] = []
-    for index in range(1, count + 1):
-        rgb = [0, 0, 0]
-        for bit in range(8):
-            for channel in range(3):
-                rgb[channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
-        colors.append((rgb[0], rgb[1], rgb[2]))
-    return tuple(colors)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from mcseg.data.files import FileReader
 from mcseg.data.labels import DataError, MissingFileError
+from mcseg.messages import one_line
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def read_mat(path: Path) -> NDArray[np.integer[Any]]:
     except KeyError:
         raise DataError(f"{path}: expected the variable S (COCO-Stuff) or GTcls.Segmentation (SBD), found neither") from None
     except Exception as error:  # the parser meets broken files with whatever error comes first
-        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())}); replace or remove the file") from None
+        raise DataError(f"{path}: cannot be read ({one_line(error)}); replace or remove the file") from None
     if values.ndim != 2 or not (np.issubdtype(values.dtype, np.integer) or (values == np.rint(values)).all()):
         raise DataError(f"{path}: found an array of {values.dtype} with shape {values.shape}, expected (H,W) whole numbers")
     return values if np.issubdtype(values.dtype, np.integer) else values.astype(np.int64)

@@ -7,6 +7,7 @@ import torch
 from pytorch_lightning import Trainer
 from torch.utils.data import Dataset, DistributedSampler
 
+from mcseg.lightning_internals import training_position
 from mcseg.seeds import seed_of
 
 
@@ -39,14 +40,8 @@ class TrainingOrder(DistributedSampler[Any]):
         """Give the images of this process that are left of the epoch."""
         start = 0
         if self._trainer is not None and self._trainer.training:
-            loop: Any = self._trainer.fit_loop
-            self.epoch, batches = loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress
-            progress = loop.epoch_progress.total
-            if loop.restarting and progress.started == progress.ready == progress.processed + 1:  # in the middle of an epoch
-                if batches.is_last_batch:
-                    self.epoch += 1
-                else:
-                    start = batches.current.processed * self._batch_size
+            self.epoch, batches = training_position(self._trainer)
+            start = batches * self._batch_size
         indices = list(super().__iter__())[start:]
         epoch = self.epoch
         self.epoch = epoch + 1

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from mcseg.atomic import write_atomically
 from mcseg.data.files import Reader, Sample, prepare_worker
 from mcseg.data.labels import DataError, MissingFileError
 
@@ -144,11 +145,9 @@ def _read_cache(path: Path | None, key: str, classes: int) -> list[int] | None:
 
 
 def _write_cache(path: Path, key: str, counts: Tensor) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    text = json.dumps({"key": key, "class_pixels": counts.tolist()})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"key": key, "class_pixels": counts.tolist()}))
-        temporary.replace(path)
+        write_atomically(path, lambda temporary: temporary.write_text(text))
     except OSError as error:
         warnings.warn(
             f"{path}: the label counts cannot be cached ({error.strerror}); they are counted again next time",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcseg.kernels import predicted_classes
+from mcseg.kernels import neighbours, predicted_classes
 
 _BAND = 1 << 24  # logits that are resized at once: 64 MB in float32
 _ROWS = 32  # rows of averaged probabilities that are resized at once, few beside the rows of a window
@@ -250,6 +250,16 @@ def labels_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     return labels
 
 
+def resize_labels(target: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
+    """Resize labels (N,H,W) to ``size`` by the nearest pixel, as `torch.nn.functional.interpolate` does images."""
+    if target.shape[-2:] == size:
+        return target
+    rows, columns = (
+        torch.arange(new, device=target.device) * old // new for new, old in zip(size, target.shape[-2:], strict=True)
+    )
+    return target[:, rows[:, None], columns]
+
+
 def _check_classes(num_classes: int) -> None:
     if num_classes > 256:
         raise ValueError(f"logits: found {num_classes} classes, expected at most 256, as labels are uint8")
@@ -281,14 +291,13 @@ def bands_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Iterator[tup
 
 
 def _neighbours(length: int, source: int, part: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-    """Where ``part`` of ``length`` rows lies between ``source`` rows, as F.interpolate has it without aligned corners.
+    """Find where ``part`` of ``length`` rows lies between ``source`` rows, without aligned corners.
 
     Returns:
         The row above and the row below int64, the share of the row below float32, one for each row; on the CPU.
     """
-    place = ((torch.arange(length)[part] + 0.5) * (source / length) - 0.5).clamp(min=0)
-    above = place.long()
-    return above, (above + 1).clamp(max=source - 1), place - above
+    above, below, share = (values[part] for values in neighbours(source, length, False, torch.float32))
+    return above, below, share
 
 
 def _shares(length: int, window: int, starts: list[int]) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from mcseg.kernels import confusion_counts
+from mcseg.kernels import check_predictions, confusion_counts
 
 IGNORE_INDEX = 255  # label of void pixels
 
@@ -100,9 +100,12 @@ def image_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_index: 
 
     Returns:
         (3,C) int64: pixels predicted right, in the target, in the prediction; see :meth:`Scores.from_counts`.
+
+    Raises:
+        TypeError: predictions or target are not integers.
+        ValueError: they have different shapes.
     """
-    if preds.shape != target.shape:
-        raise ValueError(f"preds: found shape {tuple(preds.shape)}, expected {tuple(target.shape)}, the shape of the target")
+    check_predictions(preds, target)
     preds, target = preds.long(), target.long()  # before the comparison: uint8 would wrap an ignore_index outside 0..255
     labelled = target != ignore_index
     chosen = (labelled & (preds == target), target), (labelled, target), (labelled, preds)

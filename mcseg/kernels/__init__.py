@@ -21,14 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import confusion, fused_counts, fused_loss, reference
-from .upsample import Upsampling, upsampled
+from .upsample import Upsampling, neighbours, upsampled
 
 __all__ = [
     "BACKENDS",
     "Upsampling",
     "check_backend",
     "check_labels",
+    "check_predictions",
     "confusion_counts",
+    "neighbours",
     "pixel_loss",
     "predicted_classes",
     "soft_counts",
@@ -201,17 +203,22 @@ def confusion_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_ind
         TypeError: Predictions or target are not integers.
         ValueError: Predictions and target have different shapes, or, on the CPU, such a pixel.
     """
-    for name, labels in (("preds", preds), ("target", target)):
-        if labels.is_floating_point() or labels.is_complex():
-            raise TypeError(f"{name}: found dtype {labels.dtype}, expected integer classes")
-    if preds.shape != target.shape:
-        raise ValueError(f"preds: found shape {tuple(preds.shape)}, expected {tuple(target.shape)}, the shape of the target")
+    check_predictions(preds, target)
     if target.device.type != "cpu" or torch.compiler.is_compiling():
         count = _gpu().confusion_counts if target.is_cuda and _HAS_TRITON else confusion.counted_anywhere
         found: Tensor = count(preds, target, num_classes, ignore_index)
         return found[:-1].view(num_classes, num_classes), found[-1]
     counts = confusion.counted(preds, target, num_classes, ignore_index).view(num_classes, num_classes)
     return counts, counts.new_zeros(())
+
+
+def check_predictions(preds: Tensor, target: Tensor) -> None:
+    """Raise TypeError or ValueError unless predictions and target are integers of the same shape."""
+    for name, labels in (("preds", preds), ("target", target)):
+        if labels.is_floating_point() or labels.is_complex():
+            raise TypeError(f"{name}: found dtype {labels.dtype}, expected integer classes")
+    if preds.shape != target.shape:
+        raise ValueError(f"preds: found shape {tuple(preds.shape)}, expected {tuple(target.shape)}, the shape of the target")
 
 
 def _gpu() -> Any:

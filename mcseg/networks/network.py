@@ -6,14 +6,14 @@ import inspect
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from mcseg.messages import one_line
 from mcseg.networks.coplenet import COPLENet
 
 
@@ -57,6 +57,7 @@ class SegmentationNetwork(nn.Module):
         arch: str,
         encoder: str,
         num_classes: int,
+        *,
         options: dict[str, Any] | None = None,
         channels_last: bool = True,
         checkpointing: bool = False,
@@ -66,7 +67,9 @@ class SegmentationNetwork(nn.Module):
         super().__init__()
         self.model = _build(arch, encoder, num_classes, None, options)
         self.arch = arch.lower()
-        self._upsampling = _head_upsampling(self.model)
+        self._encoder, self._options = encoder, options
+        # Left out of the model, and done here; whether the corners are aligned, None if it ends in no upsampling
+        self._align_corners = _remove_upsampling(self.model)
         self.channels_last = channels_last
         self.frozen_batch_norm = frozen_batch_norm
         self.aux_head: nn.Sequential | None = None
@@ -101,38 +104,24 @@ class SegmentationNetwork(nn.Module):
         Returns:
             (N,C,H,W) logits.
         """
-        height, width = image.shape[-2:]
-        logits = self.model(self._prepare(image))
-        return cast(Tensor, logits[..., :height, :width])
+        logits, upsampling = self.forward_coarse(image)
+        return logits if upsampling is None else _upsampled(logits, upsampling, image.shape[-2:])
 
-    @property
-    def ends_in_upsampling(self) -> bool:
-        """Whether the logits are computed at a fraction of the resolution and then upsampled bilinearly."""
-        return self._upsampling is not None
-
-    def forward_coarse(self, image: Tensor) -> tuple[Tensor, tuple[int, int, bool]]:
-        """Compute logits without the upsampling at the end.
+    def forward_coarse(self, image: Tensor) -> tuple[Tensor, tuple[int, int, bool] | None]:
+        """Compute logits without the upsampling that the network may end in.
 
         Args:
             image: (N,3,H,W) RGB: uint8 0..255, or floating point 0..1.
 
         Returns:
             (N,C,h,w) logits; and height, width and align_corners of the bilinear upsampling of which :meth:`forward` gives
-            the first H rows and W columns.
-
-        Raises:
-            RuntimeError: the network does not end in an upsampling.
+            the first H rows and W columns. None: the network does not end in an upsampling, and h, w are H, W.
         """
-        if self._upsampling is None:
-            raise RuntimeError(f"forward_coarse: {self.arch} does not end in an upsampling")
-        image = self._prepare(image)
-        self._upsampling.skip = True
-        try:
-            logits = self.model(image)
-        finally:
-            self._upsampling.skip = False
-        height, width = image.shape[-2:]
-        return logits, (height, width, bool(self._upsampling.align_corners))
+        prepared = self._prepare(image)
+        logits = self.model(prepared)
+        if self._align_corners is None:
+            return logits[..., : image.shape[-2], : image.shape[-1]], None
+        return logits, (prepared.shape[-2], prepared.shape[-1], self._align_corners)
 
     def forward_with_aux(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute logits, and in training mode those of the auxiliary head as well, in one pass of the encoder.
@@ -151,17 +140,16 @@ class SegmentationNetwork(nn.Module):
             raise RuntimeError("forward_with_aux: the network has no auxiliary head; set aux_channels")
         if not self.training:
             return self(image), None
-        height, width = image.shape[-2:]
-        image = self._prepare(image)
         seen: list[Tensor] = []
         # SMP's models hand the features on to their decoder themselves; a hook sees them without computing them twice.
         hook = self.model.encoder.register_forward_hook(lambda encoder, args, features: seen.append(features[-2]))
         try:
-            logits = self.model(image)
+            logits = self(image)
         finally:
             hook.remove()
-        aux = F.interpolate(self.aux_head(seen[0]), image.shape[-2:], mode="bilinear", align_corners=False)
-        return logits[..., :height, :width], aux[..., :height, :width]
+        height, width, stride = *image.shape[-2:], self.output_stride
+        padded = (height + -height % stride, width + -width % stride, False)
+        return logits, _upsampled(self.aux_head(seen[0]), padded, image.shape[-2:])
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; frozen batch norms stay in evaluation mode."""
@@ -171,8 +159,8 @@ class SegmentationNetwork(nn.Module):
                 norm.eval()
         return self
 
-    def _batch_norms(self) -> list[_BatchNorm]:
-        return [module for module in self.modules() if isinstance(module, _BatchNorm)]
+    def _batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.modules() if isinstance(module, _BATCH_NORMS)]
 
     def _prepare(self, image: Tensor) -> Tensor:
         """Normalise and pad."""
@@ -185,7 +173,7 @@ class SegmentationNetwork(nn.Module):
             image = F.pad(image, padding, mode="replicate")
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
 
-    def load_pretrained_encoder(self, arch: str, encoder: str, weights: str, options: dict[str, Any] | None = None) -> None:
+    def load_pretrained_encoder(self, weights: str) -> None:
         """Copy pretrained encoder weights in, with the normalisation that they were trained with.
 
         SMP fetches both from its hub when they are not in the local cache.
@@ -194,19 +182,20 @@ class SegmentationNetwork(nn.Module):
             ValueError: unknown weights, or they can be had neither from the cache nor from the network, or there are none
                 for this architecture.
         """
-        if arch.lower() == "coplenet":
+        arch, encoder = self.arch, self._encoder
+        if arch == "coplenet":
             raise ValueError(f"encoder_weights: found {weights}; coplenet has no pretrained weights, set it to null")
         from segmentation_models_pytorch.encoders import get_preprocessing_params
 
         try:
             with warnings.catch_warnings():  # SMP 0.5 tells that it tries another place
                 warnings.filterwarnings("ignore", message="Error loading .* weights from Hugging Face Hub")
-                source = _build(arch, encoder, 2, True if encoder.startswith("tu-") else weights, options)
+                source = _build(arch, encoder, 2, True if encoder.startswith("tu-") else weights, self._options)
             found = get_preprocessing_params(encoder, pretrained=weights)
         except OSError as error:
             raise ValueError(
                 f"encoder_weights: {weights} for {encoder} are not in the local cache and cannot be fetched "
-                f"({_one_line(error)}); set encoder_weights to null to train from scratch"
+                f"({one_line(error, limit=300)}); set encoder_weights to null to train from scratch"
             ) from None
         self.model.encoder.load_state_dict(source.encoder.state_dict())
         high = (found["input_range"] or [0, 1])[1]  # a few encoders were trained on 0..255
@@ -214,26 +203,32 @@ class SegmentationNetwork(nn.Module):
         self.std.copy_(torch.tensor(found["std"]).view(1, 3, 1, 1) / high)
 
 
-class _Upsample(nn.Upsample):
-    """An upsampling that can be left out for a call; it has no parameters, so that checkpoints know nothing of it."""
-
-    skip = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x if self.skip else super().forward(x)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def _head_upsampling(model: nn.Module) -> _Upsample | None:
-    """Make the upsampling of SMP's head, a convolution, an upsampling and an activation, one that can be left out."""
+def _remove_upsampling(model: nn.Module) -> bool | None:
+    """Take the bilinear upsampling out of SMP's head, a convolution, an upsampling and an activation.
+
+    Returns:
+        Whether it aligns the corners; None if the model does not end in one, and stays as it is. An upsampling has no
+        parameters, so checkpoints are the same without it.
+    """
     head = getattr(model, "segmentation_head", None)
     if not isinstance(head, nn.Sequential) or len(head) != 3 or not isinstance(head[1], nn.Upsample):
         return None
-    found = head[1]
+    upsampling = head[1]
     plain = isinstance(getattr(head[2], "activation", head[2]), nn.Identity)
-    if found.mode != "bilinear" or not plain:
+    if upsampling.mode != "bilinear" or not plain:
         return None
-    head[1] = _Upsample(found.size, found.scale_factor, found.mode, found.align_corners, found.recompute_scale_factor)
-    return cast(_Upsample, head[1])
+    head[1] = nn.Identity()
+    return bool(upsampling.align_corners)
+
+
+def _upsampled(coarse: Tensor, upsampling: tuple[int, int, bool], size: torch.Size) -> Tensor:
+    """Upsample (N,C,h,w) bilinearly and give the first rows and columns, ``size`` of them."""
+    height, width, align_corners = upsampling
+    full = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=align_corners)
+    return full[..., : size[0], : size[1]]
 
 
 def _build(arch: str, encoder: str, num_classes: int, weights: str | bool | None, options: dict[str, Any] | None) -> Any:
@@ -241,7 +236,7 @@ def _build(arch: str, encoder: str, num_classes: int, weights: str | bool | None
         try:
             return COPLENet(num_classes, **(options or {}))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"network {arch}: {_one_line(error)}") from None
+            raise ValueError(f"network {arch}: {one_line(error, limit=300)}") from None
     import segmentation_models_pytorch as smp  # at first use: it loads timm and torchvision, which takes seconds
 
     try:
@@ -253,7 +248,7 @@ def _build(arch: str, encoder: str, num_classes: int, weights: str | bool | None
                 raise ValueError(f"unknown network_options {', '.join(unknown)}; expected some of {', '.join(known)}")
         return smp.create_model(arch, encoder, encoder_weights=weights, classes=num_classes, **(options or {}))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"network {arch} with encoder {encoder}: {_one_line(error)}") from None
+        raise ValueError(f"network {arch} with encoder {encoder}: {one_line(error, limit=300)}") from None
 
 
 def _aux_head(in_channels: int, channels: int, num_classes: int) -> nn.Sequential:
@@ -331,17 +326,14 @@ def _recomputed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _spare_statistics(block: nn.Module) -> Iterator[None]:
     """Let norms in training mode update copies of their running statistics, which are then dropped."""
     norms = [module for module in block.modules() if module.training and getattr(module, "track_running_stats", False)]
-    kept = [dict(norm._buffers) for norm in norms]
+    kept = [dict(norm.named_buffers(recurse=False)) for norm in norms]
     try:
         for norm, buffers in zip(norms, kept, strict=True):
             # Copies and not None: the second run must keep tensors of the same number and shapes as the first.
-            norm._buffers.update({name: None if value is None else value.clone() for name, value in buffers.items()})
+            for name, value in buffers.items():
+                setattr(norm, name, value.clone())
         yield
     finally:
         for norm, buffers in zip(norms, kept, strict=True):
-            norm._buffers.update(buffers)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + "..."
+            for name, value in buffers.items():
+                setattr(norm, name, value)

@@ -16,7 +16,7 @@ from jsonargparse import ArgumentError, Namespace
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
 
 from mcseg.callbacks.objective_monitor import ObjectiveMonitor
@@ -29,6 +29,7 @@ from mcseg.checkpoints.hyperparameters import refuse_calls
 from mcseg.checkpoints.translate import translated
 from mcseg.data import SegmentationData
 from mcseg.evaluation.inference import Inference
+from mcseg.lightning_internals import CheckpointSettingsCLI, as_settings, cpu_computes_bfloat16
 from mcseg.messages import one_line
 from mcseg.module import SegmentationModule
 from mcseg.run.folder import exclusive_lock, run_folder
@@ -60,7 +61,7 @@ def _loggers(config: Namespace) -> list[Namespace]:
     return [logger for logger in (found if isinstance(found, list) else [found]) if isinstance(logger, Namespace)]
 
 
-class SegmentationCLI(LightningCLI):
+class SegmentationCLI(CheckpointSettingsCLI):
     """LightningCLI for one module class and any data module, with mcseg's callbacks and run folder."""
 
     def __init__(self, recipe: str, args: Sequence[str], run: bool = True, resume: Path | None = None) -> None:
@@ -121,6 +122,12 @@ class SegmentationCLI(LightningCLI):
         config: Namespace = self.config[self.subcommand] if self.subcommand else self.config
         return config
 
+    @property
+    def _made(self) -> Namespace:
+        """The verb's settings, with objects in place of class paths."""
+        made: Namespace = self.config_init[self.subcommand] if self.subcommand else self.config_init
+        return made
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuse to score without weights, and what is no checkpoint before Lightning takes settings from it."""
         super().parse_arguments(parser, args)
@@ -130,33 +137,21 @@ class SegmentationCLI(LightningCLI):
         elif verb in ("validate", "test", "predict"):
             raise ValueError(f"mcseg {self.verb} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt")
 
-    def _parse_ckpt_path(self) -> None:
-        """Take over a checkpoint's settings, its objective whole: what the checkpoint does not name has its default.
-
-        In place of Lightning's, which knows nothing of earlier versions.
-        """
-        verb = self.config.get("subcommand")
-        path = self.config[verb].get("ckpt_path") if verb else None
-        if not path or not Path(path).is_file():
-            return
-        checkpoint = read_checkpoint(path, mmap=True)
+    def take_checkpoint_settings(self, verb: str, path: Path) -> None:
+        """Take a checkpoint's objective whole: what the checkpoint does not name has its default, not the recipe's."""
+        checkpoint = read_checkpoint(path)
         try:
             stored, remarks = translated(checkpoint.get("hyper_parameters", {}))
-            if not stored:
-                return
             refuse_calls(SegmentationModule, stored, {})
-            named = stored.get("objective")
-            stored.pop("_instantiator", None)
-            if kind := stored.pop("_class_path", None):
-                stored = {"class_path": kind, "dict_kwargs": stored}
-            self.config = self.parser.parse_object({verb: {"model": stored}}, self.config)
+            if stored:
+                self.config = self.parser.parse_object({verb: {"model": as_settings(stored)}}, self.config)
         except (ArgumentError, ValueError) as error:
             raise ValueError(
                 f"--ckpt_path: {path} has settings that do not hold here ({written_by(checkpoint)}): {one_line(error)}"
             ) from None
         for remark in remarks:
             rank_zero_info(f"{path}: {remark}")
-        if named:
+        if named := stored.get("objective"):
             objective = self.config[verb].model.objective
             for name, parameter in inspect.signature(pkgutil.resolve_name(objective.class_path)).parameters.items():
                 known = name == "num_classes" or name in named.get("init_args", {})
@@ -195,7 +190,7 @@ class SegmentationCLI(LightningCLI):
         """Make everything, and give the module the way in which it labels whole images."""
         objective = self.verb_config.model.objective
         super().instantiate_classes()
-        self.model.inference = self._get(self.config_init, "inference")
+        self.model.inference = self._made.inference
         classes = objective.get("init_args.num_classes") if isinstance(objective, Namespace) else None
         if classes not in (None, self.datamodule.num_classes) and not self.verb_config.ckpt_path:  # which has its own
             raise ValueError(
@@ -221,7 +216,7 @@ class SegmentationCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add ``last.ckpt`` of every epoch, and the learning rate where there is something to log it to."""
-        plugins = self._get(self.config_init, "trainer.plugins") or []
+        plugins = self._made.get("trainer.plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, CheckpointFile()]
@@ -274,7 +269,7 @@ def _check_checkpoint(path: Path) -> None:
     if not path.exists():
         raise FileNotFoundError(f"--ckpt_path: no checkpoint {path}; expected the path of a .ckpt file")
     if path.is_file():
-        read_checkpoint(path, mmap=True)
+        read_checkpoint(path)
     elif not (path / ".metadata").is_file():  # which a checkpoint in several files has
         raise ValueError(f"--ckpt_path: {path} is a folder; expected a file such as {path}/checkpoints/best.ckpt")
 
@@ -283,11 +278,8 @@ def _default_precision(accelerator: str) -> str:
     """bfloat16 where the machine computes in it, float32 elsewhere."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
-    if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available():
-        # Asked of torch.cpu under names that torch does not promise to keep.
-        features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-        if any(getattr(torch.cpu, feature, lambda: False)() for feature in features):
-            return "bf16-mixed"
+    if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available() and cpu_computes_bfloat16():
+        return "bf16-mixed"
     return "32-true"
 
 

@@ -2,12 +2,10 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from mcseg.benchmarks import benchmark_names
 from mcseg.run.recipes import recipe_names
 from mcseg.version import __version__
-
-_FACTS = Path(__file__).parents[1] / "data" / "facts"  # one TOML file per benchmark
 
 _HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE ...]
 
@@ -45,8 +43,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     words = list(sys.argv[1:] if args is None else args)
     if not words or words[0] in ("-h", "--help"):
-        benchmarks = sorted(path.stem for path in _FACTS.glob("*.toml"))
-        print(_HELP.format(recipes=", ".join(recipe_names()), benchmarks=", ".join(benchmarks)))
+        print(_HELP.format(recipes=", ".join(recipe_names()), benchmarks=", ".join(benchmark_names())))
     elif words[0] == "--version":
         print(__version__)
     else:

@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from mcseg.messages import one_line
+
 RECIPES = Path(__file__).parents[1] / "configs"
 _NO_OBJECTIVE = "--model.objective=null"
 _NO_OPTIONS = "--model.network_options=null"  # which are those of one architecture
@@ -91,7 +93,7 @@ def _content(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {path}: not a YAML file ({' '.join(str(error).split())})") from None
+        raise ValueError(f"--config {path}: not a YAML file ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: found {type(content).__name__}, expected keys with values, such as `data:`")
     return content

@@ -8,6 +8,8 @@ from typing import Any
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
 
+from mcseg.lightning_internals import set_csv_columns
+
 
 class ContinuedCSVLogger(CSVLogger):
     """Lightning's CSV logger, which appends to an existing file instead of deleting it.
@@ -21,12 +23,14 @@ class ContinuedCSVLogger(CSVLogger):
     def __init__(self, step: int, save_dir: str | Path, **options: Any) -> None:
         super().__init__(save_dir, **options)
         self._step = step
+        self._has_taken_over = False
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         """The writer, on rank 0; its first use takes the rows over."""
-        if self._experiment is None:
+        if not self._has_taken_over:
+            self._has_taken_over = True
             path = Path(self.log_dir) / "metrics.csv"
             kept = path.with_suffix(".kept")
             if path.is_file() and not kept.exists():
@@ -42,7 +46,7 @@ class ContinuedCSVLogger(CSVLogger):
                     output = csv.DictWriter(file, keys)
                     output.writeheader()
                     output.writerows(rows)
-                writer.metrics_keys = keys
+                set_csv_columns(writer, keys)
                 kept.unlink()
         return super().experiment
 

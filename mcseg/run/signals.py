@@ -11,6 +11,8 @@ from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from mcseg.lightning_internals import accumulates_gradient, request_stop, restart_validation
+
 
 class CheckpointOnSignal(Callback):
     """Saves a checkpoint and stops the training after SIGTERM or Ctrl-C to any of its processes.
@@ -67,13 +69,13 @@ class CheckpointOnSignal(Callback):
                 signal.signal(number, hear)  # until the Trainer puts back what was there before it
 
     def _end_if_told(self, trainer: pl.Trainer) -> None:
-        if trainer.fit_loop.epoch_loop._should_accumulate():  # no checkpoint holds a gradient
+        if accumulates_gradient(trainer):  # no checkpoint holds a gradient
             return
         told = bool(self._told)
         if trainer.world_size > 1:
             told = trainer.strategy.reduce_boolean_decision(told, all=False)
         if told:
-            trainer._signal_connector.received_sigterm = True
+            request_stop(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write it, and give the exit code that is usual for the signal."""
@@ -81,12 +83,7 @@ class CheckpointOnSignal(Callback):
             return
         exception.code = 128 + (self._told or signal.SIGTERM)
         if trainer.validating:
-            # what Lightning takes for a validation that has begun, with none of its batches done
-            progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
-            progress.reset()
-            progress.increment_ready()
-            progress.increment_started()
-            progress.current.reset()
+            restart_validation(trainer)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):  # has put its average in the module's place until the end
                     callback.on_validation_epoch_end(trainer, pl_module)

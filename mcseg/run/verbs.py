@@ -12,9 +12,10 @@ from jsonargparse import ArgumentParser, Namespace
 from pytorch_lightning.cli import LightningArgumentParser
 from torch import nn
 
+from mcseg.benchmarks import benchmark_names
 from mcseg.callbacks.held_out import HeldOutBounds
 from mcseg.data import IGNORE_INDEX, DataError, SegmentationData
-from mcseg.data.benchmark import benchmark_facts, benchmark_names
+from mcseg.data.benchmark import benchmark_facts
 from mcseg.data.datamodule import SPLITS
 from mcseg.data.files import Sample
 from mcseg.losses import offered

@@ -1,0 +1,100 @@
+"""Learning-rate schedules: the polynomial step by step, its length from the Trainer, what a resumed run takes over."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR, PolynomialLR, ReduceLROnPlateau
+
+from mcseg.schedules import WarmupPolynomialLR, lightning_schedule, set_length, step_plateau
+
+
+def sgd(*rates):
+    return torch.optim.SGD([{"params": [torch.zeros(1, requires_grad=True)], "lr": rate} for rate in rates])
+
+
+def rates(schedule, steps):
+    seen = []
+    for _ in range(steps):
+        seen.append(schedule.get_last_lr())
+        schedule.optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_rates_are_those_of_the_formula():
+    found = rates(WarmupPolynomialLR(sgd(0.1, 2.0), total_steps=8, power=0.7, warmup_steps=3), 10)
+    for step, both in enumerate(found):
+        factor = min(1, (step + 1) / 4) * max(0.0, 1 - step / 8) ** 0.7
+        assert both == pytest.approx([0.1 * factor, 2.0 * factor], rel=1e-12)
+
+
+def test_without_warmup_they_are_those_of_torch():
+    ours = rates(WarmupPolynomialLR(sgd(0.1), total_steps=20, power=0.9), 20)
+    theirs = rates(PolynomialLR(sgd(0.1), total_iters=20, power=0.9), 20)
+    assert [rate for (rate,) in ours] == pytest.approx([rate for (rate,) in theirs], rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total_steps": 0}, "total_steps 0"),
+        ({"power": -0.5}, "power -0.5"),
+        ({"power": float("nan")}, "power nan"),
+        ({"warmup_steps": -1}, "warmup_steps -1"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        WarmupPolynomialLR(sgd(0.1), **settings)
+
+
+def test_the_length_is_needed_from_the_second_step_on():
+    schedule = WarmupPolynomialLR(sgd(0.1))
+    assert schedule.get_last_lr() == [0.1]
+    schedule.optimizer.step()
+    with pytest.raises(RuntimeError, match="total_steps is not set"):
+        schedule.step()
+
+
+def test_the_length_comes_from_the_trainer_unless_it_is_given():
+    unknown, given, other = (
+        WarmupPolynomialLR(sgd(0.1)),
+        WarmupPolynomialLR(sgd(0.1), total_steps=7),
+        LambdaLR(sgd(0.1), float),
+    )
+    for schedule in (unknown, given, other):
+        set_length(schedule, SimpleNamespace(estimated_stepping_batches=12))
+    assert (unknown.total_steps, given.total_steps, hasattr(other, "total_steps")) == (12, 7, False)
+
+
+def test_a_run_without_an_end_needs_a_length():
+    endless = SimpleNamespace(max_epochs=-1, max_steps=-1)
+    with pytest.raises(ValueError, match="trainer.max_epochs, trainer.max_steps or model.scheduler.total_steps"):
+        lightning_schedule(WarmupPolynomialLR(sgd(0.1)), endless)
+    assert lightning_schedule(WarmupPolynomialLR(sgd(0.1), total_steps=5), endless)["interval"] == "step"
+
+
+def test_a_resumed_run_has_its_own_settings():
+    """Progress comes from the checkpoint, which may be one of an earlier version, whose schedule was a LambdaLR."""
+    before = WarmupPolynomialLR(sgd(0.1), total_steps=10, power=2.0)
+    old = LambdaLR(sgd(0.1), lambda step: (1 - step / 10) ** 2)
+    for first in (before, old):
+        rates(first, 4)
+        resumed = WarmupPolynomialLR(sgd(0.1), total_steps=20, power=1.0)
+        resumed.load_state_dict(first.state_dict())
+        resumed.optimizer.step()
+        resumed.step()
+        assert resumed.get_last_lr() == pytest.approx([0.1 * (1 - 5 / 20)], rel=1e-12)
+    assert not {"power", "total_steps", "warmup_steps"} & before.state_dict().keys()
+
+
+def test_a_plateau_follows_its_score():
+    plateau = ReduceLROnPlateau(sgd(0.1), mode="max", patience=0, factor=0.5)
+    for score in (0.3, 0.2):
+        step_plateau(plateau, {"val/miou": score})
+    assert plateau.get_last_lr() == [0.05]
+    with pytest.raises(ValueError, match="no score val/miou; expected one of val/loss"):
+        step_plateau(plateau, {"val/loss": 1.0})
+    with pytest.raises(ValueError, match="mode min for val/miou, expected mode max"):
+        lightning_schedule(ReduceLROnPlateau(sgd(0.1)), SimpleNamespace(max_epochs=1, max_steps=-1))
