@@ -600,7 +600,7 @@ class Fabricated:
         objective = {"class_path": "A" if run.objective == "dice" else "B", "init_args": {"x": run.trial}}
         result["settings"] = {
             "seed_everything": run.seed,
-            "model": {"objective": objective, "lr_power": 1 + (run.trial or 0), "warmup_steps": 5},
+            "model": {"objective": objective, "aux_weight": 1 + (run.trial or 0), "warmup_steps": 5},
             "data": {"init_args": {"held_out": patterns}},
         }
         result["fingerprint"] = {"weights": f"w{run.seed}", "batches": f"b{run.seed}"}
@@ -680,7 +680,7 @@ def test_table_of_counts_gives_the_comparison_again(tmp_path, ending, capsys):
         {"NA": "cross_entropy", "dice": "dice"},
         seeds=[0, 1],
         folds=["train-000*", ["train-001*", "train-002*"]],
-        tune={"model.lr_power": [1, 2]},
+        tune={"model.aux_weight": [1, 2]},
     )
 
     def edit(result):
@@ -708,7 +708,7 @@ def test_table_of_counts_gives_the_comparison_again(tmp_path, ending, capsys):
         rows = table[table.run == run.key]
         assert set(rows.objective) == {run.objective}
         assert json.loads(rows["model.objective"].iloc[0]) == found["settings"]["model"]["objective"]
-        assert set(rows["model.lr_power"]) == {found["settings"]["model"]["lr_power"]}
+        assert set(rows["model.aux_weight"]) == {found["settings"]["model"]["aux_weight"]}
         with np.load(made.folder.path(run) / "counts.npz") as file:
             names, expected = file["names"], {False: file["counts"], True: file.get("counts_shifted")}
         for shifted, part in rows.groupby("shifted"):

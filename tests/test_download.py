@@ -662,4 +662,4 @@ def test_a_benchmark_is_fetched_by_the_command_and_read(server, root, tmp_path, 
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"ready: mcseg fit --config camvid --data.root {root}"
     main(["stats", *last.split()[3:], "--data.num_workers=0"])
-    assert re.search(r"^sky +16 +9\.091 ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^sky +16 +9\.091$", capsys.readouterr().out, re.MULTILINE)
