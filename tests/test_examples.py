@@ -1,0 +1,161 @@
+"""The examples: each runs as it is, and what it prints and writes is right."""
+
+import math
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from mcseg import SegmentationModule, SyntheticData
+from mcseg.data import DataError
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run an example in this process; return its variables and what it printed."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def example(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        return runpy.run_path(str(EXAMPLES / name), run_name="__main__"), capsys.readouterr().out
+
+    return example
+
+
+def predicted(module, image):
+    """(H,W) classes of an image (H,W,3) uint8."""
+    with torch.no_grad():
+        return module(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]).argmax(1)[0].numpy()
+
+
+def test_each_example_has_a_test_and_is_short():
+    tests = Path(__file__).read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert f'"{path.name}"' in tests
+        assert f"({path.name})" in (EXAMPLES / "README.md").read_text()
+        assert 20 <= len(path.read_text().splitlines()) <= 60, path.name
+
+
+def test_own_folder(run):
+    found, printed = run("own_folder.py")
+    score, checkpoint = re.search(r"mIoU ([\d.]+) %, checkpoint (\S+)", printed).groups()
+    module = SegmentationModule.load_from_checkpoint(checkpoint).eval()
+    samples = found["data"].samples("val")
+    assert len(samples) == 6
+    confusion = np.zeros((3, 3))
+    for sample in samples:
+        mask = np.array(Image.open(found["root"] / "masks" / f"{sample.name}.png"))
+        preds = predicted(module, Image.open(found["root"] / "images" / f"{sample.name}.jpg"))
+        np.add.at(confusion, (mask[mask != 255], preds[mask != 255]), 1)
+    iou = np.diag(confusion) / (confusion.sum(0) + confusion.sum(1) - np.diag(confusion))
+    assert float(score) == pytest.approx(100 * iou.mean(), abs=0.051)
+    assert iou.min() > 0.3  # has learned each class
+
+
+def test_own_folder_takes_a_folder(run, photo_folder):
+    found, printed = run("own_folder.py", photo_folder)
+    assert found["data"].class_names == ("background", "ground", "thing")
+    assert "mIoU" in printed
+
+
+def test_loss_only(run):
+    found, printed = run("loss_only.py")
+    masks = found["masks"][:48].numpy()
+    assert found["class_pixels"].tolist() == [int((masks == index).sum()) for index in range(8)]
+    lines = re.findall(r"(?m)^(cross entropy|power Dice|margin calibration) +(.*)$", printed)
+    numbers = {name: [float(word) for word in rest.split()] for name, rest in lines}
+    assert len(numbers) == 3
+    for miou, *iou in numbers.values():
+        assert miou == pytest.approx(np.mean(iou), abs=0.11)
+        assert iou[0] > 60  # road
+    assert numbers["power Dice"][0] > numbers["cross entropy"][0]
+
+
+def test_own_objective(run):
+    found, printed = run("own_objective.py")
+    assert "PolyLoss with epsilon 2.0" in printed
+    assert found["again"].objective is not found["module"].objective
+    loss = found["PolyLoss"](epsilon=3.0)
+    logits, target = torch.randn(2, 4, 3, 5, dtype=torch.float64), torch.randint(4, (2, 3, 5))
+    target[0, 0, :2] = 255
+    total, number = 0.0, 0
+    for n, row, column in np.ndindex(target.shape):
+        if (label := int(target[n, row, column])) != 255:
+            scores = [math.exp(value) for value in logits[n, :, row, column].tolist()]
+            p = scores[label] / sum(scores)
+            total, number = total - math.log(p) + 3 * (1 - p), number + 1
+    assert float(loss(logits, target)) == pytest.approx(total / number)
+    assert float(loss(logits, torch.full_like(target, 255))) == 0
+
+
+def test_own_data(run):
+    found, printed = run("own_data.py")
+    data, root = found["data"], found["root"]
+    assert [len(data.samples(split)) for split in ("train", "val", "test")] == [16, 4, 0]
+    assert {sample.image.parent.name for sample in data.samples("val")} == {"8", "9"}
+    pixels = np.zeros(3, dtype=int)
+    for path in root.glob("[0-7]/*_labels.png"):
+        pixels += [(np.array(Image.open(path)) == value).sum() for value in (0, 10, 20)]
+    for name, count in zip(("background", "tissue", "lesion"), pixels, strict=True):
+        assert f"'{name}': {count}" in printed
+    Image.fromarray(np.full((64, 64), 30, dtype=np.uint8)).save(root / "0" / "0_labels.png")
+    with pytest.raises(DataError, match=r"0_labels\.png.* 30;"):
+        data.reader.mask(data.samples("train")[0])
+
+
+def test_predict(run, tmp_path):
+    trained = run("predict.py")
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(photo)
+    given = run("predict.py", trained[0]["checkpoint"], photo)
+    for (found, printed), size in ((trained, (64, 96)), (given, (50, 70))):
+        labels = predicted(found["module"], Image.open(found["photo"]).convert("RGB"))
+        assert np.array_equal(labels, found["labels"].numpy())
+        shares = dict(re.findall(r"(?m)^(\w+) +([\d.]+) % of the pixels$", printed))
+        for index, name in enumerate(SyntheticData().class_names):
+            assert float(shares[name]) == pytest.approx(100 * (labels == index).mean(), abs=0.051)
+        mask = np.array(Image.open(found["folder"] / "mask.png"))
+        assert mask.shape == labels.shape == size
+        changed = float(re.search(r"change ([\d.]+) %", printed)[1])
+        assert changed == pytest.approx(100 * (mask != labels).mean(), abs=0.051)
+
+
+@pytest.mark.filterwarnings("ignore:No complete tensor found")  # torch 2.15, of its own making
+def test_export_needs_torch_alone(run, tmp_path):
+    found, _ = run("export.py")
+    images = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
+    torch.save(images, tmp_path / "images.pt")
+    code = """
+import sys
+sys.modules |= dict.fromkeys(("mcseg", "segmentation_models_pytorch", "timm", "pytorch_lightning"))  # not to be imported
+import torch
+network = torch.export.load(sys.argv[1]).module()
+torch.save(network(torch.load("images.pt")), "logits.pt")
+"""
+    subprocess.run([sys.executable, "-c", code, found["folder"] / "network.pt2"], check=True, cwd=tmp_path)
+    with torch.no_grad():
+        expected = found["network"](images)
+    assert F.mse_loss(torch.load(tmp_path / "logits.pt"), expected) < 1e-10
+
+
+def test_two_processes():
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    words = [sys.executable, EXAMPLES / "two_processes.py"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        assert f"process {rank} of 2: same weights as process 0: True" in done.stdout
+    data = SyntheticData(val_scenes=7, size=(64, 96))
+    labelled = sum(int((data.reader.mask(sample) != 255).sum()) for sample in data.samples("val"))
+    assert f"{labelled} of 43008 validation pixels scored" in done.stdout
