@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 # One process for each core, each with one thread; a file's tests stay together, as they share what they have trained.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-oldest lint clean
+.PHONY: demo test test-fast test-oldest lint clean
 
 # Rebuilt when pyproject.toml is newer; a failed installation leaves no stamp behind.
 $(VENV)/.installed: pyproject.toml
@@ -28,6 +28,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+
+test-fast: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
 # Old libraries beside new ones warn of what the new ones will drop.
 test-oldest: $(OLDEST)/.installed

@@ -1,5 +1,6 @@
 """Fixtures: small folders in real layouts, caches and run folders inside the test's own folder."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -17,6 +18,15 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on the CPU
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def collector():
+    """Leave the libraries' objects, a million of them, out of garbage collection: going through them took a fifth of the suite."""
+    import mcseg.run.command  # noqa: F401 - imports the libraries
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
