@@ -78,6 +78,7 @@ def margin_offsets(
         pixels give offsets beyond 100, some 10^9 pixels offsets near 0. ``miou`` does not depend on it.
 
     Example:
+        >>> from mcseg.margins import margin_offsets
         >>> margin_offsets([900, 100], tau=1.0).background
         tensor([0.0111, 0.3000], dtype=torch.float64)
     """

@@ -80,6 +80,15 @@ class SegmentationModule(pl.LightningModule):
     Raises:
         ValueError: unknown architecture or encoder; when training starts, an objective, optimiser or scheduler that a
             checkpoint could not rebuild.
+
+    Example:
+        >>> import torch
+        >>> from mcseg import SegmentationModule
+        >>> module = SegmentationModule("unet", "resnet18", num_classes=3)
+        >>> module(torch.zeros(1, 3, 50, 70, dtype=torch.uint8)).shape
+        torch.Size([1, 3, 50, 70])
+        >>> type(module.objective).__name__
+        'DiceLoss'
     """
 
     def __init__(

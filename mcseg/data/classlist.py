@@ -9,7 +9,13 @@ from mcseg.data.labels import IGNORE_INDEX, Color, DataError, LabelTable, distin
 
 
 def table_from_names(names: Sequence[str]) -> LabelTable:
-    """Build the table of masks that hold class indices 0..C-1, and 255 for void."""
+    """Build the table of masks that hold class indices 0..C-1, and 255 for void.
+
+    Example:
+        >>> from mcseg.data.classlist import table_from_names
+        >>> table_from_names(["road", "pole"]).raw_ids
+        {0: 0, 1: 1, 255: 255}
+    """
     raw_ids = {index: index for index in range(len(names))} | {IGNORE_INDEX: IGNORE_INDEX}
     return LabelTable(tuple(names), distinct_colors(len(names)), raw_ids)
 

@@ -57,6 +57,13 @@ class SyntheticData(SegmentationData):
         size: (height, width) of a scene in pixels.
         seed: seed of all scenes; the splits differ for every seed.
         **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+
+    Example:
+        >>> from mcseg.data import SyntheticData
+        >>> data = SyntheticData(train_scenes=4, batch_size=2, crop_size=(64, 64), num_workers=0)
+        >>> batch = next(iter(data.train_dataloader()))
+        >>> batch["image"].shape, batch["mask"].shape
+        (torch.Size([2, 3, 64, 64]), torch.Size([2, 64, 64]))
     """
 
     def __init__(

@@ -47,6 +47,14 @@ class Inference:
 
     Raises:
         ValueError: settings beyond what is described here.
+
+    Example:
+        >>> import torch
+        >>> from mcseg.evaluation import Inference
+        >>> inference = Inference(window=(32, 32), flip=True)
+        >>> network = torch.nn.Conv2d(3, 2, 1)  # any callable from images (N,3,H,W) to logits (N,C,H,W)
+        >>> inference(network, torch.rand(1, 3, 40, 60), (80, 120)).shape  # labels at another size
+        torch.Size([1, 80, 120])
     """
 
     window: tuple[int, int] | None = None

@@ -61,6 +61,12 @@ def rarest_third(class_pixels: Tensor) -> Tensor:
 
     Args:
         class_pixels: (C,) labelled training pixels.
+
+    Example:
+        >>> import torch
+        >>> from mcseg.evaluation.metrics import rarest_third
+        >>> rarest_third(torch.tensor([900, 40, 60, 0]))
+        tensor([1])
     """
     absent = int((class_pixels == 0).sum())
     present = class_pixels.argsort(stable=True)[absent:]
@@ -178,6 +184,15 @@ def score(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int = 2
         target: of the same shape: 0..C-1 or ``ignore_index``.
         num_classes: number of classes C.
         ignore_index: target value that counts nowhere.
+
+    Example:
+        >>> import torch
+        >>> from mcseg.evaluation import score
+        >>> found = score(preds=torch.tensor([0, 0, 1, 1]), target=torch.tensor([0, 1, 1, 255]), num_classes=2)
+        >>> found.iou
+        tensor([0.5000, 0.5000], dtype=torch.float64)
+        >>> found.miou
+        0.5
     """
     metric = SegmentationScores(num_classes, ignore_index)
     metric.update(preds, target)

@@ -151,6 +151,14 @@ def soft_counts(
 
     Returns:
         ``(3, C)``: labelled pixels, misses, false alarms, in the dtype of the logits or float32, whichever is wider.
+
+    Example:
+        >>> import torch
+        >>> from mcseg.kernels import soft_counts
+        >>> soft_counts(torch.tensor([[2.0, -1.0], [0.5, 1.0]]), torch.tensor([0, 1]))
+        tensor([[1.0000, 1.0000],
+                [0.0474, 0.3775],
+                [0.3775, 0.0474]])
     """
     return _run("soft_counts", logits, target, (), (power, ignore_index), backend, upsampling)
 
@@ -169,6 +177,12 @@ def predicted_classes(logits: Tensor, size: tuple[int, ...] | None = None, upsam
 
     Returns:
         ``(N, *spatial)`` or ``(N, H, W)``; uint8 up to 256 classes, else int16. Where a logit is NaN, any class.
+
+    Example:
+        >>> import torch
+        >>> from mcseg.kernels import predicted_classes
+        >>> predicted_classes(torch.tensor([[2.0, -1.0], [0.5, 1.0]]))
+        tensor([0, 1], dtype=torch.uint8)
     """
     shape = logits.shape[2:] if upsampling is None else torch.Size(size or upsampling[:2])
     z = logits.detach()
@@ -200,6 +214,13 @@ def confusion_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_ind
     Raises:
         TypeError: Predictions or target are not integers.
         ValueError: Predictions and target have different shapes, or, on the CPU, such a pixel.
+
+    Example:
+        >>> import torch
+        >>> from mcseg.kernels import confusion_counts
+        >>> confusion_counts(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 255]), num_classes=2)
+        (tensor([[1, 0],
+                [1, 1]]), tensor(0))
     """
     for name, labels in (("preds", preds), ("target", target)):
         if labels.is_floating_point() or labels.is_complex():

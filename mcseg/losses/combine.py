@@ -35,6 +35,17 @@ class SumLoss(nn.Module):
     Raises:
         ValueError: no objectives, a mapping with other keys, a class that cannot be found or made, a
             weight that is negative or not finite, a negative number of steps.
+
+    Example:
+        >>> import torch
+        >>> from mcseg.losses import SumLoss
+        >>> dice = {"class_path": "mcseg.losses.DiceLoss", "weight": 0.5}
+        >>> loss = SumLoss(2, [dice, {"class_path": "mcseg.losses.CrossEntropyLoss"}])
+        >>> logits, target = torch.tensor([[2.0, -1.0], [0.5, 1.0]]), torch.tensor([0, 1])
+        >>> loss(logits, target)
+        tensor(0.3330)
+        >>> loss.terms
+        {'DiceLoss': tensor(0.1434), 'CrossEntropyLoss': tensor(0.2613)}
     """
 
     steps: Tensor

@@ -39,6 +39,14 @@ class IoUWeightedLoss(MarginLoss):
 
     Raises:
         ValueError: A setting is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from mcseg.losses import IoUWeightedLoss
+        >>> logits, target = torch.tensor([[2.0, -1.0], [0.5, 1.0]]), torch.tensor([0, 1])
+        >>> loss = IoUWeightedLoss(num_classes=2).calibrate([900, 100])
+        >>> loss(logits, target)
+        tensor(0.7389)
     """
 
     running_shares: Tensor

@@ -66,6 +66,9 @@ def margin_calibration_loss(
         All void gives 0 with zero gradient. A NaN logit at a labelled pixel gives NaN.
 
     Example:
+        >>> import torch
+        >>> from mcseg.losses import margin_calibration_loss
+        >>> from mcseg.margins import MarginOffsets
         >>> offsets = MarginOffsets(torch.zeros(2), torch.zeros(2))
         >>> margin_calibration_loss(torch.tensor([[2.0, -1.0]]), torch.tensor([0]), offsets)
         tensor(0.0729)
@@ -161,6 +164,8 @@ class MarginCalibrationLoss(MarginLoss):
         ValueError: A setting is out of its range, or has no effect with this scheme.
 
     Example:
+        >>> import torch
+        >>> from mcseg.losses import MarginCalibrationLoss
         >>> loss = MarginCalibrationLoss(num_classes=2, tau=1.0).calibrate([900, 100])
         >>> loss(torch.tensor([[2.0, -1.0]]), torch.tensor([0]))
         tensor(0.0813)

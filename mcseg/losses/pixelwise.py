@@ -51,6 +51,8 @@ class CrossEntropyLoss(CountedLoss):
         ValueError: A setting is out of its range.
 
     Example:
+        >>> import torch
+        >>> from mcseg.losses import CrossEntropyLoss
         >>> CrossEntropyLoss()(torch.tensor([[2.0, -1.0]]), torch.tensor([0]))
         tensor(0.0486)
     """
@@ -133,6 +135,13 @@ class FocalLoss(Objective):
 
     Raises:
         ValueError: A setting is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from mcseg.losses import FocalLoss
+        >>> logits, target = torch.tensor([[2.0, -1.0], [0.5, 1.0]]), torch.tensor([0, 1])
+        >>> FocalLoss(gamma=2.0)(logits, target)
+        tensor(0.0338)
     """
 
     class_alpha: Tensor
@@ -187,6 +196,13 @@ class LogitAdjustmentLoss(CountedLoss):
 
     Raises:
         ValueError: A setting is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from mcseg.losses import LogitAdjustmentLoss
+        >>> logits, target = torch.tensor([[2.0, -1.0], [0.5, 1.0]]), torch.tensor([0, 1])
+        >>> LogitAdjustmentLoss(num_classes=2).calibrate([900, 100])(logits, target)
+        tensor(0.9355)
     """
 
     _term = "adjustment"
@@ -216,6 +232,13 @@ class BalancedSoftmaxLoss(LogitAdjustmentLoss):
     Args:
         num_classes: C >= 2.
         ignore_index: Label of void pixels.
+
+    Example:
+        >>> import torch
+        >>> from mcseg.losses import BalancedSoftmaxLoss
+        >>> logits, target = torch.tensor([[2.0, -1.0], [0.5, 1.0]]), torch.tensor([0, 1])
+        >>> BalancedSoftmaxLoss(num_classes=2).calibrate([900, 100])(logits, target)
+        tensor(0.9355)
     """
 
     def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
@@ -245,6 +268,13 @@ class LDAMLoss(CountedLoss):
 
     Raises:
         ValueError: A setting is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from mcseg.losses import LDAMLoss
+        >>> logits, target = torch.tensor([[2.0, -1.0], [0.5, 1.0]]), torch.tensor([0, 1])
+        >>> LDAMLoss(num_classes=2).calibrate([900, 100])(logits, target)
+        tensor(0.3787)
     """
 
     _term = "margin"
