@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 # One process for each core, each with one thread; a file's tests stay together, as they share what they have trained.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-fast test-oldest lint clean
+.PHONY: demo test test-fast test-oldest lint docs clean
 
 # Rebuilt when pyproject.toml is newer; a failed installation leaves no stamp behind.
 $(VENV)/.installed: pyproject.toml
@@ -41,5 +41,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	@touch $@
+
+# -W makes a warning an error, -a and -E build everything again: an incremental build warns of changed pages only.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -W --keep-going -a -E docs build/docs
+	@echo "built: build/docs/index.html"
+
 clean:
-	rm -rf $(VENV) $(OLDEST) runs
+	rm -rf $(VENV) $(OLDEST) build runs
