@@ -36,8 +36,8 @@ def one_line(error: BaseException) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return (
-            f"{error.strerror}: the disk of the run folder or of the temporary files is full; free some space, then resume a "
-            "training with mcseg fit --resume RUN_FOLDER"
+            f"{error.strerror}: the disk of the run folder or of the temporary files is full; free some space, then resume "
+            "a training with mcseg fit --resume RUN_FOLDER"
         )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "worker process" in lines[0]:
