@@ -1,4 +1,4 @@
-"""Pictures: palette PNGs, overlays, panels with a legend, confusion matrices, curves, values of classes."""
+"""Draw and save pictures: palette PNGs, overlays, panels with a legend, confusion matrices, curves, bars per class."""
 
 import functools
 import gc
@@ -19,21 +19,21 @@ from mcseg.palette import Palette, distinct_colors, void_color
 
 _Arguments = ParamSpec("_Arguments")
 
-_PAPER, _INK, _RULE = (255, 255, 255), (40, 40, 40), (205, 205, 205)
-_SHEET_WIDTH = 300  # of a picture in a contact sheet
-_COLUMN_WIDTH = 360  # pixels; smaller images are enlarged, larger ones reduced to it
-_BAR_WIDTH = 240  # of the largest value
+_BACKGROUND, _INK, _GRID_LINE = (255, 255, 255), (40, 40, 40), (205, 205, 205)
+_SHEET_WIDTH = 300  # width in pixels of an image in a contact sheet
+_COLUMN_WIDTH = 360  # width in pixels to which the images of a panel are resized
+_BAR_WIDTH = 240  # length in pixels of the bar of the largest value
 _FONT_SIZE = 15
-LEGEND_CLASSES = 30  # a legend of more takes more room than the pictures
+LEGEND_CLASSES = 30  # a legend of more classes takes more space than the pictures
 
 
 def as_array(picture: Image.Image) -> NDArray[np.uint8]:
-    """(H,W,3) uint8 of a picture."""
+    """Return a picture as an RGB array (H,W,3) uint8."""
     return np.asarray(picture.convert("RGB"))
 
 
 def palette_image(mask: Tensor, palette: Palette) -> Image.Image:
-    """Turn (H,W) train ids into a palette image: the pixel values stay the ids."""
+    """Turn train ids (H,W), 0..C-1 and void 255, into a palette image whose pixel values are the ids."""
     picture = Image.fromarray(mask.to(torch.uint8).numpy()).convert("P")
     colors = np.zeros((256, 3), dtype=np.uint8)
     colors[: len(palette)] = palette
@@ -43,29 +43,48 @@ def palette_image(mask: Tensor, palette: Palette) -> Image.Image:
 
 
 def grey_image(values: Tensor) -> Image.Image:
-    """Turn (H,W) uint8 values into an 8-bit grey image."""
+    """Turn values (H,W) uint8 into an 8-bit grey image."""
     return Image.fromarray(values.numpy())
 
 
 def image_picture(image: Tensor) -> Image.Image:
-    """Turn (3,H,W) RGB, uint8 or floating point in [0, 1], into a picture."""
+    """Turn an RGB image (3,H,W), uint8 or floating point in [0, 1], into a picture."""
     if image.is_floating_point():
         image = (image * 255).round().clamp(0, 255)
     return Image.fromarray(image.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
 def overlay(image: Tensor, mask: Tensor, palette: Palette, opacity: float = 0.5) -> Image.Image:
-    """Blend the coloured mask (H,W) over the image (3,h,w), at the mask's size."""
+    """Blend the coloured mask over the image.
+
+    Args:
+        image: (3,h,w) uint8, or floating point in [0, 1]; resized to the size of the mask.
+        mask: (H,W) train ids, 0..C-1 and void 255.
+        palette: RGB colour of each class.
+        opacity: weight of the mask's colour, 0 to 1.
+
+    Returns:
+        An RGB picture of the size of the mask.
+    """
     colored = palette_image(mask, palette).convert("RGB")
-    below = image_picture(image).resize(colored.size, Image.Resampling.BILINEAR)
-    return Image.blend(below, colored, opacity)
+    resized = image_picture(image).resize(colored.size, Image.Resampling.BILINEAR)
+    return Image.blend(resized, colored, opacity)
 
 
 def panel(rows: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str], palette: Palette) -> Image.Image:
-    """Compose rows of image (3,h,w) | target (H,W) | prediction (H,W) with headings and a legend of the classes.
+    """Draw images, targets and predictions side by side, with headings and a legend of the classes.
 
-    Void pixels of the target look void in the prediction as well, as they are not scored. Of more than 30 classes, the
-    legend has those that are in the pictures.
+    Void pixels of the target are drawn as void in the prediction too, because they are not scored. If there are more than
+    30 classes, the legend shows only the classes that occur in the pictures.
+
+    Args:
+        rows: image (3,h,w), target (H,W) and prediction (H,W) of each row; both label maps hold train ids, 0..C-1 and
+            void 255.
+        names: class names.
+        palette: RGB colour of each class.
+
+    Returns:
+        An RGB picture.
     """
     font = ImageFont.load_default(_FONT_SIZE)
     gap, line = 8, _FONT_SIZE + 9
@@ -86,13 +105,13 @@ def panel(rows: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str], p
     width = 3 * _COLUMN_WIDTH + 4 * gap
     shown = list(range(len(names)))
     if len(names) > LEGEND_CLASSES:
-        found = torch.cat([mask.flatten() for _, target, preds in rows for mask in (target, preds)])
-        present = torch.bincount(found, minlength=len(names)) > 0
+        labels = torch.cat([mask.flatten() for _, target, preds in rows for mask in (target, preds)])
+        present = torch.bincount(labels, minlength=len(names)) > 0
         shown = [index for index in shown if present[index]]
     entries = [*(names[index] for index in shown), "void"], [*(palette[index] for index in shown), void_color(palette)]
     legend = _legend_lines(*entries, width - 2 * gap, font)
     height = line + sum(row[0].height + gap for row in pictures) + line * len(legend) + gap
-    canvas = Image.new("RGB", (width, height), _PAPER)
+    canvas = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     for column, heading in enumerate(("image", "target", "prediction")):
         draw.text((gap + column * (_COLUMN_WIDTH + gap), 4), heading, fill=_INK, font=font)
@@ -106,12 +125,18 @@ def panel(rows: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str], p
 
 
 def contact_sheet(samples: Iterable[tuple[str, Tensor, Tensor]], names: Sequence[str], palette: Palette) -> Image.Image:
-    """Compose images beside their coloured labels, two to a line, and a legend with the classes' shares, largest first.
+    """Draw images beside their coloured labels, two samples per line, above a legend of the classes.
+
+    The legend gives each class's share of the labelled pixels and starts with the most frequent class.
 
     Args:
-        samples: name, image (3,H,W) and labels (H,W) of each; taken one at a time, as only small copies are kept.
-        names: of the classes.
-        palette: of the classes.
+        samples: name, image (3,H,W) and labels (H,W) of each sample; labels hold train ids, 0..C-1 and void 255. The
+            samples are read one at a time and only small copies are kept, so an iterator saves memory.
+        names: class names.
+        palette: RGB colour of each class.
+
+    Returns:
+        An RGB picture.
     """
     font = ImageFont.load_default(_FONT_SIZE)
     gap, line = 8, _FONT_SIZE + 9
@@ -133,7 +158,7 @@ def contact_sheet(samples: Iterable[tuple[str, Tensor, Tensor]], names: Sequence
     )
     lines = [cells[start : start + 2] for start in range(0, len(cells), 2)]
     heights = [line + gap + max(small.height for _, small, _ in cells_of_line) for cells_of_line in lines]
-    canvas = Image.new("RGB", (sheet_width, sum(heights) + line * len(legend) + gap), _PAPER)
+    canvas = Image.new("RGB", (sheet_width, sum(heights) + line * len(legend) + gap), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     top = 0
     for cells_of_line, height in zip(lines, heights, strict=True):
@@ -164,7 +189,7 @@ def _draw_legend(
 def _legend_lines(
     names: Sequence[str], colors: Palette, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
 ) -> list[list[tuple[int, str, tuple[int, int, int]]]]:
-    """Break the legend into lines of (left edge, name, colour) that fit the width."""
+    """Break the legend into lines of (left edge, name, colour) that fit into the width in pixels."""
     lines: list[list[tuple[int, str, tuple[int, int, int]]]] = [[]]
     left = 0
     for name, color in zip(names, colors, strict=True):
@@ -178,14 +203,17 @@ def _legend_lines(
 
 
 def confusion_picture(confusion: Tensor, names: Sequence[str]) -> Image.Image:
-    """Draw a confusion matrix in percent of each target class, so that the diagonal is the recall.
+    """Draw a confusion matrix in percent of the pixels of each target class, so that the diagonal shows the recall.
 
-    Up to 30 classes have the rounded percentages in their cells, where they are not 0. A class without target pixels has a
-    grey row. The shade goes with the square root, so that small shares are seen.
+    With up to 30 classes, each cell shows its percentage, rounded, unless that is 0. The row of a class without target
+    pixels is grey. The shade of a cell is proportional to the square root of the share, so that small shares are visible.
 
     Args:
-        confusion: (C,C) counts: rows are targets, columns predictions.
-        names: of the classes.
+        confusion: (C,C) pixel counts; rows are targets, columns are predictions.
+        names: class names.
+
+    Returns:
+        An RGB picture.
     """
     counts = confusion.double().cpu().numpy()
     pixels = counts.sum(1, keepdims=True)
@@ -196,11 +224,12 @@ def confusion_picture(confusion: Tensor, names: Sequence[str]) -> Image.Image:
     number, text = ImageFont.load_default(_FONT_SIZE - 2), ImageFont.load_default(_FONT_SIZE)
     margin, side = 8, classes * cell
     label = round(max(map(font.getlength, names))) + 2 * margin
-    both = label if classes > LEGEND_CLASSES else margin  # names on both sides of a matrix that is too large for one look
+    # A large matrix is easier to read with the class names on all four sides.
+    far_side = label if classes > LEGEND_CLASSES else margin
     left, top = label, _FONT_SIZE + 2 * margin + label
     title = "target (rows) predicted as (columns), % of the target's pixels"
-    width = max(left + side + both, round(text.getlength(title)) + 2 * margin)
-    canvas = Image.new("RGB", (width, top + side + both + _FONT_SIZE + 2 * margin), _PAPER)
+    width = max(left + side + far_side, round(text.getlength(title)) + 2 * margin)
+    canvas = Image.new("RGB", (width, top + side + far_side + _FONT_SIZE + 2 * margin), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     draw.text((margin, margin), title, fill=_INK, font=text)
     colors = _shade(shares)
@@ -209,51 +238,55 @@ def confusion_picture(confusion: Tensor, names: Sequence[str]) -> Image.Image:
     canvas.paste(matrix, (left, top))
     for index, name in enumerate(names):
         middle = index * cell + cell // 2
-        upright = Image.new("RGB", (label, cell), _PAPER)
+        upright = Image.new("RGB", (label, cell), _BACKGROUND)
         ImageDraw.Draw(upright).text((margin, cell // 2), name, fill=_INK, font=font, anchor="lm")
         canvas.paste(upright.transpose(Image.Transpose.ROTATE_90), (left + index * cell, top - label))
         draw.text((left - margin, top + middle), name, fill=_INK, font=font, anchor="rm")
-        if both == label:
+        if far_side == label:
             draw.text((left + side + margin, top + middle), name, fill=_INK, font=font, anchor="lm")
-            below = Image.new("RGB", (label, cell), _PAPER)
+            below = Image.new("RGB", (label, cell), _BACKGROUND)
             ImageDraw.Draw(below).text((label - margin, cell // 2), name, fill=_INK, font=font, anchor="rm")
             canvas.paste(below.transpose(Image.Transpose.ROTATE_90), (left + index * cell, top + side))
-    every = 1 if classes <= LEGEND_CLASSES else 5
-    for index in [*range(0, classes, every), classes]:
-        draw.line((left + index * cell, top, left + index * cell, top + side), fill=_RULE)
-        draw.line((left, top + index * cell, left + side, top + index * cell), fill=_RULE)
+    grid_step = 1 if classes <= LEGEND_CLASSES else 5
+    for index in [*range(0, classes, grid_step), classes]:
+        draw.line((left + index * cell, top, left + index * cell, top + side), fill=_GRID_LINE)
+        draw.line((left, top + index * cell, left + side, top + index * cell), fill=_GRID_LINE)
     if classes <= LEGEND_CLASSES:
         for row, column in zip(*np.nonzero(shares >= 0.005), strict=True):
             center = (left + column * cell + cell // 2, top + row * cell + cell // 2)
-            ink = _PAPER if shares[row, column] > 0.3 else _INK
+            ink = _BACKGROUND if shares[row, column] > 0.3 else _INK
             draw.text(center, f"{100 * shares[row, column]:.0f}", fill=ink, font=number, anchor="mm")
-    _draw_scale(draw, margin, top + side + both + margin, number)
+    _draw_scale(draw, margin, top + side + far_side + margin, number)
     return canvas
 
 
 def class_values_picture(values: Mapping[str, Tensor], names: Sequence[str], palette: Palette) -> Image.Image:
-    """Draw values of the classes as bars with their numbers, a column for each name.
+    """Draw one row per class and one column per quantity; each cell shows its value as a bar and as a number.
 
     Args:
-        values: name -> (C,) values of any sign. Bars of a column are to scale, from 0; NaN has none.
-        names: of the classes.
-        palette: of the classes.
+        values: title of each column -> (C,) values of any sign. Each column has its own scale, on which the bars start at
+            0. A NaN has no bar and is written as "-".
+        names: class names.
+        palette: RGB colour of each class.
+
+    Returns:
+        An RGB picture.
     """
     font = ImageFont.load_default(_FONT_SIZE)
     gap, line = 8, _FONT_SIZE + 6
     label = round(max(map(font.getlength, names))) + 2 * gap
     number = round(font.getlength("-0.00e-00")) + 2 * gap
     column = max(_BAR_WIDTH + number, *(round(font.getlength(name)) for name in values)) + 2 * gap
-    canvas = Image.new("RGB", (label + column * len(values), line * (len(names) + 1) + 2 * gap), _PAPER)
+    canvas = Image.new("RGB", (label + column * len(values), line * (len(names) + 1) + 2 * gap), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     for row, name in enumerate(names, 1):
         draw.text((label - gap, gap + row * line + line // 2), name, fill=_INK, font=font, anchor="rm")
-    for place, (title, found) in enumerate(values.items()):
-        numbers = found.double().cpu()
+    for index, (title, column_values) in enumerate(values.items()):
+        numbers = column_values.double().cpu()
         known = numbers[~numbers.isnan()].tolist()
         low, high = min([0.0, *known]), max([0.0, *known])
         scale = _BAR_WIDTH / ((high - low) or 1.0)
-        left = label + place * column
+        left = label + index * column
         zero = left - round(low * scale)
         draw.text((left, gap + line // 2), title, fill=_INK, font=font, anchor="lm")
         draw.line((zero, gap + line, zero, gap + line * (len(names) + 1)), fill=_INK)
@@ -268,7 +301,7 @@ def class_values_picture(values: Mapping[str, Tensor], names: Sequence[str], pal
 
 
 def _shade(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Colours (..., 3) from white at 0 to dark blue at 1."""
+    """Map shares in [0, 1] to RGB colours (..., 3) uint8 from white to dark blue."""
     dark = np.array([8, 48, 107])
     return (255 + (dark - 255) * np.sqrt(shares)[..., None]).round().astype(np.uint8)
 
@@ -287,12 +320,20 @@ def save(picture: Image.Image, path: Path) -> None:
 
 
 def pack(folder: Path, archive: Path) -> Path:
-    """Pack all files below ``folder`` into ``archive`` (.zip or .tar.gz), named by their paths in it; return its path."""
+    """Pack all files of a folder and its subfolders into an archive.
+
+    Args:
+        folder: folder to pack; the entries of the archive have paths relative to it.
+        archive: path of the archive; ``.zip`` writes an uncompressed ZIP file, any other ending a ``.tar.gz`` file.
+
+    Returns:
+        ``archive``.
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
 
     def write(temporary: Path) -> None:
         if archive.suffix == ".zip":
-            with zipfile.ZipFile(temporary, "w") as packed:  # PNGs do not get smaller
+            with zipfile.ZipFile(temporary, "w") as packed:  # uncompressed: compression does not make PNGs smaller
                 for path in files:
                     packed.write(path, path.relative_to(folder))
         else:
@@ -304,35 +345,35 @@ def pack(folder: Path, archive: Path) -> Path:
     return archive
 
 
-def _leaving_nothing(draw: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
-    """Collect what a drawing with matplotlib leaves, and that alone.
+def _freeing_figures(draw: Callable[_Arguments, None]) -> Callable[_Arguments, None]:
+    """Decorate a function that draws with matplotlib: free the memory of its figures when it returns.
 
-    A figure is thousands of objects in cycles, which Python looks for only when they are a quarter of all objects: in a long
-    run memory would grow by some 40 MiB before.
+    A figure consists of thousands of objects in reference cycles. Python collects them only once a quarter of all objects
+    is new, so that in a long run memory would grow by about 40 MiB first.
     """
 
     @functools.wraps(draw)
-    def drawn(*args: _Arguments.args, **options: _Arguments.kwargs) -> None:
-        mine = not gc.get_freeze_count()
-        if mine:
-            gc.freeze()  # to look at all objects of a process takes long
+    def wrapper(*args: _Arguments.args, **options: _Arguments.kwargs) -> None:
+        freeze = not gc.get_freeze_count()
+        if freeze:
+            gc.freeze()  # so that the collection below visits only the objects of the figure, not the whole process
         try:
             draw(*args, **options)
         finally:
-            if mine:
+            if freeze:
                 gc.collect()
                 gc.unfreeze()
 
-    return drawn
+    return wrapper
 
 
-@_leaving_nothing
+@_freeing_figures
 def save_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw training loss, mIoU and IoU per class over the epochs; more than 30 classes go without a legend.
+    """Draw training loss, mIoU and IoU per class over the epochs and save the figure; no legend above 30 classes.
 
     Args:
-        history: one mapping per epoch: ``epoch`` and the logged ``train/loss``, ``val/miou``, ``val/iou/<class>``.
-        path: the PNG.
+        history: one mapping per epoch with ``epoch`` and the logged ``train/loss``, ``val/miou``, ``val/iou/<class>``.
+        path: image file to write, for example a PNG.
     """
     from matplotlib.figure import Figure
 
@@ -363,7 +404,15 @@ def _curve(axes: "object", history: Sequence[Mapping[str, float]], key: str, **s
 def save_class_shares(
     names: Sequence[str], share: Tensor, constants: Mapping[str, Tensor], path: Path, palette: Palette
 ) -> None:
-    """Draw pixel shares (C,) of the classes, most frequent first, and beside them constants (C,) by name, if any."""
+    """Draw the pixel share of each class, most frequent first, and the objective's class constants; save the figure.
+
+    Args:
+        names: class names.
+        share: (C,) share of the labelled pixels, 0 to 1.
+        constants: name -> (C,) values of the objective, drawn beside the shares; may be empty.
+        path: image file to write, for example a PNG.
+        palette: RGB colour of each class.
+    """
     from matplotlib.figure import Figure
 
     order = share.argsort(descending=True).tolist()
@@ -377,8 +426,8 @@ def save_class_shares(
     axes[0].invert_yaxis()
     if constants:
         positions, height = np.arange(len(order)), 0.8 / len(constants)
-        for place, (name, values) in enumerate(constants.items()):
-            shift = (place - (len(constants) - 1) / 2) * height
+        for index, (name, values) in enumerate(constants.items()):
+            shift = (index - (len(constants) - 1) / 2) * height
             axes[1].barh(positions + shift, values[order].numpy(), height, label=name)
         positive = all(bool((values >= 0).all()) for values in constants.values())
         axes[1].set(xlabel="constants of the objective", xscale="log" if positive else "linear")

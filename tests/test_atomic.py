@@ -51,7 +51,7 @@ def test_a_full_disk_is_told_in_one_line_with_the_file(tmp_path):
         with pytest.raises(OSError, match="No space left on device") as error:
             write_atomically(tmp_path / "a.txt", case)
         assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(tmp_path / "a.txt"))
-        assert one_line(error.value).startswith(f"{tmp_path}/a.txt: No space left on device; make room")
+        assert one_line(error.value).startswith(f"{tmp_path}/a.txt: No space left on device; free some space")
     assert not list(tmp_path.iterdir())
 
 

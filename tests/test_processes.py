@@ -257,7 +257,7 @@ main(["fit", "synthetic", *sys.argv[2:]])
 @pytest.mark.parametrize(
     ("how", "code", "reason"),
     [
-        ("SIGKILL", 1, "error: another process of this run has ended"),
+        ("SIGKILL", 1, "error: another process of this run died"),
         ("raised", 1, "the disk is on fire"),
         ("SIGTERM", 128 + 15, "told to end; to go on: mcseg fit --resume"),
     ],

@@ -1,4 +1,4 @@
-"""Class lists: names, ids and colours from a list, a ``classes.txt`` or a TOML file, as one label table."""
+"""Class lists: build a label table from a list of names, a ``classes.txt`` or a ``classes.toml``."""
 
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,13 @@ from mcseg.palette import Color, distinct_colors
 
 
 def table_from_names(names: Sequence[str]) -> LabelTable:
-    """Build the table of masks that hold class indices 0..C-1, and 255 for void.
+    """Build the table for masks that hold the class indices 0..C-1 and 255 for void.
+
+    Args:
+        names: class names in the order of their indices.
+
+    Raises:
+        DataError: fewer than 2 or more than 254 names, or a repeated name.
 
     Example:
         >>> from mcseg.data.classlist import table_from_names
@@ -22,32 +28,43 @@ def table_from_names(names: Sequence[str]) -> LabelTable:
 
 
 def table_from_file(path: Path, by_color: bool) -> LabelTable:
-    """Read a class list.
+    """Read a class list from a file.
 
-    A ``.toml`` file holds ``[[classes]]`` with ``name`` and, where wanted, ``id`` (value in the masks, or a list of values;
-    default: position) and ``color``; ``void`` lists further mask values (or colours) without a class. Any other file is
-    text, a class per line: ``name`` or ``name R G B``; empty lines and lines that begin with ``#`` are left out.
+    A ``.toml`` file has one ``[[classes]]`` table per class, with these keys:
+
+    - ``name``: name of the class;
+    - ``id`` (optional): its value in the masks, or a list of values; the default is the position of the class, from 0;
+    - ``color`` (optional): its RGB colour, three values 0..255.
+
+    An optional top-level list ``void`` names further values, or colours, that are void. The value 255 is always void unless
+    a class has it.
+
+    Any other file is a text file with one class per line, ``name`` or ``name R G B``. Empty lines and lines that begin
+    with ``#`` are skipped.
 
     Args:
-        path: the file.
-        by_color: the masks show colours instead of indices.
+        path: path of the class list.
+        by_color: whether colours stand for classes in the masks; each class needs a colour then.
+
+    Returns:
+        The label table; classes without a colour get one.
 
     Raises:
-        DataError: missing or malformed file; colours wanted and missing.
+        DataError: the file is missing or malformed, or a class has no colour although ``by_color`` is set.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the class list cannot be read ({error}); expected text in UTF-8") from None
+        raise DataError(f"{path}: the class list cannot be read ({error}); expected a text file in UTF-8") from None
     if path.suffix.lower() == ".toml":
         try:
             content = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
-            raise DataError(f"{path}: not a valid TOML file ({error})") from None
+            raise DataError(f"{path}: not a valid TOML file ({error}); correct the syntax") from None
         return table_from_toml(content, path.name, by_color)
     lines = enumerate(text.splitlines(), start=1)
     classes = [
-        _text_line(line, f"{path}, line {number}") for number, line in lines if line.strip() and line.strip()[0] != "#"
+        _parse_text_line(line, f"{path}, line {number}") for number, line in lines if line.strip() and line.strip()[0] != "#"
     ]
     return table_from_toml({"classes": classes}, path.name, by_color)
 
@@ -55,46 +72,55 @@ def table_from_file(path: Path, by_color: bool) -> LabelTable:
 def table_from_toml(
     content: Mapping[str, Any], where: str, by_color: bool = False, void: Sequence[int] = (IGNORE_INDEX,)
 ) -> LabelTable:
-    """Build the table from ``classes`` and ``void`` as :func:`table_from_file` describes them.
+    """Build the table from the content of a TOML class list, see :func:`table_from_file`.
 
     Args:
-        content: the two keys.
-        where: named in errors.
-        by_color: the masks show colours instead of indices.
-        void: indices without a class that are void whether the content lists them or not.
+        content: mapping with ``classes`` and, optionally, ``void``.
+        where: name of the source, for error messages.
+        by_color: whether colours stand for classes in the masks.
+        void: mask values that are void even if ``content`` does not list them, unless a class has them; not used if
+            ``by_color`` is set.
 
     Raises:
-        DataError: the content is malformed.
+        DataError: malformed content, or a class without a colour although ``by_color`` is set.
     """
     classes = content.get("classes")
     if not isinstance(classes, list) or not all(isinstance(entry, dict) and "name" in entry for entry in classes):
-        raise DataError(f"{where}: expected a list `classes` of tables, each with a `name`")
+        raise DataError(
+            f"{where}: found no classes, or a class without a name; expected a list `classes` of tables with a `name`"
+        )
     unknown = sorted({key for entry in classes for key in entry} - {"name", "id", "color"})
     if unknown:
         raise DataError(f"{where}: unknown key {', '.join(unknown)} in `classes`; expected name, id, color")
     names = tuple(str(entry["name"]) for entry in classes)
     defaults = distinct_colors(len(classes))
     palette = tuple(
-        _color(entry["color"], f"{where}, class {entry['name']}") if "color" in entry else default
+        _parse_color(entry["color"], f"{where}, class {entry['name']}") if "color" in entry else default
         for entry, default in zip(classes, defaults, strict=True)
     )
     if by_color:
         missing = [str(entry["name"]) for entry in classes if "color" not in entry]
         if missing:
-            raise DataError(f"{where}: the masks are coloured but no colour is given for {', '.join(missing)}")
+            raise DataError(
+                f"{where}: the masks are coloured, but there is no colour for {', '.join(missing)}; add the colours"
+            )
         raw = [[pack_color(color)] for color in palette]
     else:
-        raw = [_ids(entry.get("id", position), f"{where}, class {entry['name']}") for position, entry in enumerate(classes)]
-    every = [value for values in raw for value in values]
-    repeated = {value for value in every if every.count(value) > 1}
+        raw = [
+            _parse_ids(entry.get("id", position), f"{where}, class {entry['name']}")
+            for position, entry in enumerate(classes)
+        ]
+    all_values = [value for values in raw for value in values]
+    repeated = {value for value in all_values if all_values.count(value) > 1}
     if repeated:
         shared = ", ".join(name for name, values in zip(names, raw, strict=True) if repeated.intersection(values))
-        raise DataError(f"{where}: the classes {shared} have the same {'colour' if by_color else 'id'}")
-    listed = [
-        pack_color(_color(entry, f"{where}, void")) if by_color else _id(entry, f"{where}, void")
+        kind = "colour" if by_color else "id"
+        raise DataError(f"{where}: the classes {shared} have the same {kind}; expected a different {kind} for each class")
+    void_values = [
+        pack_color(_parse_color(entry, f"{where}, void")) if by_color else _parse_id(entry, f"{where}, void")
         for entry in content.get("void", [])
     ]
-    raw_ids = dict.fromkeys([*listed, *(() if by_color else void)], IGNORE_INDEX)
+    raw_ids = dict.fromkeys([*void_values, *(() if by_color else void)], IGNORE_INDEX)
     raw_ids |= {value: train for train, values in enumerate(raw) for value in values}
     try:
         return LabelTable(names, palette, raw_ids, by_color)
@@ -102,17 +128,17 @@ def table_from_toml(
         raise DataError(f"{where}: {error}") from None
 
 
-def _ids(value: object, where: str) -> list[int]:
-    return [_id(entry, where) for entry in (value if isinstance(value, list) else [value])]
+def _parse_ids(value: object, where: str) -> list[int]:
+    return [_parse_id(entry, where) for entry in (value if isinstance(value, list) else [value])]
 
 
-def _id(value: object, where: str) -> int:
+def _parse_id(value: object, where: str) -> int:
     if not isinstance(value, int) or not 0 <= value < 1 << 16:
         raise DataError(f"{where}: found the id {value!r}, expected a whole number from 0 to 65535")
     return value
 
 
-def _color(value: object, where: str) -> Color:
+def _parse_color(value: object, where: str) -> Color:
     if (
         not isinstance(value, list | tuple)
         or len(value) != 3
@@ -122,13 +148,13 @@ def _color(value: object, where: str) -> Color:
     return (value[0], value[1], value[2])
 
 
-def _text_line(line: str, where: str) -> dict[str, Any]:
-    words = line.replace(",", " ").split()
-    if len(words) >= 4 and all(word.isdigit() for word in words[-3:]):
-        return {"name": " ".join(words[:-3]), "color": [int(word) for word in words[-3:]]}
-    if words[-1].isdigit() or words[0].isdigit():
+def _parse_text_line(line: str, where: str) -> dict[str, Any]:
+    fields = line.replace(",", " ").split()
+    if len(fields) >= 4 and all(field.isdigit() for field in fields[-3:]):
+        return {"name": " ".join(fields[:-3]), "color": [int(field) for field in fields[-3:]]}
+    if fields[-1].isdigit() or fields[0].isdigit():
         raise DataError(
-            f"{where}: found {line.strip()!r}, expected `name` or `name R G B`; ids that are not the line's "
-            "position need a classes.toml"
+            f"{where}: found {line.strip()!r}, expected `name` or `name R G B`; to give the classes ids other than "
+            "0, 1, 2, ..., write a classes.toml"
         )
     return {"name": line.strip()}

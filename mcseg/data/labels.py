@@ -1,4 +1,4 @@
-"""Label tables: from the values that a mask file holds to the train ids 0..C-1, void being 255."""
+"""Label tables: map the values of mask files to train ids 0..C-1 and void 255."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,39 +11,45 @@ from numpy.typing import NDArray
 from mcseg.palette import Color
 
 IGNORE_INDEX = 255
-_UNKNOWN = 254  # marks raw values without an entry while mapping, so at most 254 classes fit
-_DIRECT_TABLE = 1 << 16  # raw ids below this are looked up directly, packed colours by bisection
+_UNKNOWN = 254  # marks mask values without an entry during the mapping, so there are at most 254 classes
+_DIRECT_TABLE = 1 << 16  # size of the look-up table of mask values; packed colours are looked up by bisection
 
 
 class DataError(ValueError):
-    """Input that cannot be used: says what was found, where, what was expected and what to do, in one line."""
+    """Raised for unusable input; the message says in one line what was found, where, what was expected and what to do."""
 
 
 class MissingFileError(DataError):
-    """A file of a data set that should be there is not."""
+    """Raised if a file of a data set does not exist."""
 
 
 def pack_color(color: Iterable[int]) -> int:
-    """Return the RGB colour (three values 0..255) as the single number r * 65536 + g * 256 + b."""
+    """Pack an RGB colour, three values 0..255, into the number r * 65536 + g * 256 + b.
+
+    Raises:
+        DataError: a value outside 0..255.
+    """
     r, g, b = (int(v) for v in color)
     if not all(0 <= v <= 255 for v in (r, g, b)):
-        raise DataError(f"colour ({r}, {g}, {b}): expected three values from 0 to 255")
+        raise DataError(f"found the colour ({r}, {g}, {b}), expected three values from 0 to 255")
     return (r << 16) | (g << 8) | b
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """What the values of a mask mean.
+    """Map from the values of mask files to classes.
 
     Args:
-        names: class names; the position is the train id. 2 to 254 of them, all different.
-        palette: one RGB colour per class, for pictures and palette PNGs.
-        raw_ids: value in the file -> train id (0..C-1, or 255 for void).
-        by_color: the masks are RGB and ``raw_ids`` holds colours packed by :func:`pack_color`.
-        unlisted: what a value without an entry becomes: a train id or 255; None makes it an error.
+        names: names of the C classes, 2 to 254 different ones; the position of a name is its train id.
+        palette: RGB colour of each class, for pictures and palette PNGs.
+        raw_ids: value in the mask file -> train id, 0..C-1 or 255 for void. Values are below 65536, or colours packed by
+            :func:`pack_color` if ``by_color`` is set.
+        by_color: whether the masks are RGB images whose colours stand for classes.
+        unlisted: train id, or 255, of all values without an entry in ``raw_ids``; None makes such values an error.
 
     Raises:
-        DataError: fewer than 2 or more than 254 classes, a name twice, a palette of another length, a train id out of range.
+        DataError: fewer than 2 or more than 254 classes, a repeated name, a palette of another length than ``names``, a
+            mask value or a train id out of range.
     """
 
     names: tuple[str, ...]
@@ -62,7 +68,7 @@ class LabelTable:
         if repeated:
             raise DataError(f"class names must differ, found more than once: {', '.join(repeated)}")
         if len(self.palette) != count:
-            raise DataError(f"the palette has {len(self.palette)} colours for {count} classes")
+            raise DataError(f"found {len(self.palette)} colours for {count} classes, expected one colour per class")
         for raw, train in self.raw_ids.items():
             if not (0 <= train < count or train == IGNORE_INDEX):
                 raise DataError(
@@ -76,7 +82,7 @@ class LabelTable:
             values = np.full(_DIRECT_TABLE, self._fallback, dtype=np.uint8)
             for raw, train in self.raw_ids.items():
                 if not 0 <= raw < _DIRECT_TABLE:
-                    raise DataError(f"mask value {raw}: expected 0 to {_DIRECT_TABLE - 1}")
+                    raise DataError(f"found the mask value {raw}, expected 0 to {_DIRECT_TABLE - 1}")
                 values[raw] = train
         object.__setattr__(self, "_keys", keys)
         object.__setattr__(self, "_values", values)
@@ -94,27 +100,29 @@ class LabelTable:
         """Map the values of one mask to train ids.
 
         Args:
-            raw: (H,W) integers, or (H,W,3) uint8 where the mask is coloured.
-            where: named in the error.
+            raw: (H,W) integers, or (H,W,3) uint8 for an RGB mask. An RGB mask with three equal channels counts as grey.
+            where: path or name of the mask, for error messages.
 
         Returns:
-            (H,W) uint8: 0..C-1, or 255 for void.
+            (H,W) uint8 train ids, 0..C-1 and void 255.
 
         Raises:
-            DataError: coloured mask for a table of indices or the reverse; a value without an entry.
+            DataError: an RGB mask for a table of indices, a mask with one channel for a table of colours, or a value
+                without an entry.
         """
         if raw.ndim == 3 and not self.by_color:
             # Grey masks saved as RGB are common and unambiguous.
             if not (np.array_equal(raw[..., 0], raw[..., 1]) and np.array_equal(raw[..., 0], raw[..., 2])):
                 raise DataError(
                     f"{where}: the mask is coloured, expected one channel of class indices; "
-                    "give each class its colour in the class list (`name R G B` in classes.txt)"
+                    "if its colours stand for classes, give each class its colour in the class list (`name R G B` in "
+                    "classes.txt)"
                 )
             raw = raw[..., 0]
         if raw.ndim == 2 and self.by_color:
             raise DataError(
-                f"{where}: the mask has one channel, expected RGB colours; leave the colours out of the class "
-                "list if the masks hold indices"
+                f"{where}: the mask has one channel, expected RGB colours; if the masks hold class indices, remove the "
+                "colours from the class list"
             )
         mapped = self._by_color(raw) if self.by_color else self._by_index(raw)
         if self.unlisted is None:
@@ -124,7 +132,14 @@ class LabelTable:
         return mapped
 
     def class_counts(self, histogram: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """Turn the histogram (256,) of a mask's values into (C,) pixels per class; None where a value has no entry."""
+        """Convert a histogram of mask values to pixel counts of the classes.
+
+        Args:
+            histogram: (256,) int64, number of pixels of each mask value.
+
+        Returns:
+            (C,) int64, or None if the mask holds a value without an entry and ``unlisted`` is None.
+        """
         train = self._values[: len(histogram)]
         if self.unlisted is None and (histogram[train == _UNKNOWN] > 0).any():
             return None
@@ -133,7 +148,7 @@ class LabelTable:
         return counts[: self.num_classes]
 
     def _by_index(self, raw: NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-        if raw.dtype == np.uint8:  # the common case, twice as fast as indexing
+        if raw.dtype == np.uint8:  # the common case; `translate` is twice as fast as indexing
             mapped = bytearray(raw).translate(self._values[:256].tobytes())
             return np.frombuffer(mapped, dtype=np.uint8).reshape(raw.shape)
         outside = (raw < 0) | (raw >= _DIRECT_TABLE)
@@ -152,12 +167,12 @@ class LabelTable:
         known = f"{len(self.raw_ids)} known {kind}" if self.by_color or len(self.raw_ids) > 40 else _ranges(self.raw_ids)
         return (
             f"{where}: {int(unknown.sum())} pixels of the mask have the unknown {kind} {shown}{more}; "
-            f"expected {known}; correct the mask or add them to the class list (or to its void entries)"
+            f"expected {known}; correct the mask, or add the {kind} to the class list as classes or void"
         )
 
 
 def _ranges(values: Iterable[int]) -> str:
-    """Write sorted integers as runs: 0-10, 255."""
+    """Format integers as sorted ranges, such as ``0-10, 255``."""
     runs: list[list[int]] = []
     for value in sorted(values):
         if runs and value == runs[-1][1] + 1:
