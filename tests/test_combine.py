@@ -64,9 +64,9 @@ def test_the_same_objective_twice_has_two_terms():
     ("objectives", "message"),
     [
         ([], "objectives: found none"),
-        ([{"class": "x"}], "found the keys \\['class'\\], expected class_path, init_args and weight"),
-        ([{"class_path": "mcseg.losses.Nothing"}], "mcseg.losses.Nothing cannot be made"),
-        ([{"class_path": "mcseg.losses.CrossEntropyLoss", "init_args": {"x": 1}}], "CrossEntropyLoss cannot be made"),
+        ([{"class": "x"}], "found the keys \\['class'\\], expected class_path"),
+        ([{"class_path": "mcseg.losses.Nothing"}], "mcseg.losses.Nothing"),
+        ([{"class_path": "mcseg.losses.CrossEntropyLoss", "init_args": {"x": 1}}], "mcseg.losses.CrossEntropyLoss .*'x'"),
         ([{"class_path": "pathlib.Path"}], "found pathlib.Path, expected a class derived from torch.nn.Module"),
     ],
     ids=str,
