@@ -375,7 +375,7 @@ def test_wrong_inference_is_one_line(arguments, capsys):
     words = ["validate", "--config", "camvid", *arguments("camvid"), *TINY, "--inference.overlap", "1.5"]
     main(["fit", *words[1:-2]])
     path = run_folder("camvid") / "checkpoints" / "last.ckpt"
-    assert "overlap: found 1.5; expected at least 0 and below 1" in fails(capsys, [*words, "--ckpt_path", str(path)])
+    assert "overlap: found 1.5, expected" in fails(capsys, [*words, "--ckpt_path", str(path)])
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (RECIPES / "options").glob("*.yaml")))

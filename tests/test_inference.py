@@ -165,13 +165,13 @@ def test_constant_network():
 @pytest.mark.parametrize("overlap", [0.0, 0.25, 0.5, 0.9])
 def test_weights_are_positive_and_sum_to_one(overlap):
     places = window_starts(101, 20, overlap)
-    shares = inference._shares(101, 20, places)
+    shares = inference._window_weights(101, 20, places)
     assert (shares > 0).all()
     total = torch.zeros(101, dtype=torch.float64)
     for start, share in zip(places, shares, strict=True):
         total[start : start + 20] += share
     torch.testing.assert_close(total, torch.ones_like(total))
-    assert torch.equal(inference._shares(20, 20, [0]), torch.ones(1, 20, dtype=torch.float64))
+    assert torch.equal(inference._window_weights(20, 20, [0]), torch.ones(1, 20, dtype=torch.float64))
 
 
 @given(
@@ -224,10 +224,10 @@ def test_the_network_gets_the_images_type(dtype, scales):
 @pytest.mark.parametrize("size", [(1, 1), (5, 1), (1, 5), (20, 30)])
 def test_uint8_images_are_resized_as_floating_point_is(size):
     image = torch.randint(0, 256, (2, 3, 10 * size[0], 10 * size[1]), dtype=torch.uint8)
-    scaled = inference._scaled(image, 0.1)
+    scaled = inference._rescale(image, 0.1)
     assert scaled.dtype == torch.uint8
     assert scaled.shape[-2:] == size
-    assert (scaled.float() - inference._scaled(image.float(), 0.1)).abs().max() < 1.01
+    assert (scaled.float() - inference._rescale(image.float(), 0.1)).abs().max() < 1.01
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -269,15 +269,15 @@ def test_gradients_do_not_pile_up():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"window": (0, 5)}, r"window: found \(0, 5\); expected \(height, width\), each at least 1, or None"),
+        ({"window": (0, 5)}, r"window: found \(0, 5\), expected \(height, width\)"),
         ({"window": (5,)}, r"window: found \(5,\)"),
-        ({"overlap": 1.0}, "overlap: found 1.0; expected at least 0 and below 1"),
+        ({"overlap": 1.0}, "overlap: found 1.0"),
         ({"overlap": -0.1}, "overlap: found -0.1"),
         ({"overlap": math.nan}, "overlap: found nan"),
-        ({"scales": ()}, r"scales: found \(\); expected one or more factors above 0"),
+        ({"scales": ()}, r"scales: found \(\)"),
         ({"scales": (1.0, 0.0)}, "scales: found"),
         ({"scales": (math.inf,)}, "scales: found"),
-        ({"batch": 0}, "batch: found 0; expected at least 1"),
+        ({"batch": 0}, "batch: found 0, expected at least 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(options, message):
@@ -286,7 +286,7 @@ def test_settings_out_of_range_are_refused(options, message):
 
 
 def test_wrong_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"image: found shape \(3, 4, 4\); expected \(N,3,H,W\)"):
+    with pytest.raises(ValueError, match=r"image: found shape \(3, 4, 4\), expected \(N,3,H,W\)"):
         Inference()(convolution(), torch.rand(3, 4, 4), (4, 4))
     with pytest.raises(ValueError, match=r"size: found \(0, 4\)"):
         Inference()(convolution(), torch.rand(1, 3, 4, 4), (0, 4))

@@ -100,8 +100,8 @@ WRONG = {
     "fit --model.scheduler pytorch_lightning.cli.ReduceLROnPlateau --model.scheduler.monitor val/x": (1, "no score val/x"),
     "fit --model.aux_weight -1": (1, "aux_weight: found -1.0, expected a weight >= 0"),
     "fit --model.objective MarginCalibrationLoss --model.objective.tau -1": (1, "tau: found -1.0, expected a finite number > 0"),
-    "fit --inference.window [0,5]": (1, "window: found (0, 5); expected (height, width), each at least 1"),
-    "fit --inference.scales [0]": (1, "scales: found (0.0,); expected one or more factors above 0"),
+    "fit --inference.window [0,5]": (1, "window: found (0, 5), expected (height, width), each at least 1"),
+    "fit --inference.scales [0]": (1, "scales: found (0.0,), expected"),
     "show --split foo": (1, "found --split foo and --images 12; expected train, val, test"),
     "show --images 0": (1, "and at least 1 image"),
     # places
