@@ -389,7 +389,7 @@ REMARKED = {
     "image in two lists": (lambda r: write_lists(r, "photo 1\nphoto 2\n"), "val.txt: photo 2 in train.txt as well"),
     "masks of 0 and 255": (
         as_binary,
-        "class thing (train id 1) has no pixel in the training labels; if it has the value 255",
+        "class thing (train id 1) has no pixel in the training labels; if its value in the masks is 255",
     ),
 }
 
