@@ -156,11 +156,11 @@ REFUSED = {
     "wrong checksum": (broken_crc, "photo 3.png: cannot be read"),
     "image of 32-bit floats": (
         lambda r: replace_image(r, Image.fromarray(np.linspace(0, 1, 768, dtype=np.float32).reshape(24, 32)), ".tif"),
-        "photo 3.tif: an image of floating-point numbers",
+        "photo 3.tif: an image of 32-bit floating-point values",
     ),
     "image of 32-bit integers": (
         lambda r: replace_image(r, Image.fromarray(np.arange(768, dtype=np.int32).reshape(24, 32)), ".tif"),
-        "photo 3.tif: an image of whole numbers of 32 bits",
+        "photo 3.tif: an image of 32-bit integers",
     ),
     "animated GIF": (lambda r: replace_image(r, photo(r), ".gif", **frames(photo(r))), "photo 3.gif: holds 3 images"),
     "animated PNG": (lambda r: replace_image(r, photo(r), ".png", **frames(photo(r))), "photo 3.png: holds 3 images"),
@@ -200,7 +200,7 @@ REFUSED = {
         lambda r: replace_mask(r, np.stack([mask(r), 0 * mask(r), 0 * mask(r)], axis=-1)),
         "photo 3.png: the mask is coloured",
     ),
-    "mask of 16 bits in three channels": (sixteen_bit_colours, "photo 3.png: a mask of 16 bits in several channels"),
+    "mask of 16 bits in three channels": (sixteen_bit_colours, "photo 3.png: a 16-bit mask of several channels"),
     "mask of 4 bits, which all readers widen": (four_bit_mask, "the unknown values 17, 34"),
     "animated mask": (
         lambda r: replace_mask(r, mask(r), **frames(Image.fromarray(mask(r)))),
