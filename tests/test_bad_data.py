@@ -176,9 +176,9 @@ REFUSED = {
         lambda r: photo(r).save(image_file(r), exif=exif(6)),
         "photo 3.png: the mask is 32x24 pixels",
     ),
-    "two images of one name": (lambda r: photo(r).save(image_file(r, ".png")), "photo 3.jpg and photo 3.png have one name"),
+    "two images of one name": (lambda r: photo(r).save(image_file(r, ".png")), "photo 3.jpg and photo 3.png have the same name"),
     "no mask": (lambda r: mask_file(r).unlink(), "photo 3.jpg: has no mask"),
-    "two masks of one name": (lambda r: write_png(mask_file(r, ".tif"), mask(r)), "photo 3.png and photo 3.tif have one name"),
+    "two masks of one name": (lambda r: write_png(mask_file(r, ".tif"), mask(r)), "photo 3.png and photo 3.tif have the same name"),
     "empty mask": (lambda r: mask_file(r).write_bytes(b""), "photo 3.png: cannot be read"),
     "truncated mask": (lambda r: mask_file(r).write_bytes(mask_file(r).read_bytes()[:60]), "photo 3.png: cannot be read"),
     "mask as JPEG": (lambda r: replace_mask(r, mask(r), ".jpg"), "photo 3.jpg: JPEG changes label values"),
@@ -380,13 +380,13 @@ def with_suffix(root: Path) -> None:
 
 
 REMARKED = {
-    "format that cannot be read": (lambda r: image_file(r, ".heic").write_bytes(b"\0"), "images: photo 3.heic left out"),
-    "array as mask": (lambda r: np.save(mask_file(r, ".npy"), mask(r)), "masks: photo 3.npy left out"),
-    "picture that starts a program": (lambda r: photo(r).save(image_file(r, ".eps")), "images: photo 3.eps left out"),
+    "format that cannot be read": (lambda r: image_file(r, ".heic").write_bytes(b"\0"), "images: photo 3.heic not used"),
+    "array as mask": (lambda r: np.save(mask_file(r, ".npy"), mask(r)), "masks: photo 3.npy not used"),
+    "picture that starts a program": (lambda r: photo(r).save(image_file(r, ".eps")), "images: photo 3.eps not used"),
     "mask without image": (lambda r: image_file(r).unlink(), "masks: photo 3.png without an image of this name"),
     "masks with a suffix": (with_suffix, "masks: photo 0_mask.png and 9 more without an image of this name"),
     "mask in other letters": (lambda r: mask_file(r).rename(r / "masks/Photo 3.png"), "masks: Photo 3.png without an image"),
-    "image in two lists": (lambda r: write_lists(r, "photo 1\nphoto 2\n"), "val.txt: photo 2 in train.txt as well"),
+    "image in two lists": (lambda r: write_lists(r, "photo 1\nphoto 2\n"), "val.txt: photo 2 also in train.txt"),
     "masks of 0 and 255": (
         as_binary,
         "class thing (train id 1) has no pixel in the training labels; if its value in the masks is 255",
