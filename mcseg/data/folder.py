@@ -156,9 +156,7 @@ class FolderData(SegmentationData):
             )
         listed = [by_name[name] for name in names]
         if repeated := [sample.name for sample, count in Counter(listed).items() if count > 1]:
-            raise DataError(
-                f"{path}: {_abbreviate(repeated)} more than once; expected each image once, remove the repetition"
-            )
+            raise DataError(f"{path}: {_abbreviate(repeated)} more than once; expected each image once, correct the list")
         return listed
 
     def _split_at_random(self, pairs: list[Sample], split: str) -> list[Sample]:
