@@ -1,4 +1,4 @@
-"""Which benchmarks mcseg knows: one file of facts each. Imports nothing, so that ``mcseg --help`` can list them at once."""
+"""Names of the benchmarks and paths of their facts; without imports of mcseg, so that ``mcseg --help`` stays fast."""
 
 from pathlib import Path
 
@@ -11,5 +11,5 @@ def benchmark_names() -> list[str]:
 
 
 def facts_file(name: str) -> Path:
-    """Return the path of a benchmark's facts, ``<name>.toml``; there is no such file for an unknown name."""
+    """Return the path of a benchmark's facts, ``<name>.toml``; it does not exist for an unknown name."""
     return _FACTS / f"{name}.toml"

@@ -110,7 +110,7 @@ WRONG = {
     "fit folder --data.root EMPTY": (1, "no class list: looked for "),
     "check folder --data.root nowhere": (1, "data.root: no folder nowhere"),
     "stats folder --data.root nowhere": (1, "data.root: no folder nowhere"),
-    "fit pascal_voc --root nowhere": (1, "below the root; `mcseg download pascal_voc --root DIR` fetches them"),
+    "fit pascal_voc --root nowhere": (1, "below the root; `mcseg download pascal_voc --root DIR` downloads them"),
     "download voc --root x": (1, "found the benchmark voc, expected one of bdd100k, camvid, cityscapes,"),
     "download pascal_voc": (2, "root"),
     "fit --trainer.default_root_dir PHOTOS/classes.txt": (1, "classes.txt: File exists"),
