@@ -26,7 +26,7 @@ from mcseg.callbacks.scores import JaccardCallback, score_names
 from mcseg.callbacks.trackers import log_configuration
 from mcseg.checkpoints.files import CheckpointFile, read_checkpoint, steps_done, written_by
 from mcseg.checkpoints.hyperparameters import refuse_calls
-from mcseg.checkpoints.translate import translated
+from mcseg.checkpoints.translate import translate_hyperparameters
 from mcseg.data import SegmentationData
 from mcseg.evaluation.inference import Inference
 from mcseg.lightning_internals import CheckpointSettingsCLI, as_settings, cpu_computes_bfloat16
@@ -141,7 +141,7 @@ class SegmentationCLI(CheckpointSettingsCLI):
         """Take a checkpoint's objective whole: what the checkpoint does not name has its default, not the recipe's."""
         checkpoint = read_checkpoint(path)
         try:
-            stored, remarks = translated(checkpoint.get("hyper_parameters", {}))
+            stored, remarks = translate_hyperparameters(checkpoint.get("hyper_parameters", {}))
             refuse_calls(SegmentationModule, stored, {})
             if stored:
                 self.config = self.parser.parse_object({verb: {"model": as_settings(stored)}}, self.config)
