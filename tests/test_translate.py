@@ -218,6 +218,9 @@ def test_a_run_of_an_earlier_version_is_resumed(with_checkpoint, tmp_path, caplo
     assert (former / "config.yaml").read_text() == written
     one, other = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (today, former))
     assert one["epoch"] == other["epoch"] == 3
+    objectives = [part["hyper_parameters"].pop("objective") for part in (one, other)]
+    assert objectives[0]["init_args"] == objectives[1]["init_args"]
+    assert [objective["class_path"].rpartition(".")[2] for objective in objectives] == ["DiceLoss"] * 2
     assert one["hyper_parameters"] == other["hyper_parameters"]
     assert one["state_dict"].keys() == other["state_dict"].keys()
     assert all(torch.equal(weights, other["state_dict"][name]) for name, weights in one["state_dict"].items())
