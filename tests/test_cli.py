@@ -516,7 +516,7 @@ def test_checkpoints_of_an_earlier_version(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["validate", *common, "--ckpt_path", str(early)])
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "settings that do not hold here (written by mcseg 0.0.9, this is 0.1.0)" in message
+    assert "settings that this version refuses (written by mcseg 0.0.9, this is 0.1.0)" in message
     assert "'model' does not accept option 'gone'" in message
 
 

@@ -123,7 +123,10 @@ def test_sums_are_translated_part_by_part_and_other_objectives_are_unchanged():
         {"class_path": "mcseg.losses.DiceLoss", "init_args": {"power": 0.5}},
         {"class_path": "mine.Loss"},
     ):
-        assert translate_hyperparameters({"objective": objective, "arch": "fpn"}) == ({"objective": objective, "arch": "fpn"}, [])
+        assert translate_hyperparameters({"objective": objective, "arch": "fpn"}) == (
+            {"objective": objective, "arch": "fpn"},
+            [],
+        )
 
 
 NEW = "mcseg.schedules.WarmupPolynomialLR"
