@@ -259,7 +259,7 @@ main(["fit", "synthetic", *sys.argv[2:]])
     [
         ("SIGKILL", 1, "error: another process of this run died"),
         ("raised", 1, "the disk is on fire"),
-        ("SIGTERM", 128 + 15, "told to end; to go on: mcseg fit --resume"),
+        ("SIGTERM", 128 + 15, "stopped by a signal; resume with: mcseg fit --resume"),
     ],
 )
 def test_a_process_that_ends_ends_the_job_with_its_reason(how, code, reason, tmp_path):

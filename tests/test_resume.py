@@ -162,7 +162,7 @@ def test_a_run_that_was_killed_ends_like_one_that_was_not(run):
     )
     assert codes == [-9, -9, -9, -9, -9, 128 + 15, 128 + 15, -9, 0], told[-3000:]
     assert steps == [0, 5, 10, 10, 10, 14, 15, 15, 20]  # SIGTERM costs no step
-    assert told.count("to go on: mcseg fit --resume") == 2
+    assert told.count("resume with: mcseg fit --resume") == 2
     assert assert_same_end(whole, folder)["global_step"] == 20
     assert {int(row["step"]) for row in rows(folder) if "train/loss" in row} == set(range(20))
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -202,7 +202,7 @@ def test_a_signal_to_all_processes_of_a_run(number, code, tmp_path):
         os.killpg(process.pid, number)
         said = process.communicate(timeout=60)[0]
     assert process.returncode == code, said[-3000:]
-    assert "to go on: mcseg fit --resume" in said
+    assert "resume with: mcseg fit --resume" in said
     assert steps_done(folder / "checkpoints/last.ckpt") > before
     assert max(int(row["step"]) for row in rows(folder)) == steps_done(folder / "checkpoints/last.ckpt") - 1
 
@@ -238,7 +238,7 @@ def test_one_run_at_a_time_in_a_folder(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             main(words)
         assert end.value.code == 1
-        assert f"{folder}: another mcseg fit is at work here; wait for it, or end it" in capsys.readouterr().err
+        assert f"{folder}: another mcseg fit uses this folder" in capsys.readouterr().err
         assert {path.name for path in folder.iterdir()} == {".lock"}
     main(words)  # the other one was killed
     assert steps_done(folder / "checkpoints" / "last.ckpt") == 5
@@ -262,7 +262,8 @@ def test_a_checkpoint_with_a_malicious_pickle_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["validate", "--resume", "runs"], "--resume: found with 'validate', expected mcseg fit --resume RUN_FOLDER"),
+        (["validate", "--resume", "runs"], "--resume: found the verb 'validate', expected mcseg fit --resume RUN_FOLDER"),
+        (["--resume", "runs"], "--resume: found no verb, expected mcseg fit --resume RUN_FOLDER"),
         (["fit", "--resume", "nowhere"], "no nowhere/config.yaml; expected the folder of a run"),
     ],
 )

@@ -99,8 +99,9 @@ def expand_resume(words: list[str]) -> tuple[list[str], Path | None]:
     chosen, rest = options.parse_known_args(words)
     if chosen.resume is None:
         return words, None
-    if rest[0] != "fit":
-        raise ValueError(f"--resume: found with {rest[0]!r}, expected mcseg fit --resume RUN_FOLDER")
+    if rest[:1] != ["fit"]:
+        verb = f"the verb {rest[0]!r}" if rest else "no verb"
+        raise ValueError(f"--resume: found {verb}, expected mcseg fit --resume RUN_FOLDER")
     folder = Path(chosen.resume)
     settings, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
     if not settings.is_file():
