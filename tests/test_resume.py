@@ -218,9 +218,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tensors, tmp_
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, most))
     try:
-        with pytest.raises(OSError, match=r"last.ckpt: the checkpoint cannot be written \(File too large\); .*is whole"):
+        with pytest.raises(OSError, match=r"last.ckpt: the checkpoint cannot be written \(File too large\); .*is intact"):
             writer.save_checkpoint(large, place)
-        with pytest.raises(OSError, match=r"\(File too large\); there is none"):
+        with pytest.raises(OSError, match=r"\(File too large\); there is no earlier one"):
             writer.save_checkpoint(large, place.with_name("other.ckpt"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))

@@ -126,13 +126,13 @@ WRONG = {
     "bound": (1, "mcseg bound needs trained weights"),
     "validate --ckpt_path nowhere.ckpt": (1, "--ckpt_path: no checkpoint nowhere.ckpt"),
     "validate --ckpt_path EMPTY": (1, "is a folder; expected a file such as"),
-    "validate --ckpt_path TEXT_CKPT": (1, "text.ckpt: not a checkpoint, or one that was cut off"),
-    "validate --ckpt_path CUT_CKPT": (1, "cut.ckpt: not a checkpoint, or one that was cut off"),
+    "validate --ckpt_path TEXT_CKPT": (1, "text.ckpt: not a checkpoint, or an incomplete one"),
+    "validate --ckpt_path CUT_CKPT": (1, "cut.ckpt: not a checkpoint, or an incomplete one"),
     "validate --ckpt_path FOREIGN_CKPT": (1, "foreign.ckpt: holds no state_dict"),
     "validate --ckpt_path MALICIOUS_CKPT": (1, "malicious.ckpt: holds other objects than tensors and plain types"),
     "validate --ckpt_path CALLING_CKPT": (1, "calling.ckpt has settings that this version refuses"),
     "fit --model.init_from nowhere.ckpt": (1, "model.init_from: no checkpoint nowhere.ckpt"),
-    "fit --model.init_from TEXT_CKPT": (1, "text.ckpt: not a checkpoint, or one that was cut off"),
+    "fit --model.init_from TEXT_CKPT": (1, "text.ckpt: not a checkpoint, or an incomplete one"),
     "fit --model.init_from MALICIOUS_CKPT": (1, "malicious.ckpt: holds other objects than tensors and plain types"),
 }  # fmt: skip
 
