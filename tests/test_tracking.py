@@ -420,7 +420,7 @@ def test_confusions_in_training_and_without_a_scorer(tmp_path):
     assert sorted(path.name for path in (tmp_path / "confusion").iterdir()) == [
         f"val-epoch{epoch:03d}.png" for epoch in (1, 3, 4)
     ]
-    with pytest.raises(ValueError, match="found ConfusionPicture alone, expected a JaccardCallback beside it"):
+    with pytest.raises(ValueError, match="found ConfusionPicture without a JaccardCallback"):
         trainer(tmp_path, [ConfusionPicture()]).validate(Answers(), loader)
 
 
