@@ -31,8 +31,8 @@ class HeldOutBounds(EvaluationCallback):
     Writes ``bound.json`` and ``margins.png`` into the run folder and prints a table. The bounds are those of
     :func:`~mcseg.evaluation.bounds.miou_lower_bound` with both weights: every pixel weighs the same, as in the mIoU of a
     data set, or every unit weighs the same. With equal pixels, the concentration bound needs ``largest_pixels``. Predictions
-    are those of the module. Margins are taken from the logits of whole images, also if the module averages windows, scales or
-    mirror images.
+    are those of the module. Margins are taken from the logits of whole images, even if the module averages windows, scales
+    or mirror images.
 
     Args:
         level: confidence of the bounds, in (0, 1).
@@ -231,8 +231,8 @@ def _summary(result: dict[str, Any], unit: str) -> list[str]:
     )
     if result["split"] == "val" and result["selected_from"] == 1:
         lines.append(
-            "If this is the best.ckpt of a run, the val split selected it: set --bound.selected_from to the number of epochs "
-            "or use --split test"
+            "If this is the best.ckpt of a run, the val split selected it: set --bound.selected_from to the number of epochs"
+            " or use --split test"
         )
     if few:
         named = ", ".join(f"{name} ({count})" for name, count in few.items())

@@ -20,8 +20,8 @@ class JaccardCallback(EvaluationCallback):
     ``validate`` and ``test``. ``fit`` also logs ``val/miou_tail``, the mean over the rarest third of the classes by their
     pixels in the training labels, and warns once of classes that the targets contain and the module never predicts.
 
-    The step must return a dict with ``preds`` and ``target``, both (N,H,W). Images that a distributed sampler repeats to give
-    all processes the same number are counted once.
+    The step must return a dict with ``preds`` and ``target``, both (N,H,W). Images that a distributed sampler repeats are
+    counted once.
 
     Args:
         class_names: names for the keys and the table; None takes the data module's ``class_names``, or the train ids.
