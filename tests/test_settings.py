@@ -119,7 +119,7 @@ WRONG = {
     "fit --config EMPTY_YAML": (1, "empty.yaml: found NoneType, expected keys with values"),
     "fit --config UNSAFE_YAML": (1, "unsafe.yaml: not a YAML file (could not determine a constructor for the tag"),
     "fit --config OTHER_YAML": (2, "does not accept option 'modle.arch'"),
-    "fit --config NULL_YAML": (1, "model.scheduler: found null, expected a class path"),
+    "fit synthetic --config NULL_YAML": (1, "model.scheduler: found null, expected a class path"),
     # checkpoints
     "test": (1, "mcseg test needs trained weights: give --ckpt_path"),
     "predict": (1, "mcseg predict needs trained weights"),
