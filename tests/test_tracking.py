@@ -237,7 +237,7 @@ def test_statistics_are_averaged_over_the_steps_that_define_them(tmp_path):
 
 def test_names_that_do_not_fit_the_objective(tmp_path):
     run = trainer(tmp_path, [ObjectiveMonitor(["a", "b"])])
-    with pytest.raises(ValueError, match=r"class_names: found 2 names, expected 3: .* \(weight\)"):
+    with pytest.raises(ValueError, match=r"class_names: found 2 names, expected 3, .* \(weight\)"):
         run.fit(Reports([[0.0] * 3] * 9, {"weight": torch.ones(3)}), batches()[2])
 
 

@@ -79,11 +79,13 @@ def drop_unused_offsets(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> 
 def _schedule(arguments: dict[str, Any], remarks: list[str]) -> None:
     """Translate ``lr_power`` and ``warmup_steps``, which a module without a ``scheduler`` used."""
     old = {new: arguments.pop(name) for name, new in _SCHEDULE.items() if name in arguments}
-    if not old or arguments.get("scheduler") is not None:  # another schedule, on which they had no effect
+    if arguments.get("scheduler") is not None:  # another schedule, on which they had no effect
         return
-    arguments["scheduler"] = {"class_path": "mcseg.schedules.WarmupPolynomialLR", "init_args": old}
-    given = ", ".join(f"{name} {value}" for name, value in old.items())
-    remarks.append(f"scheduler: lr_power and warmup_steps are read as mcseg.schedules.WarmupPolynomialLR ({given})")
+    arguments.pop("scheduler", None)  # the default is the same schedule
+    if old:
+        arguments["scheduler"] = {"class_path": "mcseg.schedules.WarmupPolynomialLR", "init_args": old}
+        given = ", ".join(f"{name} {value}" for name, value in old.items())
+        remarks.append(f"scheduler: lr_power and warmup_steps are read as mcseg.schedules.WarmupPolynomialLR ({given})")
 
 
 def _is_margin_loss(path: str) -> bool:
