@@ -493,7 +493,7 @@ def test_interrupt_ends_the_runs(tmp_path, monkeypatch):
 
 
 def test_one_comparison_at_a_time_in_a_folder(tmp_path):
-    with at_work(tmp_path), pytest.raises(RuntimeError, match="another mcseg compare is at work here"):
+    with at_work(tmp_path), pytest.raises(RuntimeError, match="another mcseg compare uses this folder"):
         execute(study_of(), Folder(tmp_path), jobs=1)
 
 
