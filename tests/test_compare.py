@@ -35,7 +35,7 @@ from mcseg.compare.record import _place, sample_log_probs
 from mcseg.compare.schedule import Folder, execute
 from mcseg.compare.shifts import _GRID, _miou_on_grid, fit_shifts, shifted_miou
 from mcseg.compare.statistics import class_iou, measures, paired_intervals
-from mcseg.compare.study import StudySettings, _ParseOnly, _parser, explicit_settings, make_study, parse_grid, setting_words
+from mcseg.compare.study import StudySettings, _ParseOnly, _parser, explicit_settings, make_study, parse_grid, setting_arguments
 from mcseg.evaluation.metrics import Scores, image_counts, rarest_third
 from mcseg.palette import distinct_colors
 from mcseg.run.main import main
@@ -210,8 +210,8 @@ def test_tail_of_a_class_that_is_nowhere_has_no_interval():
 # Studies
 
 
-def study_of(objectives=("cross_entropy", "dice"), words=(), **options):
-    return make_study("synthetic", [*SYNTHETIC, *words], StudySettings(objectives, **options))
+def study_of(objectives=("cross_entropy", "dice"), arguments=(), **options):
+    return make_study("synthetic", [*SYNTHETIC, *arguments], StudySettings(objectives, **options))
 
 
 def test_objectives_as_people_write_them(tmp_path):
@@ -226,13 +226,13 @@ def test_objectives_as_people_write_them(tmp_path):
         folds=["train-000*", ["train-0020", "train-0021"]],
     )
     assert [objective.label for objective in study.objectives] == written
-    assert study.objectives[1].words[3:] == (
+    assert study.objectives[1].arguments[3:] == (
         "--model.objective.tau=3",
         "--model.objective.scheme=miou",
         "--model.optimizer.lr=0.1",
     )
     # what an objective below it has set, here margin_calibration's tau in the data's recipe, must not leak into it
-    assert study.objectives[3].words == ("--model.objective=null", "--config", str(own))
+    assert study.objectives[3].arguments == ("--model.objective=null", "--config", str(own))
     assert all(
         objective.trials == (("--model.scheduler.power=0.5",), ("--model.scheduler.power=1",))
         for objective in study.objectives
@@ -267,7 +267,7 @@ TRIALS = {
         ({"seeds": [1, 1]}, "each once"),
         ({"then": {"trainer.max_epochs": 1}}, "no first stage"),
         ({"first": "dice", "then": {"trainer.max_epochz": 1}}, "max_epochz"),
-        ({"words": ["--data.held_out=[a]"]}, "use seeds, folds or first"),
+        ({"arguments": ["--data.held_out=[a]"]}, "use seeds, folds or first"),
     ],
 )
 def test_a_study_that_cannot_run_is_refused_in_one_line(options, told):
@@ -283,7 +283,7 @@ def test_differences_beyond_the_objective_are_remarked():
 
 
 def test_averaged_probabilities_leave_no_logits_to_shift():
-    study = study_of(folds=["train-000*"], words=["--inference.flip=true"])
+    study = study_of(folds=["train-000*"], arguments=["--inference.flip=true"])
     assert not study.shifts
     assert "no shifts" in study.remarks[0]
     assert not any(run.keeps_log_probs for run, _ in planned(study).values())
@@ -303,7 +303,7 @@ def test_plan_without_folds_is_objectives_times_seeds():
     found = planned(study_of(seeds=[0, 1]))
     assert list(found) == ["cross_entropy, seed 0", "dice, seed 0", "cross_entropy, seed 1", "dice, seed 1"]
     assert all(run.start is run.shifts is None and not blocked for run, blocked in found.values())
-    assert found["dice, seed 1"][0].words[-1] == "--seed_everything=1"
+    assert found["dice, seed 1"][0].arguments[-1] == "--seed_everything=1"
 
 
 def miou(value):
@@ -329,13 +329,13 @@ def test_plan_takes_the_best_trial_of_each_objective_into_the_final_runs():
     assert {name for name in found if "trial" not in name} == {"dice, seed 3", "dice, seed 4"}
     run = found["dice, seed 4"][0]
     assert (run.trial, run.shifts) == (0, (0.5, -0.5))  # 0.3 on average, the failed one does not count
-    assert "--model.scheduler.power=1" in run.words
-    assert not any("held_out" in word for word in run.words)
+    assert "--model.scheduler.power=1" in run.arguments
+    assert not any("held_out" in word for word in run.arguments)
     outcomes["cross_entropy, trial 0, fold 0, seed 3"] = missing
     run = planned(study, outcomes, (0.5, -0.5))["cross_entropy, seed 3"][0]
     assert run.trial == 1
     fold = found["dice, trial 0, fold 1, seed 3"][0]
-    assert '--data.held_out=["train-001*"]' in fold.words
+    assert '--data.held_out=["train-001*"]' in fold.arguments
     assert fold.keeps_log_probs
     assert not run.keeps_log_probs
     outcomes |= {name: "failed" for name in outcomes if name.startswith("dice")}
@@ -352,8 +352,8 @@ def test_plan_of_two_stages_starts_each_run_from_the_same_data_and_seed():
     final = found["dice, seed 1"][0]
     assert str(final.start) == "focal, first stage, seed 1"
     assert final.start.keeps_weights
-    assert "--trainer.max_epochs=2" in final.words
-    assert "--trainer.max_epochs=2" not in final.start.words
+    assert "--trainer.max_epochs=2" in final.arguments
+    assert "--trainer.max_epochs=2" not in final.start.arguments
     outcomes["focal, first stage, seed 1"] = "failed"
     assert planned(study, outcomes)["dice, seed 1"][1] == "its first stage has failed"
 
@@ -366,21 +366,21 @@ def test_key_follows_what_changes_the_numbers(tmp_path):
 
     def key(content="model: {aux_weight: 1}", name=recipe, label="x", **options):
         name.write_text(content)
-        return Run(label, "final", 0, (*CAMVID, "--config", str(name), *options.pop("words", ())), **options).key
+        return Run(label, "final", 0, (*CAMVID, "--config", str(name), *options.pop("arguments", ())), **options).key
 
     base = key()
     assert base == key(label="y") == key("# the same\nmodel:\n  aux_weight: 1\n") == key(name=tmp_path / "b.yaml")
-    assert base == key(words=("--trainer.enable_progress_bar=false",)) == key(words=("--trainer.logger=false",))
-    assert key(words=("--data.root", "x")) == key(words=("--data.root=x",)) == key(words=("--data.root=elsewhere/x",))
-    assert key(words=("--data.root=x",)) != key(words=("--data.root=y",))
-    others = [key("model: {aux_weight: 2}"), key(words=("--seed_everything=1",)), key(shifts=(1.0, -1.0))]
+    assert base == key(arguments=("--trainer.enable_progress_bar=false",)) == key(arguments=("--trainer.logger=false",))
+    assert key(arguments=("--data.root", "x")) == key(arguments=("--data.root=x",)) == key(arguments=("--data.root=elsewhere/x",))
+    assert key(arguments=("--data.root=x",)) != key(arguments=("--data.root=y",))
+    others = [key("model: {aux_weight: 2}"), key(arguments=("--seed_everything=1",)), key(shifts=(1.0, -1.0))]
     others.append(key(start=Run("z", "first", 0, CAMVID)))
     assert len({base, *others}) == 5
 
 
 def test_key_is_of_the_settings_that_hold_in_the_end():
-    def key(*words):
-        return Run("x", "final", 0, (*CAMVID, *words)).key
+    def key(*arguments):
+        return Run("x", "final", 0, (*CAMVID, *arguments)).key
 
     old = "--model.objective={class_path: mcseg.losses.DiceLoss, init_args: {smooth: 1, classes: all}}"
     new = "--model.objective={class_path: mcseg.losses.JaccardLoss, init_args: {smooth: 1}}"
@@ -394,18 +394,18 @@ def test_key_is_of_the_settings_that_hold_in_the_end():
     assert key(old, new, old) == key(old)
     different = [(new,), (old, new), (old,), (old, "--model.objective.smooth=3"), (old, "--model.objective.smooth=2")]
     different += [("--data=SyntheticData",), ("--data.root=x",), ()]
-    assert len({key(*words) for words in different}) == len(different)
-    # of the default objective and logger, which the words do not name
+    assert len({key(*arguments) for arguments in different}) == len(different)
+    # of the default objective and logger, which the arguments do not name
     assert key("--model.objective.power=0.3") != key("--model.objective.power=0.4") != key("--trainer.logger.name=x")
 
 
 @pytest.mark.parametrize("objective", sorted(path.stem for path in (RECIPES / "objectives").glob("*.yaml")))
 def test_explicit_settings_over_the_defaults_are_all_settings(objective, tmp_path):
     """So that the key of a run has all that holds: what is parsed without defaults gives, over the defaults, the same."""
-    words = (*CAMVID, "--model.objective=null", "--config", str(RECIPES / "objectives" / f"{objective}.yaml"))
-    words += ("--data.root=x", "--model.optimizer.lr=0.5", '--data.held_out=["a*"]', "--seed_everything=3")
-    (tmp_path / "explicit.yaml").write_text(json.dumps(explicit_settings(words)))
-    whole = _parser().parse_args(list(words))
+    arguments = (*CAMVID, "--model.objective=null", "--config", str(RECIPES / "objectives" / f"{objective}.yaml"))
+    arguments += ("--data.root=x", "--model.optimizer.lr=0.5", '--data.held_out=["a*"]', "--seed_everything=3")
+    (tmp_path / "explicit.yaml").write_text(json.dumps(explicit_settings(arguments)))
+    whole = _parser().parse_args(list(arguments))
     again = _parser().parse_args(["--model.objective=null", "--config", str(tmp_path / "explicit.yaml")])
     assert whole.pop("config") != again.pop("config")  # the files
     assert again.as_dict() == whole.as_dict()
@@ -473,8 +473,8 @@ def test_interrupt_ends_the_runs(tmp_path, monkeypatch):
     processes = []
 
     def start(*_):
-        words = ["sh", "-c", "sleep 60 & sleep 60"]
-        processes.append(subprocess.Popen(words, start_new_session=True))
+        arguments = ["sh", "-c", "sleep 60 & sleep 60"]
+        processes.append(subprocess.Popen(arguments, start_new_session=True))
         return processes[-1]
 
     def interrupt(_):
@@ -515,13 +515,13 @@ def in_process(folder, run, monkeypatch, start=None):
     return path, json.loads((path / "result.json").read_text())
 
 
-def tiny_words():
-    return [*SYNTHETIC, *setting_words(TINY), "--data.num_workers=0"]
+def tiny_arguments():
+    return [*SYNTHETIC, *setting_arguments(TINY), "--data.num_workers=0"]
 
 
 @pytest.mark.filterwarnings("ignore:.*has no labelled pixels:UserWarning", "ignore:.*no pixels of class")
 def test_second_stage_begins_with_the_last_weights_of_the_first(tmp_path, monkeypatch):
-    study = make_study("synthetic", tiny_words(), StudySettings(["dice"], seeds=[0], first="cross_entropy"))
+    study = make_study("synthetic", tiny_arguments(), StudySettings(["dice"], seeds=[0], first="cross_entropy"))
     plan = [run for run, _ in Folder(tmp_path).runs(study)]
     first, found_first = in_process(tmp_path, plan[0], monkeypatch)
     _, found = in_process(tmp_path, plan[1], monkeypatch)
@@ -529,7 +529,7 @@ def test_second_stage_begins_with_the_last_weights_of_the_first(tmp_path, monkey
     assert found["settings"]["model"]["init_from"] == f"runs/{first.name}/last.ckpt"
     assert str(tmp_path) not in json.dumps(found)
     assert found["fingerprint"]["weights"] != found_first["fingerprint"]["weights"]
-    again = Run("other", "final", 0, (*plan[1].words, "--trainer.limit_train_batches=1"), start=plan[0])
+    again = Run("other", "final", 0, (*plan[1].arguments, "--trainer.limit_train_batches=1"), start=plan[0])
     assert in_process(tmp_path, again, monkeypatch)[1]["fingerprint"]["weights"] == found["fingerprint"]["weights"]
     assert [path.name for path in tmp_path.rglob("*.ckpt")] == ["last.ckpt"]
     state = torch.load(first / "last.ckpt", weights_only=True)["state_dict"]
@@ -763,7 +763,7 @@ def test_runs_that_did_not_see_the_same_are_named(tmp_path):
             result["fingerprint"]["batches"] = "others"
 
     made = Fabricated(tmp_path, study_of(seeds=[0, 1]), other)
-    assert made.results.uneven() == ["seed 1: batches differ between cross_entropy | dice"]
+    assert made.results.condition_mismatches() == ["seed 1: batches differ between cross_entropy | dice"]
     assert "seed 1: batches differ" in made.report()
 
 
@@ -914,7 +914,7 @@ def test_compare_end_to_end(tmp_path, capsys):
     lost.unlink()
     objectives = ["cross_entropy", "margin_calibration:tau=2"]
     options = ["--folds", "train-000[01]", "--seeds", "0", "1", "--jobs", "2", "--folder", str(folder)]
-    main(["compare", "synthetic", "--objectives", *objectives, *options, *setting_words(TINY)])
+    main(["compare", "synthetic", "--objectives", *objectives, *options, *setting_arguments(TINY)])
     after = json.loads(lost.read_text())
     assert (after["scores"], after["scores_shifted"]) == (before["scores"], before["scores_shifted"])
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/result.json")}
@@ -924,7 +924,7 @@ def test_compare_end_to_end(tmp_path, capsys):
 def test_command_says_what_is_wrong_in_one_line(capsys, tmp_path):
     study = tmp_path / "study.yaml"
     study.write_text("objectives: [dice]\nobjektives: 3\n")
-    for words, told in (
+    for arguments, told in (
         (["--seeds", "0"], "no --objectives given"),
         (["--objectives", "nonsense"], "neither a YAML file nor a recipe"),
         (["--objectives", "dice", "--trainer.max_epochz", "1"], "max_epochz"),
@@ -934,7 +934,7 @@ def test_command_says_what_is_wrong_in_one_line(capsys, tmp_path):
         (["--study", "nowhere.yaml"], "no such file"),
     ):
         with pytest.raises(SystemExit):
-            main(["compare", "synthetic", *words])
+            main(["compare", "synthetic", *arguments])
         said = capsys.readouterr().err.strip()
         assert said.startswith("mcseg: error: ")
         assert told in said
@@ -963,7 +963,7 @@ def test_settings_of_a_study_file_and_the_command_line_win_over_the_recipe(tmp_p
 
 
 def _parsed(study):
-    return _ParseOnly(study.recipe, [*study.words, *study.objectives[1].words], run=False).config
+    return _ParseOnly(study.recipe, [*study.arguments, *study.objectives[1].arguments], run=False).config
 
 
 STUDIES = [Path(__file__).parents[1] / "benchmarks" / "study" / f"{name}.yaml" for name in ("finetune", "scratch")]
@@ -984,7 +984,7 @@ def test_studies_of_the_repository_are_ready_to_run(path, tmp_path, monkeypatch)
     assert len(study.folds) == 2
     assert study.shifts
     assert not study.remarks
-    recipes = {word.rpartition("/")[2] for objective in study.objectives for word in objective.words}
+    recipes = {word.rpartition("/")[2] for objective in study.objectives for word in objective.arguments}
     assert recipes >= {f"{name}.yaml" for name in ("cross_entropy", "focal", "lovasz", "dice", "jaccard", "ldam")}
     assert {len(objective.trials) for objective in study.objectives} == {3}
     assert len(study.seeds) >= 3
