@@ -178,13 +178,13 @@ def scratch_sentences(regimes, compared):
     )
     iou, theirs = class_means(table, OURS), class_means(table, other)
     gain = iou - theirs
-    yield f"because of its pole: {iou['pole']:.1f} % with power Dice, {theirs['pole']:.1f} with the best other"
+    yield f"because of pole: {iou['pole']:.1f} % with power Dice, {theirs['pole']:.1f} with the best other"
     thirds = [values[["bicyclist", "pedestrian", "fence"]].mean() for values in (iou, theirs)]
-    yield "Without it the three others are at {:.1f} against {:.1f}".format(*thirds)
-    yield f"is sign ({iou['sign_symbol']:.1f} against {theirs['sign_symbol']:.1f})"
-    yield f"then fence ({gain['fence']:+.1f}) and bicyclist ({gain['bicyclist']:+.1f})"
+    yield "The other three classes have {:.1f} against {:.1f}".format(*thirds)
+    yield f"comes from sign ({iou['sign_symbol']:.1f} against {theirs['sign_symbol']:.1f})"
+    yield f"then from fence ({gain['fence']:+.1f}) and bicyclist ({gain['bicyclist']:+.1f})"
     assert list(gain.sort_values(ascending=False).index[:3]) == ["sign_symbol", "fence", "bicyclist"]
-    yield f"It pays with pavement ({gain['pavement']:+.1f}) and building ({gain['building']:+.1f})"
+    yield f"Pavement ({gain['pavement']:+.1f}) and building ({gain['building']:+.1f}) lose"
     # of the shifts
     shift_gain = {label: miou(table, label, True) - miou(table, label) for label in order}
     lowered = [-value for value in shift_gain.values() if value < 0]
@@ -219,7 +219,7 @@ def scratch_sentences(regimes, compared):
             rates.setdefault(label, {})[rate] = statistics.fmean(scores)
     early = ("cross entropy", "dice", "lovasz", "lovasz + cross entropy")
     better = [rates[label][0.012] - rates[label][0.006] for label in early]
-    yield f"for the four objectives that had ended 0.012 was better than 0.006, by {min(better):.1f} to {max(better):.1f} points"
+    yield f"for the four objectives that had finished, 0.012 was better than 0.006, by {min(better):.1f} to {max(better):.1f} points"
     # of the folds
     trials = study.best(table)
     near = {label: [(fold[1][0], fold[1][1]) for fold in trial.folds] for label, trial in trials.items()}
@@ -229,8 +229,8 @@ def scratch_sentences(regimes, compared):
     yield f"in both folds, by {leads[0]:.1f} points each over the next"
     rest = [max(values[fold][1] for label, values in others.items() if label != "dice") for fold in (0, 1)]
     yield (
-        f"the highest rarest third: {near[OURS][0][1]:.1f} in the first (soft Dice {near['dice'][0][1]:.1f}, the others at most "
-        f"{rest[0]:.1f}), {near[OURS][1][1]:.1f} in the second (soft Dice {near['dice'][1][1]:.1f}, the others at most "
+        f"the highest rarest third: {near[OURS][0][1]:.1f} in the first (soft Dice {near['dice'][0][1]:.1f}, the rest at most "
+        f"{rest[0]:.1f}), {near[OURS][1][1]:.1f} in the second (soft Dice {near['dice'][1][1]:.1f}, the rest at most "
         f"{rest[1]:.1f})"
     )
 
@@ -242,7 +242,7 @@ def finetune_sentences(regimes, compared):
     order = sorted(scores, key=lambda label: -scores[label])
     assert (order[0], order.index(OURS)) == ("dice", 3)
     dice = study.minus(comparison, OURS, "dice")["miou"]
-    yield f"power Dice is fourth, {-dice.difference:.2f} points behind [{-dice.high:.2f}, {-dice.low:.2f}]"
+    yield f"power Dice is fourth, {-dice.difference:.2f} points lower [{-dice.high:.2f}, {-dice.low:.2f}]"
     single = [
         percent_iou(ours).mean() - percent_iou(theirs).mean()
         for ours, theirs in zip(finals(table, OURS), finals(table, "dice"), strict=True)
@@ -250,7 +250,7 @@ def finetune_sentences(regimes, compared):
     best = study.best(table)
     folds = best[OURS].mean[0] - best["dice"].mean[0]
     yield (
-        f"0.5 against 1, and the difference ({interval(dice)}) is not told apart from none: by seeds "
+        f"0.5 against 1, and the difference ({interval(dice)}) is not significant: by seeds "
         f"{single[0]:+.1f}, {single[1]:+.1f} and {single[2]:+.1f}, on the folds {folds:+.1f}"
     )
     yield f"the weights reach {scores['cross entropy']:.1f}, and {shifted['cross entropy']:.1f} with one shift"
@@ -261,7 +261,7 @@ def finetune_sentences(regimes, compared):
     entropy = study.minus(comparison, OURS, "cross entropy")
     tail, accurate = entropy["miou_tail"], entropy["pixel_accuracy"]
     yield (
-        f"Against cross entropy trained on: {interval(entropy['miou'])}, rarest third {tail.difference:+.1f} [{tail.low:+.1f}, "
+        f"Compared with continued cross entropy: {interval(entropy['miou'])}, rarest third {tail.difference:+.1f} [{tail.low:+.1f}, "
         f"{tail.high:+.1f}], pixel accuracy {accurate.difference:+.2f}"
     )
     paper = "margin calibration (paper)"
@@ -278,7 +278,7 @@ def ablation_sentences(regimes, compared):
     yield "is at {:.1f} / {:.1f} on near images of fold 0".format(*miou_margin.folds[0, 1, :2])
     assert miou_margin.folds[0, 1, 0] == max(trial.folds[0, 1, 0] for trial in trials.values())
     assert round(centre.folds[0, 2, 0] - hard.folds[0, 2, 0]) == 10
-    yield "ten points worse on far ones of fold 0"
+    yield "ten points worse on far images of fold 0"
     yield f"sums with the running weights of mIoU ({trials['aggregation sum, weighting iou'].mean[0]:.1f})"
     seeds = [percent_iou(rows).mean() for rows in finals(regimes["scratch"], OURS)]
     yield f"(power Dice's seeds: {min(seeds):.1f} to {max(seeds):.1f})"
@@ -326,7 +326,7 @@ NOT_COMPUTED = [
     "had been tried at 0.006",
     "95 %",
     "seed 0",
-    "the power 0.5 gives it back",
+    "the power 0.5 restores it",
     "learning rate 0.012",
     "0.25 and 0.5 are equal, 0.7 and 1 a point lower",
     "a largest margin of 1",
@@ -337,11 +337,11 @@ NOT_COMPUTED = [
     "fold 1",
     "after 32",
     "`git show 954c527:benchmarks/study/results`",
-    "The runs are of commit 63ba173",
+    "The runs used commit 63ba173",
     "`git worktree add ../study 63ba173`",
     "tu-test_resnet.r160_in1k",
     "bfloat16",
-    # not in the tables, as the text says: half of the steps with soft Dice, running counts, one final run of the ablation
+    # Runs that are not in the tables: half of the steps with soft Dice, running counts, one final run of the ablation
     "33.7 and 39.5, mean 36.57",
     "33.6 and 36.3, mean 35.0",
     "the power 0.25, seed 0, which had 55.9",
