@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mcseg import DiceLoss, MarginCalibrationLoss, SyntheticData, score
 
-# Replace by your own data: drawn street scenes as images (N,3,H,W) and class indices (N,H,W), 255 where unlabelled
+# Replace by your own data: drawn street scenes as images (N,3,H,W) and class indices (N,H,W), 255 for unlabelled pixels
 data = SyntheticData(val_scenes=64, size=(48, 72))
 images, masks = (torch.stack(parts) for parts in zip(*map(data.reader.pair, data.samples("val")), strict=True))
 images, masks = images / 255, masks.long()

@@ -45,4 +45,4 @@ equal = all(torch.equal(first[name], value) for name, value in module.state_dict
 print(f"process {trainer.global_rank} of {trainer.world_size}: same weights as process 0: {equal}", flush=True)
 if trainer.is_global_zero:
     pixels = scores.scores["val"].confusion.sum()  # rows: target, columns: prediction; of both processes
-    print(f"{pixels} of {7 * 64 * 96} validation pixels scored, the others are void")
+    print(f"{pixels} of {7 * 64 * 96} validation pixels scored, the rest is void")

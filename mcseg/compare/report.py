@@ -13,7 +13,7 @@ from PIL import Image
 from mcseg.compare.charts import curves, data_uri, forest, minus, offsets, share, signed
 from mcseg.compare.comparison import Entry
 from mcseg.compare.schedule import save_text
-from mcseg.compare.statistics import LEVEL, MEASURES, class_iou
+from mcseg.compare.statistics import LEVEL, MEASURES, class_iou, mean_of_defined
 from mcseg.compare.tables import Results
 
 _FULL_TINT = 0.15  # difference in IoU at which a cell has its full tint
@@ -108,9 +108,9 @@ def _class_table(results: Results, entries: Sequence[Entry], shifted: bool) -> d
     if not columns:
         return None
     iou = {e.name: np.stack([class_iou(counts.sum(0)) for counts in e.counts.values()]) for e in columns}
+    means = {name: mean_of_defined(values.T) for name, values in iou.items()}
     baseline = results.comparison.baseline(shifted)
-    reference = _means(iou[baseline.name]) if baseline is not None else np.full(len(results.comparison.class_names), np.nan)
-    means = {name: _means(values) for name, values in iou.items()}
+    reference = np.full(len(results.comparison.class_names), np.nan) if baseline is None else means[baseline.name]
     rows = []
     for index in np.argsort(-results.comparison.shares, kind="stable"):
         best = np.nanmax([*(mean[index] for mean in means.values()), -1])
@@ -229,13 +229,6 @@ def _facts(results: Results) -> list[tuple[str, str]]:
 def _short(argument: str) -> str:
     """Name a recipe without its path, and drop the option --config in front of it."""
     return Path(argument).stem if argument.endswith((".yaml", ".yml")) else "" if argument == "--config" else argument
-
-
-def _means(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Mean over the seeds with a defined value."""
-    number = (~np.isnan(values)).sum(0)
-    mean: np.ndarray[Any, np.dtype[np.float64]] = np.where(number > 0, np.nansum(values, 0) / np.maximum(1, number), np.nan)
-    return mean
 
 
 def _percent(mean: float, deviation: float) -> str:

@@ -38,10 +38,11 @@ def measures(counts: NDArray[np.floating] | Counts, tail: Sequence[int]) -> Floa
     iou = class_iou(counts)
     labelled = counts[..., 1, :].sum(-1).astype(np.float64)
     accuracy = np.divide(counts[..., 0, :].sum(-1), labelled, out=np.full(labelled.shape, np.nan), where=labelled > 0)
-    return np.stack([_mean_of_defined(iou), _mean_of_defined(iou[..., list(tail)]), accuracy], axis=-1)
+    return np.stack([mean_of_defined(iou), mean_of_defined(iou[..., list(tail)]), accuracy], axis=-1)
 
 
-def _mean_of_defined(values: Floats) -> Floats:
+def mean_of_defined(values: Floats) -> Floats:
+    """Return the mean over the last axis without NaN; NaN if no value is defined."""
     defined = ~np.isnan(values)
     number = defined.sum(-1).astype(np.float64)
     total = np.where(defined, values, 0).sum(-1)
