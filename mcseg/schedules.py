@@ -35,6 +35,8 @@ class WarmupPolynomialLR(LRScheduler):
         RuntimeError: in the second step, if ``total_steps`` is still None.
 
     Example:
+        >>> import torch
+        >>> from mcseg.schedules import WarmupPolynomialLR
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
         >>> schedule = WarmupPolynomialLR(optimizer, total_steps=4, power=1.0, warmup_steps=1)
         >>> rates = []
