@@ -361,14 +361,14 @@ def _freeing_figures(draw: Callable[_Arguments, None]) -> Callable[_Arguments, N
 
     @functools.wraps(draw)
     def wrapper(*args: _Arguments.args, **options: _Arguments.kwargs) -> None:
-        freeze = not gc.get_freeze_count()
+        freeze = not gc.get_freeze_count()  # the user's own frozen objects stay frozen
         if freeze:
             gc.freeze()  # so that the collection below visits only the objects of the figure, not the whole process
         try:
             draw(*args, **options)
         finally:
+            gc.collect()
             if freeze:
-                gc.collect()
                 gc.unfreeze()
 
     return wrapper
