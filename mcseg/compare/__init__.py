@@ -34,8 +34,8 @@ def compare(
 
     Args:
         config: data recipe by name or path, or several to be layered.
-        objectives: what is compared; see :class:`~mcseg.compare.study.StudySettings`.
-        **options: the other fields of :class:`~mcseg.compare.study.StudySettings`, such as ``seeds``, ``folds``,
+        objectives: what is compared; see `StudySettings`.
+        **options: the other fields of `StudySettings`, such as ``seeds``, ``folds``,
             ``settings`` and ``folder``.
 
     Returns:

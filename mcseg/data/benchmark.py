@@ -51,7 +51,7 @@ class BenchmarkData(SegmentationData):
     """A benchmark in its official layout.
 
     Args:
-        name: name of the benchmark, see :func:`mcseg.benchmarks.benchmark_names`.
+        name: name of the benchmark, see ``mcseg.benchmarks.benchmark_names``.
         root: folder into which the archives were unpacked, or a folder further in, down to the data set's own.
         labels: which of the benchmark's label sets, where it has several.
         table: what the mask values mean, if not what the facts say.
