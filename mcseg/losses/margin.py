@@ -125,7 +125,7 @@ class MarginLoss(CalibratedLoss):
 
     @property
     def class_constants(self) -> dict[str, Tensor]:
-        """The offsets, once they are known: ``foreground_offset`` and ``background_offset``."""
+        """Offsets by name, ``foreground_offset`` and ``background_offset``, once they are known."""
         if not self._calibrated:
             return {}
         return {"foreground_offset": self.foreground_offsets, "background_offset": self.background_offsets}
@@ -196,7 +196,7 @@ class MarginCalibrationLoss(MarginLoss):
 
     @property
     def class_constants(self) -> dict[str, Tensor]:
-        """The offsets, where there are such and once they are known: ``foreground_offset`` and ``background_offset``."""
+        """Offsets by name, as in the base class; none with scheme ``"none"``."""
         return {} if self.scheme == "none" else super().class_constants
 
     def forward(self, logits: Tensor, target: Tensor, upsample: bool | Upsampling = False) -> Tensor:
