@@ -1,4 +1,4 @@
-"""All numbers of the study's README, and those quoted in the main README, are computed from its tables of pixel counts."""
+"""Every number of the study's README, and those that README.md and the site quote, follow from the tables of its pixel counts."""
 
 import importlib.util
 import itertools
@@ -362,19 +362,21 @@ def test_every_number_of_the_readme_is_checked(readme, printed, sentences):
     assert left == []
 
 
-def test_main_readme_agrees_with_the_study(compared):
-    text = (ROOT / "README.md").read_text()
-    section = text.split("## Which objective wins?\n")[1].split("\n## ")[0]
+@pytest.mark.parametrize(
+    ("page", "heading", "rows"),
+    [("README.md", "Which objective wins?", 5), ("docs/how-to/objectives.md", "What the evidence says", 9)],
+)
+def test_pages_quote_the_scores_of_the_study(compared, page, heading, rows):
     comparison = compared["scratch"]
-    rows = {row["objective"]: row for row in comparison.rows if not row["shifted"]}
+    scores = {row["objective"]: row for row in comparison.rows if not row["shifted"]}
     quoted = 0
-    for line in tables_in(section)[0].splitlines()[2:]:
+    for line in tables_in(section(page, heading))[0].splitlines()[2:]:
         name, *cells = (cell.strip().replace("*", "") for cell in line.strip("|").split("|"))
         label = (
             name.replace(" (the default)", "").replace(" as in the paper", " (paper)").replace("Lovász", "lovasz").lower()
         )
         label = OURS if label == "power dice" else label
-        row = rows[label]
+        row = scores[label]
         expected = [
             f"{100 * row[f'{m}_mean']:.1f} ± {100 * row[f'{m}_sd']:.1f}" for m in ("miou", "miou_tail", "pixel_accuracy")
         ]
@@ -382,7 +384,10 @@ def test_main_readme_agrees_with_the_study(compared):
         expected.append("" if gain is None else f"{gain.difference:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]")
         assert cells == [*expected, f"{row['step_ms']:.0f} ms"], name
         quoted += 1
-    assert quoted == 9
+    assert quoted == rows
+
+
+def test_pages_quote_the_study_on_fine_tuning(compared):
     tuned = compared["finetune"]
     score = {row["objective"]: row for row in tuned.rows if not row["shifted"]}
     shifted = {row["objective"]: row for row in tuned.rows if row["shifted"]}
@@ -397,4 +402,22 @@ def test_main_readme_agrees_with_the_study(compared):
         f"[{dice.low:+.1f}, {dice.high:+.1f}]), of cross entropy {mean(score['cross entropy'])}, of the paper's loss "
         f"{mean(score['margin calibration (paper)'])}, and cross entropy with one shift of the logits per class, chosen on "
         f"held-out training images, has {mean(shifted['cross entropy'])}"
-    ) in plain(section)
+    ) in plain(section("docs/how-to/objectives.md", "What the evidence says"))
+    assert (f"8 epochs more of soft Dice give {mean(score['dice'])}, of power Dice {mean(score[OURS])}.") in plain(
+        section("README.md", "Which objective wins?")
+    )
+
+
+def test_page_on_the_papers_loss_quotes_the_study(compared):
+    scratch, tuned = (
+        {row["objective"]: f"{100 * row['miou_mean']:.1f}" for row in compared[name].rows if not row["shifted"]}
+        for name in ("scratch", "finetune")
+    )
+    text = plain(section("docs/theory/margin-calibration.md", "Does it help?"))
+    paper, reference = "margin calibration (paper)", "cross entropy"
+    assert f"({scratch[paper]} against {scratch[reference]} % mIoU)" in text
+    assert f"({tuned[paper]} against {tuned[reference]} % for cross entropy trained on)" in text
+
+
+def section(page, heading):
+    return (ROOT / page).read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]

@@ -52,7 +52,7 @@ class BenchmarkData(SegmentationData):
     """A benchmark in its official layout.
 
     Args:
-        name: name of the benchmark, see :func:`mcseg.benchmarks.benchmark_names`.
+        name: name of the benchmark, see ``mcseg.benchmarks.benchmark_names``.
         root: folder into which the archives were unpacked, or one of its subfolders down to the data set's own folder.
         labels: name of the label set, for a benchmark with several.
         table: label table to use instead of the one in the facts.
