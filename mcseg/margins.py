@@ -52,7 +52,7 @@ def margin_offsets(
         foreground_i = background_i p_i sqrt(n_i) / (upsilon m_i - p_i sqrt(m_i))
 
     Scheme ``"miou"`` minimises the total estimation error of the mIoU bound for a fixed sum of offsets, which determines
-    their ratios (:func:`mcseg.evaluation.bounds.margin_bound`)::
+    their ratios (`mcseg.evaluation.bounds.margin_bound`)::
 
         foreground_i ~ n_i^(-1/4),    background_i ~ m_i^(1/4) n_i^(-1/2),    largest offset = max_margin
 

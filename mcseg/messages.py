@@ -27,8 +27,8 @@ def one_line(error: BaseException, *, limit: int | None = None) -> str:
     another process get a message that explains how to continue.
 
     Args:
-        error: any exception; one without a message is reported by the name of its type.
-        limit: largest number of characters; a longer text is cut and ends in "...".
+        error: Any exception; one without a message is reported by the name of its type.
+        limit: Largest number of characters; a longer text is cut and ends in ``...``.
 
     Returns:
         Text without line breaks.

@@ -25,48 +25,48 @@ class SegmentationModule(CheckpointModule):
     """Trains a segmentation network with an objective; validation and test return predictions, which the callbacks score.
 
     Hyperparameters are stored as plain types (class paths and their arguments). A checkpoint therefore loads with
-    ``weights_only=True``, and :meth:`load_from_checkpoint` rebuilds network and objective.
+    ``weights_only=True``, and `load_from_checkpoint` rebuilds network and objective.
 
     Args:
-        arch: architecture of segmentation_models_pytorch by name, for example ``unet`` or ``deeplabv3plus``.
-        encoder: name of its encoder.
-        encoder_weights: pretrained weights of the encoder, for example ``imagenet``; None for random ones. They are fetched
+        arch: Architecture of segmentation_models_pytorch by name, for example ``unet`` or ``deeplabv3plus``.
+        encoder: Name of its encoder.
+        encoder_weights: Pretrained weights of the encoder, for example ``imagenet``; None for random ones. They are fetched
             when a training starts, never when a checkpoint is loaded.
-        init_from: checkpoint of another run; its network's weights are the start of this training. The last layer is left
+        init_from: Checkpoint of another run; its network's weights are the start of this training. The last layer is left
             out if the number of classes differs. Objective, optimiser and epochs start from the beginning.
-        num_classes: number of classes C; the command line takes it from the data.
-        objective: module that maps logits (N,C,H,W) float32 and target (N,H,W) int64 to a scalar, or a callable that builds
-            it. None is :func:`~mcseg.losses.default_objective`, power Dice. An objective with a method ``calibrate`` gets
-            the pixel counts of the training labels when training starts; :class:`~mcseg.losses.ObjectiveProtocol` lists all
-            optional members. For an objective that does not keep its arguments as attributes, give a
-            ``functools.partial`` of its class.
-        optimizer: callable from parameters to optimiser: a class, or a ``functools.partial`` of one.
-        scheduler: callable from optimiser to learning-rate schedule, stepped after each optimiser step. A
+        num_classes: Number of classes C; the command line takes it from the data.
+        objective: Module that maps logits ``(N, C, H, W)`` float32 and target ``(N, H, W)`` int64 to a scalar, or a callable
+            that builds it. None is `mcseg.losses.default_objective`, power Dice. An objective with a method ``calibrate``
+            gets the pixel counts of the training labels when training starts; `mcseg.losses.ObjectiveProtocol` lists all
+            optional members. For an objective that does not keep its arguments as attributes, give a ``functools.partial``
+            of its class.
+        optimizer: Callable from parameters to optimiser: a class, or a ``functools.partial`` of one.
+        scheduler: Callable from optimiser to learning-rate schedule, stepped after each optimiser step. A
             ``torch.optim.lr_scheduler.ReduceLROnPlateau`` is stepped after each validation, by ``val/miou``; Lightning's
             class of that name by its ``monitor``. The default decays to 0 by a polynomial over the whole run.
-        network_options: further arguments of the architecture, for example ``{"decoder_channels": [64, 32, 16]}``.
-        channels_last: keep the network in channels-last memory.
-        checkpointing: recompute the encoder's activations in the backward pass instead of keeping them.
-        frozen_batch_norm: keep statistics and parameters of all batch norms fixed, to fine-tune with small batches.
-        aux_weight: weight of the cross entropy of an auxiliary head on the encoder's second-to-last feature map. The head
+        network_options: Further arguments of the architecture, for example ``{"decoder_channels": [64, 32, 16]}``.
+        channels_last: Keep the network in channels-last memory.
+        checkpointing: Recompute the encoder's activations in the backward pass instead of keeping them.
+        frozen_batch_norm: Keep statistics and parameters of all batch norms fixed, to fine-tune with small batches.
+        aux_weight: Weight of the cross entropy of an auxiliary head on the encoder's second-to-last feature map. The head
             is not used for predictions. 0.4 is usual for DeepLab and PSPNet; 0 means no head.
-        aux_channels: width of the auxiliary head.
-        fused_upsample: if the network ends in a bilinear upsampling, give the objective the coarse logits; it upsamples them
+        aux_channels: Width of the auxiliary head.
+        fused_upsample: If the network ends in a bilinear upsampling, give the objective the coarse logits; it upsamples them
             a strip of rows at a time. Needs less memory and gives the same loss within rounding. Has no effect if the
             network does not end so, if the objective cannot (those of margins and of soft counts can), if the masks have
             another size than the images, or in training with an auxiliary head.
-        on_nonfinite: policy for a NaN or infinite loss. ``"stop"`` stops the training one step later, so that no step waits
+        on_nonfinite: Policy for a NaN or infinite loss. ``"stop"`` stops the training one step later, so that no step waits
             for the GPU, and names the images of the batch. ``"skip"`` leaves the batch out on all processes, waits for the
             GPU in each step, and reports the number of skipped batches at the end.
 
     Attributes:
-        inference: :class:`~mcseg.evaluation.Inference` that labels whole images in validation, test and prediction; by
+        inference: `mcseg.evaluation.Inference` that labels whole images in validation, test and prediction; by
             default in one pass. Checkpoints do not hold it. With windows, several scales or mirroring there are no logits
             of a whole image, and ``<split>/loss`` is not logged.
         has_weights: True if the weights are trained or loaded from a checkpoint; test and predict refuse random ones.
 
     Raises:
-        ValueError: unknown architecture or encoder; when training starts, an objective, optimiser or scheduler that a
+        ValueError: Unknown architecture or encoder; when training starts, an objective, optimiser or scheduler that a
             checkpoint could not rebuild.
 
     Example:
@@ -122,7 +122,7 @@ class SegmentationModule(CheckpointModule):
         self._evaluated = torch.zeros(2)  # sum of the losses of the images evaluated so far, and their number
 
     def forward(self, image: Tensor) -> Tensor:
-        """Compute logits (N,C,H,W) of an image (N,3,H,W), uint8 0..255 or floating point 0..1, RGB."""
+        """Compute logits ``(N, C, H, W)`` of an image ``(N, 3, H, W)``, uint8 0..255 or floating point 0..1, RGB."""
         return cast(Tensor, self.network(image))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
@@ -150,15 +150,19 @@ class SegmentationModule(CheckpointModule):
         return loss if self._loss_guard.accepts(loss, batch.get("name", ()), self.global_step) else None
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Predict a batch of whole images: ``preds`` (N,H,W) uint8 and ``target`` (N,H,W) int64, in the masks' size."""
+        """Predict a batch of whole images.
+
+        Returns:
+            Train ids ``preds``, uint8, and ``target``, int64, both ``(N, H, W)`` at the size of the masks.
+        """
         return self._evaluate(batch, batch_idx, self.trainer.val_dataloaders)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
-        """Predict a batch of whole images, as :meth:`validation_step`."""
+        """Predict a batch of whole images; see `validation_step`."""
         return self._evaluate(batch, batch_idx, self.trainer.test_dataloaders)
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Tensor]:
-        """Predict images in the size of their files: a list of (H,W) uint8 train ids."""
+        """Predict images at the size of their files: a list of uint8 train ids ``(H, W)``."""
         images = batch["image"]
         return [self.inference(self, images[i : i + 1], size)[0] for i, size in enumerate(batch["size"])]
 
@@ -175,7 +179,7 @@ class SegmentationModule(CheckpointModule):
         """Compute logits of the image's size, or with ``coarse`` those before the network's last upsampling, if it has one.
 
         Returns:
-            (N,C,H,W) logits and None, or (N,C,h,w) logits and the upsampling.
+            ``(N, C, H, W)`` logits and None, or ``(N, C, h, w)`` logits and the upsampling.
         """
         if not coarse:
             return self(image), None

@@ -22,11 +22,11 @@ class EvaluationCallback(Callback):
         """Finish the epoch; may log values."""
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Call :meth:`start`."""
+        """Call `start`."""
         self.start(trainer, pl_module, "val")
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Call :meth:`start`."""
+        """Call `start`."""
         self.start(trainer, pl_module, "test")
 
     def on_validation_batch_end(
@@ -38,7 +38,7 @@ class EvaluationCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Call :meth:`take`."""
+        """Call `take`."""
         self.take(trainer, outputs, batch, batch_idx, "val")
 
     def on_test_batch_end(
@@ -50,13 +50,13 @@ class EvaluationCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Call :meth:`take`."""
+        """Call `take`."""
         self.take(trainer, outputs, batch, batch_idx, "test")
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Call :meth:`finish`."""
+        """Call `finish`."""
         self.finish(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Call :meth:`finish`."""
+        """Call `finish`."""
         self.finish(trainer, pl_module, "test")

@@ -29,22 +29,22 @@ class HeldOutBounds(EvaluationCallback):
     """Bounds the mIoU of unseen images of the same source from a validation or test run in one process.
 
     Writes ``bound.json`` and ``margins.png`` into the run folder and prints a table. The bounds are those of
-    :func:`~mcseg.evaluation.bounds.miou_lower_bound` with both weights: every pixel weighs the same, as in the mIoU of a
+    `mcseg.evaluation.bounds.miou_lower_bound` with both weights: every pixel weighs the same, as in the mIoU of a
     data set, or every unit weighs the same. With equal pixels, the concentration bound needs ``largest_pixels``. Predictions
     are those of the module. Margins are taken from the logits of whole images, even if the module averages windows, scales
     or mirror images.
 
     Args:
-        level: confidence of the bounds, in (0, 1).
-        group: regular expression; images whose names have the same first match form one unit, for example ``^[^_]+`` for
+        level: Confidence of the bounds, in (0, 1).
+        group: Regular expression; images whose names have the same first match form one unit, for example ``^[^_]+`` for
             frames of a video ``<sequence>_<frame>``. None: each image is a unit. Units must be independent.
-        selected_from: number of checkpoints among which this split selected this one; 1 if it did not select.
-        largest_pixels: upper limit of the labelled pixels of a unit, for all images of the source and not only for this
+        selected_from: Number of checkpoints among which this split selected this one; 1 if it did not select.
+        largest_pixels: Upper limit of the labelled pixels of a unit, for all images of the source and not only for this
             split: for example width x height of the camera, or the size to which images are scaled down; with groups, times
             the length of the longest sequence. None if no limit is known.
 
     Raises:
-        ValueError: a setting is out of range, a name does not match ``group``, or a unit has more labelled pixels than
+        ValueError: A setting is out of range, a name does not match ``group``, or a unit has more labelled pixels than
             ``largest_pixels``.
     """
 
@@ -177,7 +177,7 @@ def _plain(value: Any) -> Any:
 
 
 def bound_table(result: dict[str, Any]) -> str:
-    """Format the output of :meth:`HeldOutBounds.result` as text."""
+    """Format the output of `HeldOutBounds.result` as text."""
     classes, unit = result["classes"], "image" if result["group"] is None else "group"
     weights = {"": "equal pixels", "unit_weighted_": f"equal {unit}s"}
     columns = [result["margins"].index(margin) for margin in _COLUMNS]

@@ -16,15 +16,15 @@ class ObjectiveMonitor(Callback):
     """Logs an objective's class constants when training starts, and its class statistics after every epoch.
 
     An objective may have ``class_constants`` (set by calibration, for example offsets) and ``class_statistics`` (of its last
-    call), both mappings from names to (C,) tensors. The keys are ``objective/<constant>/<class>`` and
+    call), both mappings from names to ``(C,)`` tensors. The keys are ``objective/<constant>/<class>`` and
     ``train/<statistic>/<class>``, the latter a mean over the epoch's steps in which the statistic is not NaN. The constants
     are also drawn into ``objective.png`` in the run folder. Only rank 0 logs; the objective itself sums over processes.
 
     Args:
-        class_names: names for the keys; None takes the data module's ``class_names``, or the train ids.
+        class_names: Names for the keys; None takes the data module's ``class_names``, or the train ids.
 
     Raises:
-        ValueError: in training, the number of names is not that of the objective's classes.
+        ValueError: In training, the number of names is not that of the objective's classes.
     """
 
     def __init__(self, class_names: list[str] | None = None) -> None:

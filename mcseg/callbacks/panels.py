@@ -26,15 +26,15 @@ def _picture_file(trainer: pl.Trainer, split: str) -> str:
 
 
 class ConfusionPicture(Callback):
-    """Draws the confusion matrix of the validation or test split from the counts of the Trainer's :class:`JaccardCallback`.
+    """Draws the confusion matrix of the validation or test split from the counts of the Trainer's `JaccardCallback`.
 
     Writes a PNG into ``<run folder>/confusion`` and logs it to loggers that accept pictures (W&B, TensorBoard).
 
     Args:
-        every_n_epochs: interval of the pictures in training; the last epoch always gets one.
+        every_n_epochs: Interval of the pictures in training; the last epoch always gets one.
 
     Raises:
-        ValueError: when a run starts, the Trainer has no :class:`JaccardCallback`.
+        ValueError: When a run starts, the Trainer has no `JaccardCallback`.
     """
 
     def __init__(self, every_n_epochs: int = 5) -> None:
@@ -74,8 +74,8 @@ class PredictionPanel(EvaluationCallback):
     Writes a PNG into ``<run folder>/panels`` and logs it to loggers that accept pictures (W&B, TensorBoard).
 
     Args:
-        images: number of images in a panel.
-        every_n_epochs: interval of the panels in training; the last epoch always gets one.
+        images: Number of images in a panel.
+        every_n_epochs: Interval of the panels in training; the last epoch always gets one.
     """
 
     def __init__(self, images: int = 4, every_n_epochs: int = 5) -> None:

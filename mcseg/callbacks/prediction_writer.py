@@ -22,13 +22,13 @@ class PredictionWriter(BasePredictionWriter):
     Files are named after the images, with their subfolders: ``masks/<name>.png`` and ``overlays/<name>.jpg``.
 
     Args:
-        output_dir: folder of the files; None is the run folder.
-        overlays: whether to write overlays.
-        format: benchmark whose evaluation server gets the label maps. They have its values, names and folders, and are
+        output_dir: Folder of the files; None is the run folder.
+        overlays: Whether to write overlays.
+        format: Benchmark whose evaluation server gets the label maps. They have its values, names and folders, and are
             written to ``submission`` and packed into ``<format>.zip`` or ``<format>.tar.gz``. None writes train ids.
 
     Raises:
-        ValueError: when prediction starts, the data module is not that of the benchmark ``format``.
+        ValueError: When prediction starts, the data module is not that of the benchmark ``format``.
     """
 
     def __init__(

@@ -20,11 +20,11 @@ class JaccardCallback(EvaluationCallback):
     ``validate`` and ``test``. ``fit`` also logs ``val/miou_tail``, the mean over the rarest third of the classes by their
     pixels in the training labels, and warns once of classes that the targets contain and the module never predicts.
 
-    The step must return a dict with ``preds`` and ``target``, both (N,H,W). Images that a distributed sampler repeats are
-    counted once.
+    The step must return a dict with ``preds`` and ``target``, both ``(N, H, W)``. Images that a distributed sampler repeats
+    are counted once.
 
     Args:
-        class_names: names for the keys and the table; None takes the data module's ``class_names``, or the train ids.
+        class_names: Names for the keys and the table; None takes the data module's ``class_names``, or the train ids.
     """
 
     def __init__(self, class_names: list[str] | None = None) -> None:
@@ -92,7 +92,7 @@ class JaccardCallback(EvaluationCallback):
         self._silent = silent
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the table after ``validate``; in training, :meth:`on_fit_end` prints it."""
+        """Print the table after ``validate``; in training, `on_fit_end` prints it."""
         if trainer.state.fn == "validate":
             self._print(trainer, "val")
 
@@ -110,7 +110,7 @@ class JaccardCallback(EvaluationCallback):
 
 
 def score_names(split: str, names: Sequence[str]) -> list[str]:
-    """Return the keys under which :class:`JaccardCallback` logs the scores of a split with classes of these ``names``."""
+    """Return the keys under which `JaccardCallback` logs the scores of a split with classes of these ``names``."""
     totals = ("miou", "miou_tail", "pixel_accuracy", "classes_averaged")
     return [f"{split}/{name}" for name in (*totals, *(f"iou/{name}" for name in names))]
 

@@ -31,10 +31,10 @@ def log_picture(trainer: pl.Trainer, key: str, picture: Image.Image, file: str) 
     Call it only on rank 0.
 
     Args:
-        trainer: has the run folder and the loggers.
-        key: name for the loggers.
-        picture: the picture.
-        file: path in the run folder.
+        trainer: Has the run folder and the loggers.
+        key: Name for the loggers.
+        picture: The picture.
+        file: Path in the run folder.
     """
     pictures.save(picture, Path(trainer.default_root_dir) / file)
     for logger in trainer.loggers:

@@ -51,12 +51,12 @@ def initialize_network(network: nn.Module, path: str) -> None:
     head.
 
     Args:
-        network: the network of a :class:`~mcseg.module.SegmentationModule`; modified.
-        path: the checkpoint.
+        network: The network of a `mcseg.module.SegmentationModule`; modified.
+        path: The checkpoint.
 
     Raises:
-        FileNotFoundError: no such checkpoint.
-        ValueError: not a checkpoint, or one of another network.
+        FileNotFoundError: No such checkpoint.
+        ValueError: Not a checkpoint, or one of another network.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"model.init_from: no checkpoint {path}; expected the path of a .ckpt file")

@@ -25,7 +25,7 @@ class CheckpointFile(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            OSError: the file cannot be written; a former file of that path is intact.
+            OSError: The file cannot be written; a former file of that path is intact.
         """
         if storage_options is not None or "://" in str(path):  # not a file
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -47,7 +47,7 @@ class CheckpointFile(TorchCheckpointIO):
         """Read a checkpoint; with ``weights_only`` False also objects other than tensors and plain types.
 
         Raises:
-            ValueError: not a checkpoint, or one with other objects.
+            ValueError: Not a checkpoint, or one with other objects.
         """
         plain = True if weights_only is None else weights_only
         with _clear_errors(path):
@@ -75,14 +75,14 @@ def read_checkpoint(source: Any) -> dict[str, Any]:
     """Read a checkpoint of this package to the CPU; a file is memory-mapped, so that unused tensors are not read.
 
     Args:
-        source: path, URL or open file; a file is rewound.
+        source: Path, URL or open file; a file is rewound.
 
     Returns:
         The checkpoint's dict, with at least ``state_dict``.
 
     Raises:
-        ValueError: not a checkpoint, or one with other objects than tensors and plain types.
-        FileNotFoundError: no such file.
+        ValueError: Not a checkpoint, or one with other objects than tensors and plain types.
+        FileNotFoundError: No such file.
     """
     with _clear_errors(source):
         if isinstance(source, str | Path) and "://" in str(source):

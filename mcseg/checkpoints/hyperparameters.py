@@ -23,7 +23,7 @@ def plain_hyperparameters(arguments: dict[str, Any]) -> tuple[dict[str, Any], di
     """Turn a module's arguments into plain types from which Lightning recreates the objects.
 
     Args:
-        arguments: the constructor's arguments by name.
+        arguments: The constructor's arguments by name.
 
     Returns:
         The plain arguments, None for those that cannot be recreated; and the reason for each of these.
@@ -47,18 +47,18 @@ def plain_hyperparameters(arguments: dict[str, Any]) -> tuple[dict[str, Any], di
 def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a checkpoint's module that an earlier version stored differently, translated.
 
-    Reports each change in a line, and checks all stored arguments with :func:`refuse_calls`.
+    Reports each change in a line, and checks all stored arguments with `refuse_calls`.
 
     Args:
-        kind: the module's class.
-        source: path, URL or open file.
-        given: arguments of the caller, which replace stored ones.
+        kind: The module's class.
+        source: Path, URL or open file.
+        given: Arguments of the caller, which replace stored ones.
 
     Returns:
         Translated arguments by name.
 
     Raises:
-        ValueError: not a checkpoint, or one with arguments that this version refuses.
+        ValueError: Not a checkpoint, or one with arguments that this version refuses.
     """
     checkpoint = read_checkpoint(source)
     stored = {name: value for key in argument_keys(kind) for name, value in checkpoint.get(key, {}).items()}
@@ -80,12 +80,12 @@ def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]
     before an object is created.
 
     Args:
-        kind: the module's class.
-        stored: the arguments in a checkpoint.
-        given: arguments of the caller, which replace stored ones and are trusted.
+        kind: The module's class.
+        stored: The arguments in a checkpoint.
+        given: Arguments of the caller, which replace stored ones and are trusted.
 
     Raises:
-        ValueError: an argument would call something else, or the class does not accept it.
+        ValueError: An argument would call something else, or the class does not accept it.
     """
     if not stored:
         return
@@ -111,7 +111,7 @@ def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]
 
 
 def _called(value: Any) -> Iterator[str]:
-    """Yield the paths that creating a parsed value would call and that :func:`refuse_calls` does not allow."""
+    """Yield the paths that creating a parsed value would call and that `refuse_calls` does not allow."""
     if isinstance(value, Namespace | dict):
         entries = vars(value) if isinstance(value, Namespace) else value
         if isinstance(path := entries.get("class_path"), str) and not _is_allowed(_resolve(path)):

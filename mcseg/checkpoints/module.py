@@ -19,10 +19,10 @@ from mcseg.version import __version__
 class CheckpointModule(pl.LightningModule):
     """Base of a module whose network is ``self.network`` and whose arguments include ``objective`` and ``num_classes``.
 
-    A subclass calls :meth:`save_plain_hyperparameters` in its constructor.
+    A subclass calls `save_plain_hyperparameters` in its constructor.
 
     Attributes:
-        has_weights: whether the weights are trained, or loaded from a checkpoint; test and predict refuse random ones.
+        has_weights: Whether the weights are trained, or loaded from a checkpoint; test and predict refuse random ones.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class CheckpointModule(pl.LightningModule):
         """Store the constructor's arguments as plain types: class paths and their arguments.
 
         Args:
-            frame: the constructor's frame, from ``inspect.currentframe()``.
+            frame: The constructor's frame, from ``inspect.currentframe()``.
         """
         with warnings.catch_warnings():  # Lightning warns of a module among the arguments, which becomes plain below
             warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
@@ -59,15 +59,15 @@ class CheckpointModule(pl.LightningModule):
         Any other class or function is refused before it is called, as are objects other than tensors and plain types.
 
         Args:
-            checkpoint_path: path, URL or open file.
-            map_location: device of the tensors, as in ``torch.load``.
+            checkpoint_path: Path, URL or open file.
+            map_location: Device of the tensors, as in ``torch.load``.
             hparams_file: YAML file with arguments to use instead of the checkpoint's.
-            strict: whether the names of all tensors must agree.
+            strict: Whether the names of all tensors must agree.
             weights_only: False unpickles any object in the file.
-            **options: arguments of the class, which replace those in the checkpoint.
+            **options: Arguments of the class, which replace those in the checkpoint.
 
         Raises:
-            ValueError: the file is no checkpoint, holds or names something that is refused, or has unknown arguments.
+            ValueError: The file is no checkpoint, holds or names something that is refused, or has unknown arguments.
         """
         changed = changed_arguments(cls, checkpoint_path, options)
         if hparams_file is None:  # the file would replace all stored arguments
@@ -101,7 +101,7 @@ class CheckpointModule(pl.LightningModule):
         """Check that a checkpoint fits, and set ``has_weights``.
 
         Raises:
-            ValueError: the checkpoint has another number of classes, or its network other tensors.
+            ValueError: The checkpoint has another number of classes, or its network other tensors.
         """
         check_num_classes(checkpoint, self.hparams["num_classes"])
         warn_of_other_classes(checkpoint, self._class_names())

@@ -27,13 +27,13 @@ def translate_hyperparameters(stored: Mapping[str, Any]) -> tuple[dict[str, Any]
     """Translate a checkpoint's hyperparameters into arguments of this version's module.
 
     Args:
-        stored: the module's arguments in plain types; not modified.
+        stored: The module's arguments in plain types; not modified.
 
     Returns:
         The arguments, and a line for each change.
 
     Raises:
-        ValueError: the objective has no successor.
+        ValueError: The objective has no successor.
     """
     arguments = dict(stored)
     remarks: list[str] = []
@@ -47,13 +47,13 @@ def translate_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     """Translate the content of a config file; one without settings of an earlier version stays as it is.
 
     Args:
-        content: a run's ``config.yaml`` or a recipe; not modified.
+        content: A run's ``config.yaml`` or a recipe; not modified.
 
     Returns:
         The content, and a line for each change.
 
     Raises:
-        ValueError: the objective has no successor.
+        ValueError: The objective has no successor.
     """
     model = content.get("model")
     if not isinstance(model, Mapping):
@@ -68,8 +68,8 @@ def drop_unused_offsets(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> 
     """Delete offsets from a checkpoint's ``state_dict`` if the objective's successor has none.
 
     Args:
-        state: the checkpoint's tensors; modified.
-        own: the module's tensors.
+        state: The checkpoint's tensors; modified.
+        own: The module's tensors.
     """
     for name in list(state):
         if name.startswith("objective.") and name.endswith(("foreground_offsets", "background_offsets")) and name not in own:

@@ -2,11 +2,11 @@ r"""Lower bounds for the IoU of unseen images, from training margins (theory) or
 
 Assumptions and proofs are in ``docs/theory/bounds.md``.
 
-**Margin bound.** :func:`margin_bound` shows how the error on unseen images depends on pixel counts and margin offsets;
-:func:`optimal_offsets` finds the offsets that make it tightest. It needs the complexity K of the networks. No useful value
+**Margin bound.** `margin_bound` shows how the error on unseen images depends on pixel counts and margin offsets;
+`optimal_offsets` finds the offsets that make it tightest. It needs the complexity K of the networks. No useful value
 is known for deep networks, so the bound explains margin calibration but guarantees nothing.
 
-**Held-out bound.** :func:`miou_lower_bound` needs no complexity. From the pixel counts of each image of a held-out set, it
+**Held-out bound.** `miou_lower_bound` needs no complexity. From the pixel counts of each image of a held-out set, it
 bounds the mIoU of the distribution that the images come from. The images, or groups of images, must be independent draws
 from it; the pixels of an image may depend on each other in any way. The argument ``weight`` selects the quantity:
 
@@ -44,13 +44,13 @@ _CHUNK = 1 << 22  # numbers in memory at once: 32 MB
 
 
 class MarginBound(NamedTuple):
-    """Result of :func:`margin_bound`.
+    """Result of `margin_bound`.
 
     Attributes:
-        foreground_error: error terms e_i of misses, float64 (C,).
-        background_error: error terms f_i of false alarms, float64 (C,).
-        iou: lower bounds of the IoU in [0, 1], float64 (C,); NaN for a class without pixels.
-        miou: mean of ``iou`` over the classes with pixels.
+        foreground_error: Error terms e_i of misses, float64 ``(C,)``.
+        background_error: Error terms f_i of false alarms, float64 ``(C,)``.
+        iou: Lower bounds of the IoU in [0, 1], float64 ``(C,)``; NaN for a class without pixels.
+        miou: Mean of ``iou`` over the classes with pixels.
     """
 
     foreground_error: Tensor
@@ -82,15 +82,15 @@ def margin_bound(
         class_pixels: ``(C,)`` counts n_i of labelled training pixels per class.
         misses: ``(C,)`` counts of pixels of class i with margin s_i <= foreground_i.
         false_alarms: ``(C,)`` counts of pixels of other classes with margin s_i > -background_i.
-        offsets: offsets >= 0 in logit units. They may depend on the training labels, but not on the image data. The bound is
+        offsets: Offsets >= 0 in logit units. They may depend on the training labels, but not on the image data. The bound is
             0 for a class with an offset of 0.
         complexity: K > 0, so that the Rademacher complexity of the class margins over n pixels is at most K / sqrt(n).
-        delta: probability in (0, 1) that the bound fails.
-        unit_pixels: largest number of labelled pixels that may depend on each other: 1 for independent pixels, the pixels
+        delta: Probability in (0, 1) that the bound fails.
+        unit_pixels: Largest number of labelled pixels that may depend on each other: 1 for independent pixels, the pixels
             of an image for independent images.
 
     Raises:
-        ValueError: the counts do not match each other, or a setting is out of range.
+        ValueError: The counts do not match each other, or a setting is out of range.
     """
     n = checked_counts(class_pixels)
     missed, alarmed = _check_errors(
@@ -128,7 +128,7 @@ def _check_errors(
 def _error_terms(
     n: Tensor, offsets: MarginOffsets, *, complexity: float, delta: float, unit_pixels: int
 ) -> tuple[Tensor, Tensor]:
-    """Compute the terms e and f of :func:`margin_bound`, (C,) each."""
+    """Compute the terms e and f of `margin_bound`, ``(C,)`` each."""
     deviation = math.sqrt(math.log(2 * len(n) / delta) / 2)
     p, units = n / n.sum(), n.sum() / unit_pixels
     foreground = (p / units).sqrt() * (2 * complexity / offsets.foreground + deviation)
@@ -145,26 +145,26 @@ def optimal_offsets(
     delta: float = 0.05,
     unit_pixels: int = 1,
 ) -> MarginOffsets:
-    r"""Find the offsets with a given sum that maximise the mIoU of :func:`margin_bound`, numerically.
+    r"""Find the offsets with a given sum that maximise the mIoU of `margin_bound`, numerically.
 
     Misses and false alarms are constants. If they are 0 and the error terms are small, the result is the closed form of
-    scheme ``"miou"`` (:func:`mcseg.margins.margin_offsets`). Otherwise the result depends on the IoUs, and with large error
+    scheme ``"miou"`` (`mcseg.margins.margin_offsets`). Otherwise the result depends on the IoUs, and with large error
     terms the optimum sacrifices the rarest classes; see ``docs/theory/bounds.md``, section 2.
 
     Args:
         class_pixels: ``(C,)`` counts of labelled pixels per class, each at least 1.
-        total_margin: sum of all 2 C offsets, > 0.
-        complexity: see :func:`margin_bound`.
-        misses: ``(C,)`` counts, see :func:`margin_bound`; None is 0.
-        false_alarms: ``(C,)`` counts, see :func:`margin_bound`; None is 0.
-        delta: see :func:`margin_bound`.
-        unit_pixels: see :func:`margin_bound`.
+        total_margin: Sum of all 2 C offsets, > 0.
+        complexity: See `margin_bound`.
+        misses: ``(C,)`` counts, see `margin_bound`; None is 0.
+        false_alarms: ``(C,)`` counts, see `margin_bound`; None is 0.
+        delta: See `margin_bound`.
+        unit_pixels: See `margin_bound`.
 
     Returns:
         Offsets > 0 with the sum ``total_margin``, float64 ``(C,)``.
 
     Raises:
-        ValueError: a class has no pixels, the counts do not match each other, or a setting is out of range.
+        ValueError: A class has no pixels, the counts do not match each other, or a setting is out of range.
     """
     from scipy.optimize import minimize
 
@@ -207,17 +207,17 @@ def optimal_offsets(
 
 
 def held_out_iou(counts: Counts, weight: Weight = "pixel") -> Tensor:
-    """Compute the IoU of each class on a held-out set, the quantity that :func:`miou_lower_bound` bounds.
+    """Compute the IoU of each class on a held-out set, the quantity that `miou_lower_bound` bounds.
 
     Args:
-        counts: see :func:`miou_lower_bound`.
-        weight: see :func:`miou_lower_bound`.
+        counts: See `miou_lower_bound`.
+        weight: See `miou_lower_bound`.
 
     Returns:
-        (C,) float64 in [0, 1]; NaN for a class without target and predicted pixels.
+        ``(C,)`` float64 in [0, 1]; NaN for a class without target and predicted pixels.
 
     Raises:
-        ValueError: the counts are impossible, or the weight is unknown.
+        ValueError: The counts are impossible, or the weight is unknown.
     """
     hits, union, _ = _hits_and_union(counts, weight)
     return torch.from_numpy(hits.sum(0)) / torch.from_numpy(union.sum(0))
@@ -243,26 +243,26 @@ def miou_lower_bound(
     The coverage of BCa intervals, and of percentile intervals without very rare classes, is below their level
     (``benchmarks/results/coverage.md``).
 
-    ``"concentration"`` is the mean of :func:`iou_lower_bounds`.
+    ``"concentration"`` is the mean of `iou_lower_bounds`.
 
     Args:
         counts: ``(images, 3, C)`` integers on the CPU: hits, target and predicted pixels of each class among the labelled
             pixels of an image.
-        level: confidence in (0, 1).
+        level: Confidence in (0, 1).
         method: ``"bootstrap"`` or ``"concentration"``.
         weight: ``"pixel"`` for the mIoU of the data set, ``"image"`` for equal weight per image, see
-            :mod:`mcseg.evaluation.bounds`.
-        largest_pixels: largest number of labelled pixels that an image of the distribution can have, known beforehand; the
+            `mcseg.evaluation.bounds`.
+        largest_pixels: Largest number of labelled pixels that an image of the distribution can have, known beforehand; the
             largest image of the set is no substitute. ``"concentration"`` with the weight ``"pixel"`` requires it, all
             other combinations refuse it.
-        resamples: number of bootstrap resamples, at least 100.
-        seed: seed of the bootstrap.
+        resamples: Number of bootstrap resamples, at least 100.
+        seed: Seed of the bootstrap.
 
     Returns:
         The bound, from 0 to the mIoU of the counts; 0 if the method cannot bound it, as with a single image.
 
     Raises:
-        ValueError: the counts are impossible, a setting is out of range, or the method does not use it.
+        ValueError: The counts are impossible, a setting is out of range, or the method does not use it.
     """
     _check_level(level)
     if method not in get_args(Method):
@@ -291,16 +291,16 @@ def iou_lower_bounds(counts: Counts, level: float, weight: Weight = "image", lar
     ``docs/theory/bounds.md``, section 3.
 
     Args:
-        counts: see :func:`miou_lower_bound`.
-        level: joint confidence of the bounds of all classes, in (0, 1).
-        weight: see :func:`miou_lower_bound`.
-        largest_pixels: see :func:`miou_lower_bound`.
+        counts: See `miou_lower_bound`.
+        level: Joint confidence of the bounds of all classes, in (0, 1).
+        weight: See `miou_lower_bound`.
+        largest_pixels: See `miou_lower_bound`.
 
     Returns:
-        (C,) float64, from 0 to the IoU of the counts; NaN for a class without target and predicted pixels.
+        ``(C,)`` float64, from 0 to the IoU of the counts; NaN for a class without target and predicted pixels.
 
     Raises:
-        ValueError: see :func:`miou_lower_bound`.
+        ValueError: See `miou_lower_bound`.
     """
     _check_level(level)
     hits, union, labelled = _hits_and_union(counts, weight)
@@ -327,9 +327,9 @@ def _largest_refuted_iou(hits: _Floats, union: _Floats, threshold: float) -> flo
     """Find the largest IoU that the bets refute.
 
     Args:
-        hits: (images,) in [0, 1].
-        union: (images,) in [0, 1].
-        threshold: logarithm of the evidence that refutes an IoU.
+        hits: ``(images,)`` in [0, 1].
+        union: ``(images,)`` in [0, 1].
+        threshold: Logarithm of the evidence that refutes an IoU.
     """
     if not union.any():
         return math.nan
@@ -356,7 +356,7 @@ def _largest_refuted_iou(hits: _Floats, union: _Floats, threshold: float) -> flo
 
 
 def _bootstrap(hits: _Floats, union: _Floats, level: float, resamples: int, rng: np.random.Generator) -> float:
-    """Compute the bootstrap bound from hits and union (images,C), see :func:`miou_lower_bound`."""
+    """Compute the bootstrap bound from hits and union ``(images, C)``, see `miou_lower_bound`."""
     from scipy.stats import norm
 
     hits, union = hits[:, union.any(0)], union[:, union.any(0)]
@@ -385,20 +385,20 @@ def _studentised(times: _Floats, hits: _Floats, union: _Floats, miou: float) -> 
     """Compute the mIoU of resamples minus that of the sample, divided by its standard error.
 
     Args:
-        times: (R,images) number of times that each resample contains each image.
-        hits: (images,C).
-        union: (images,C).
+        times: ``(R, images)`` number of times that each resample contains each image.
+        hits: ``(images, C)``.
+        union: ``(images, C)``.
         miou: mIoU of the sample.
 
     Returns:
-        (R,) studentised mIoUs.
+        ``(R,)`` studentised mIoUs.
     """
     images = len(hits)
-    hit, joint = times @ hits, times @ union  # (R,C)
+    hit, joint = times @ hits, times @ union  # (R, C)
     present = joint > 0
     iou = hit / np.where(present, joint, 1)
     share = present / (np.where(present, joint, 1) * present.sum(1, keepdims=True))  # of a pixel of each class in the mIoU
-    influence = images * (hits @ share.T - union @ (share * iou).T)  # (images,R)
+    influence = images * (hits @ share.T - union @ (share * iou).T)  # (images, R)
     error = np.sqrt((times.T * influence**2).sum(0) / (images * (images - 1)))
     studentised: _Floats = ((share * hit).sum(1) - miou) / np.maximum(error, 1e-9)
     return studentised
@@ -413,8 +413,8 @@ def _hits_and_union(counts: Counts, weight: Weight) -> tuple[_Floats, _Floats, _
     """Validate counts and compute the quantities that the bounds use.
 
     Returns:
-        Hits (images,C), union (images,C) and labelled pixels (images,); with the weight ``"image"``, hits and union are
-        divided by labelled pixels.
+        Hits ``(images, C)``, union ``(images, C)`` and labelled pixels ``(images,)``; with the weight ``"image"``, hits and
+        union are divided by labelled pixels.
     """
     array = np.asarray(counts)
     if array.ndim != 3 or array.shape[1] != 3 or 0 in array.shape:

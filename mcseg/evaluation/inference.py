@@ -27,7 +27,7 @@ class Inference:
 
     Memory: rows of windows are computed from top to bottom. For each scale s, the buffer holds only the rows of
     probabilities that are incomplete or not yet converted to labels, at most h + 34 rows for windows of h rows. For images
-    (N,3,H,W) and C classes, it takes::
+    ``(N, 3, H, W)`` and C classes, it takes::
 
         4 N C (h + 34) s min(W, 4096) bytes
 
@@ -37,21 +37,21 @@ class Inference:
     window, h is the height of the scaled image, so several scales or mirroring take 4 N C s^2 H W bytes for each scale.
 
     Args:
-        window: (height, width) in pixels of the scaled image, at most the size of that image; None is the whole image.
-        overlap: smallest overlap of neighbouring windows as a share of the window, at least 0 and below 1. Windows are
+        window: ``(height, width)`` in pixels of the scaled image, at most the size of that image; None is the whole image.
+        overlap: Smallest overlap of neighbouring windows as a share of the window, at least 0 and below 1. Windows are
             spread evenly from border to border.
-        scales: factors > 0 by which images are resized, bilinearly with antialiasing.
-        flip: whether to average with the horizontally mirrored image.
-        batch: number of windows per forward pass, from the same row of windows.
+        scales: Factors > 0 by which images are resized, bilinearly with antialiasing.
+        flip: Whether to average with the horizontally mirrored image.
+        batch: Number of windows per forward pass, from the same row of windows.
 
     Raises:
-        ValueError: a setting is out of range.
+        ValueError: A setting is out of range.
 
     Example:
         >>> import torch
         >>> from mcseg.evaluation import Inference
         >>> inference = Inference(window=(32, 32), flip=True)
-        >>> network = torch.nn.Conv2d(3, 2, 1)  # any callable from images (N,3,H,W) to logits (N,C,H,W)
+        >>> network = torch.nn.Conv2d(3, 2, 1)  # any callable from images (N, 3, H, W) to logits (N, C, H, W)
         >>> inference(network, torch.rand(1, 3, 40, 60), (80, 120)).shape  # labels at another size
         torch.Size([1, 80, 120])
     """
@@ -76,15 +76,16 @@ class Inference:
         """Predict the labels of images. The caller sets evaluation mode and switches gradients off.
 
         Args:
-            network: callable from images (N,3,h,w) to logits (N,C,h',w') of any floating-point dtype, C at most 256.
-            image: (N,3,H,W), uint8 0..255 or floating point 0..1.
-            size: (height, width) of the labels.
+            network: Callable from images ``(N, 3, h, w)`` to logits ``(N, C, h', w')`` of any floating-point dtype, C at
+                most 256.
+            image: ``(N, 3, H, W)``, uint8 0..255 or floating point 0..1.
+            size: ``(height, width)`` of the labels.
 
         Returns:
-            (N,height,width) uint8 train ids on the device of the image.
+            ``(N, height, width)`` uint8 train ids on the device of the image.
 
         Raises:
-            ValueError: the image or the size is empty, or there are more than 256 classes, which uint8 cannot hold.
+            ValueError: The image or the size is empty, or there are more than 256 classes, which uint8 cannot hold.
         """
         if image.ndim != 4 or min(image.shape) < 1:
             raise ValueError(f"image: found shape {tuple(image.shape)}, expected (N,3,H,W) without an empty dimension")
@@ -115,11 +116,11 @@ class Inference:
         return labels
 
     def is_plain(self, size: tuple[int, int] | torch.Size) -> bool:
-        """Whether an image of ``size`` (height, width) passes the network once and unchanged, so nothing is averaged."""
+        """Whether the network sees an image of this ``(height, width)`` once, whole and unscaled."""
         return self.scales == (1.0,) and not self.flip and self._tile(size) == tuple(size)
 
     def _tile(self, size: tuple[int, int] | torch.Size) -> tuple[int, int]:
-        """Compute (height, width) of the windows for an image of this size."""
+        """Compute ``(height, width)`` of the windows for an image of this size."""
         height, width = size
         return (height, width) if self.window is None else (min(self.window[0], height), min(self.window[1], width))
 
@@ -131,12 +132,12 @@ class _Rows:
     its top is requested, so a buffer for one window and one request never overwrites rows that are still needed.
 
     Args:
-        settings: overlap, mirroring and batch.
-        network: see :meth:`Inference.__call__`.
-        image: (N,3,H,W) scaled images.
-        tile: (height, width) of the windows.
-        bands: output rows of each request, from top to bottom.
-        columns: neighbouring columns of the strip's labels, see :func:`_neighbours`.
+        settings: Overlap, mirroring and batch.
+        network: See `Inference.__call__`.
+        image: ``(N, 3, H, W)`` scaled images.
+        tile: ``(height, width)`` of the windows.
+        bands: Output rows of each request, from top to bottom.
+        columns: Neighbouring columns of the strip's labels, see `_neighbours`.
     """
 
     def __init__(
@@ -169,7 +170,7 @@ class _Rows:
         self._buffer: Tensor | None = None
 
     def resized(self, band: slice) -> Tensor:
-        """Compute the probabilities (N,C,rows,columns) of a band of output rows; bands come from top to bottom."""
+        """Compute the probabilities ``(N, C, rows, columns)`` of a band of output rows; bands come from top to bottom."""
         above, below, share = self._above[band], self._below[band], self._share[band]
         while self._complete <= int(below[-1]):
             self._add_windows()
@@ -214,7 +215,7 @@ class _Rows:
         self._next += 1
 
     def _probabilities(self, windows: Tensor) -> Tensor:
-        """Compute probabilities (N,C,h,w) float32 of windows; with mirroring the sum of both, which has the same argmax."""
+        """Compute float32 probabilities ``(N, C, h, w)`` of windows; with mirroring the sum of both has the same argmax."""
         total = self._softmax(windows)
         return total.add_(self._softmax(windows.flip(-1)).flip(-1)) if self._flip else total
 
@@ -241,9 +242,9 @@ def window_starts(length: int, window: int, overlap: float) -> list[int]:
     """Spread windows evenly over a length, from border to border.
 
     Args:
-        length: number of pixels to cover.
-        window: pixels of a window, at most ``length``.
-        overlap: smallest overlap of neighbouring windows as a share of the window, at least 0 and below 1.
+        length: Number of pixels to cover.
+        window: Pixels of a window, at most ``length``.
+        overlap: Smallest overlap of neighbouring windows as a share of the window, at least 0 and below 1.
 
     Returns:
         First pixel of each window, ascending; the smallest number of windows with that overlap.
@@ -257,14 +258,14 @@ def labels_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """Compute the argmax of logits after bilinear resizing, in bands of rows.
 
     Args:
-        logits: (N,C,h,w) floating point.
-        size: (H,W) of the labels.
+        logits: ``(N, C, h, w)`` floating point.
+        size: ``(H, W)`` of the labels.
 
     Returns:
-        (N,H,W) uint8 train ids.
+        ``(N, H, W)`` uint8 train ids.
 
     Raises:
-        ValueError: there are more than 256 classes, which uint8 cannot hold.
+        ValueError: There are more than 256 classes, which uint8 cannot hold.
     """
     _check_classes(logits.shape[1])
     labels = torch.empty((len(logits), *size), dtype=torch.uint8, device=logits.device)
@@ -274,7 +275,7 @@ def labels_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
 
 
 def resize_labels(target: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-    """Resize labels (N,h,w) to ``size`` (H,W) by the rule ``"nearest"`` of `torch.nn.functional.interpolate`."""
+    """Resize labels ``(N, h, w)`` to a size ``(H, W)`` by the rule ``"nearest"`` of `torch.nn.functional.interpolate`."""
     if target.shape[-2:] == size:
         return target
     rows, columns = (
@@ -294,11 +295,11 @@ def bands_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Iterator[tup
     A band takes 64 MB, where the resized logits of an image of 20 megapixels would take gigabytes.
 
     Args:
-        logits: (N,C,h,w) floating point.
-        size: (H,W) of the result.
+        logits: ``(N, C, h, w)`` floating point.
+        size: ``(H, W)`` of the result.
 
     Yields:
-        Rows of the result, and their logits (N,C,rows,W) in float32. Logits that have the size already are yielded
+        Rows of the result, and their logits ``(N, C, rows, W)`` in float32. Logits that have the size already are yielded
         unchanged, in one band.
     """
     height, width = size
@@ -321,9 +322,9 @@ def _neighbours(length: int, source: int, part: slice = slice(None)) -> tuple[Te
     """Find the two neighbours of each pixel along one axis in bilinear resizing without aligned corners.
 
     Args:
-        length: pixels of the result.
-        source: pixels of the source.
-        part: pixels of the result to compute.
+        length: Pixels of the result.
+        source: Pixels of the source.
+        part: Pixels of the result to compute.
 
     Returns:
         Index of the first and of the second neighbour, int64, and weight of the second, float32; one value per pixel, on the
@@ -340,12 +341,12 @@ def _window_weights(length: int, window: int, starts: list[int]) -> Tensor:
     blended probabilities need no division. A single window has the weight 1.
 
     Args:
-        length: pixels of the axis.
-        window: pixels of a window.
-        starts: first pixel of each window.
+        length: Pixels of the axis.
+        window: Pixels of a window.
+        starts: First pixel of each window.
 
     Returns:
-        (windows, window) float64, positive.
+        ``(windows, window)`` float64, positive.
     """
     middle = (torch.arange(window, dtype=torch.float64) + 0.5) / window
     weight = _FLOOR + (1 - _FLOOR) * (math.pi * middle).sin() ** 2
@@ -356,7 +357,7 @@ def _window_weights(length: int, window: int, starts: list[int]) -> Tensor:
 
 
 def _rescale(image: Tensor, scale: float) -> Tensor:
-    """Resize images (N,3,H,W) by a factor, to at least one pixel per side; uint8 stays uint8."""
+    """Resize images ``(N, 3, H, W)`` by a factor, to at least one pixel per side; uint8 stays uint8."""
     size = tuple(max(1, round(side * scale)) for side in image.shape[-2:])
     if size == tuple(image.shape[-2:]):
         return image

@@ -21,9 +21,9 @@ class MarginCounts:
     prediction, except for ties.
 
     Args:
-        num_classes: number of classes C.
-        margins: margins >= 0 in logit units, ascending.
-        device: device of the logits.
+        num_classes: Number of classes C.
+        margins: Margins >= 0 in logit units, ascending.
+        device: Device of the logits.
     """
 
     def __init__(self, num_classes: int, margins: Sequence[float] = MARGINS, device: torch.device | str = "cpu") -> None:
@@ -36,8 +36,8 @@ class MarginCounts:
         """Count the pixels of a batch.
 
         Args:
-            logits: (N,C,h,w) floating point; resized bilinearly to the target, in bands of rows.
-            target: (N,H,W) int64 classes 0..C-1, or 255 for void.
+            logits: ``(N, C, h, w)`` floating point; resized bilinearly to the target, in bands of rows.
+            target: ``(N, H, W)`` int64 classes 0..C-1, or 255 for void.
         """
         height = max(1, _CHUNK // (logits.shape[0] * logits.shape[1] * target.shape[-1]))
         for rows, band in bands_at(logits, target.shape[-2:]):
@@ -47,7 +47,7 @@ class MarginCounts:
                 self._count(part.float().movedim(1, 0).flatten(1).contiguous(), own.flatten())
 
     def _count(self, logits: Tensor, target: Tensor) -> None:
-        """Count pixels with logits (C,P) and target (P,)."""
+        """Count pixels with logits ``(C, P)`` and target ``(P,)``."""
         classes, bins = self._reach.shape
         top, first = logits.max(0, keepdim=True)
         second = logits.scatter(0, first, -torch.inf).max(0, keepdim=True).values
@@ -66,7 +66,7 @@ class MarginCounts:
         """Compute the share of each class's pixels that clear each margin.
 
         Returns:
-            (C, margins) float64; NaN for a class without pixels.
+            ``(C, margins)`` float64; NaN for a class without pixels.
         """
         return self._clear().double() / self._reach.sum(1, keepdim=True)
 
@@ -74,7 +74,7 @@ class MarginCounts:
         """Compute the IoU at each margin: pixels that clear it are hits, false alarms are those at this margin.
 
         Returns:
-            (C, margins) float64; NaN for a class without pixels and false alarms.
+            ``(C, margins)`` float64; NaN for a class without pixels and false alarms.
         """
         alarms = self._alarm.cumsum(1)[:, :-1]
         return self._clear().double() / (self._reach.sum(1, keepdim=True) + alarms)

@@ -19,14 +19,14 @@ class Scores:
     """Scores of one confusion matrix; void pixels do not count.
 
     Attributes:
-        miou: mean of the defined IoUs; a class without target and predicted pixels does not enter it.
-        pixel_accuracy: share of the labelled pixels that are predicted correctly.
-        classes_averaged: number of classes in ``miou``.
-        iou: TP / (TP + FP + FN) of each class, float64 (C,); NaN if that is 0 / 0, like the three scores below.
-        precision: TP / (TP + FP) of each class, float64 (C,).
-        recall: TP / (TP + FN) of each class, float64 (C,).
-        share: share of the labelled pixels, float64 (C,).
-        confusion: int64 (C,C) counts, rows are targets, columns predictions; None if only sums per class are known.
+        miou: Mean of the defined IoUs; a class without target and predicted pixels does not enter it.
+        pixel_accuracy: Share of the labelled pixels that are predicted correctly.
+        classes_averaged: Number of classes in ``miou``.
+        iou: TP / (TP + FP + FN) of each class, float64 ``(C,)``; NaN if that is 0 / 0, like the three scores below.
+        precision: TP / (TP + FP) of each class, float64 ``(C,)``.
+        recall: TP / (TP + FN) of each class, float64 ``(C,)``.
+        share: Share of the labelled pixels, float64 ``(C,)``.
+        confusion: Counts, int64 ``(C, C)``; rows are targets, columns predictions. None if only sums per class are known.
     """
 
     miou: float
@@ -40,7 +40,7 @@ class Scores:
 
     @classmethod
     def from_confusion(cls, confusion: Tensor) -> "Scores":
-        """Compute scores from int64 counts (C,C); rows are targets, columns predictions."""
+        """Compute scores from int64 counts ``(C, C)``; rows are targets, columns predictions."""
         counts = confusion.cpu()
         return replace(cls.from_counts(counts.diagonal(), counts.sum(1), counts.sum(0)), confusion=counts)
 
@@ -49,9 +49,9 @@ class Scores:
         """Compute scores from pixel counts per class.
 
         Args:
-            hit: (C,) pixels that are predicted correctly.
-            target: (C,) pixels in the target.
-            predicted: (C,) pixels in the prediction.
+            hit: ``(C,)`` pixels that are predicted correctly.
+            target: ``(C,)`` pixels in the target.
+            predicted: ``(C,)`` pixels in the prediction.
         """
         hit, target, predicted = hit.double(), target.double(), predicted.double()  # exact up to 2^53 pixels
         iou = hit / (target + predicted - hit)
@@ -70,10 +70,10 @@ def rarest_third(class_pixels: Tensor) -> Tensor:
     """Select the rarest third of the classes with pixels, rounded up.
 
     Args:
-        class_pixels: (C,) labelled training pixels per class.
+        class_pixels: ``(C,)`` labelled training pixels per class.
 
     Returns:
-        int64 train ids, rarest first.
+        Train ids, int64, rarest first.
 
     Example:
         >>> import torch
@@ -92,15 +92,15 @@ def is_repeated(loader: Any, count: int, batch_idx: int, processes: int, rank: i
     Lightning's sampler gives image j to process j % processes and repeats images at the end.
 
     Args:
-        loader: this process's loader, not shuffled, with a ``batch_size`` or a ``batch_sampler`` that has one.
-        count: number of images N in the batch.
-        batch_idx: index of the batch in the epoch.
-        processes: number of processes.
-        rank: rank of this process.
-        dropped: positions of images that were dropped from the batch; they are not among the N.
+        loader: This process's loader, not shuffled, with a ``batch_size`` or a ``batch_sampler`` that has one.
+        count: Number of images N in the batch.
+        batch_idx: Index of the batch in the epoch.
+        processes: Number of processes.
+        rank: Rank of this process.
+        dropped: Positions of images that were dropped from the batch; they are not among the N.
 
     Returns:
-        (N,) bool on the CPU.
+        ``(N,)`` bool on the CPU.
     """
     positions = torch.tensor([index for index in range(count + len(dropped)) if index not in dropped], dtype=torch.int64)
     size = loader.batch_size or loader.batch_sampler.batch_size
@@ -112,18 +112,18 @@ def image_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_index: 
     """Count the labelled pixels of an image per class.
 
     Args:
-        preds: (H,W) integer classes 0..C-1.
-        target: (H,W) integer classes 0..C-1 or ``ignore_index``.
-        num_classes: number of classes C.
-        ignore_index: label of void pixels.
+        preds: ``(H, W)`` integer classes 0..C-1.
+        target: ``(H, W)`` integer classes 0..C-1 or ``ignore_index``.
+        num_classes: Number of classes C.
+        ignore_index: Label of void pixels.
 
     Returns:
-        (3,C) int64: pixels predicted correctly, in the target, in the prediction, as
-        :meth:`mcseg.evaluation.Scores.from_counts` takes them.
+        ``(3, C)`` int64: pixels predicted correctly, in the target, in the prediction, as
+        `mcseg.evaluation.Scores.from_counts` takes them.
 
     Raises:
-        TypeError: predictions or target are not integers.
-        ValueError: predictions and target have different shapes.
+        TypeError: Predictions or target are not integers.
+        ValueError: Predictions and target have different shapes.
     """
     check_predictions(preds, target)
     preds, target = preds.long(), target.long()  # before the comparison: uint8 would wrap an ignore_index outside 0..255
@@ -134,14 +134,14 @@ def image_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_index: 
 
 
 class SegmentationScores(MulticlassJaccardIndex):
-    """Metric over a whole split: torchmetrics' Jaccard index with :class:`~mcseg.evaluation.Scores` as a second result.
+    """Metric over a whole split: torchmetrics' Jaccard index with `mcseg.evaluation.Scores` as a second result.
 
     The int64 counts are summed over batches and processes. ``compute()`` returns the mIoU, the macro average of
-    torchmetrics; :meth:`scores` returns all scores.
+    torchmetrics; `scores` returns all scores.
 
     Args:
-        num_classes: number of classes C.
-        ignore_index: label of void pixels.
+        num_classes: Number of classes C.
+        ignore_index: Label of void pixels.
     """
 
     confmat: Tensor
@@ -158,12 +158,12 @@ class SegmentationScores(MulticlassJaccardIndex):
         """Count a batch.
 
         Args:
-            preds: (N,H,W) integer classes 0..C-1.
-            target: (N,H,W) integer classes 0..C-1 or ``ignore_index``.
+            preds: ``(N, H, W)`` integer classes 0..C-1.
+            target: ``(N, H, W)`` integer classes 0..C-1 or ``ignore_index``.
 
         Raises:
-            TypeError: predictions or target are not integers.
-            ValueError: shapes differ, or (CPU only) a value is out of range. On a GPU, :meth:`scores` raises instead.
+            TypeError: Predictions or target are not integers.
+            ValueError: Shapes differ, or (CPU only) a value is out of range. On a GPU, `scores` raises instead.
         """
         # with `deterministic=True` the update of torchmetrics compares every pixel with every pair of classes: 44 GiB for a
         # batch of 512x512 pixels and 150 classes
@@ -175,7 +175,7 @@ class SegmentationScores(MulticlassJaccardIndex):
         """Compute the mIoU, a scalar.
 
         Raises:
-            ValueError: a prediction or a target was out of range.
+            ValueError: A prediction or a target was out of range.
         """
         self._check()
         return super().compute()
@@ -184,7 +184,7 @@ class SegmentationScores(MulticlassJaccardIndex):
         """Compute all scores from the counts of all processes.
 
         Raises:
-            ValueError: a prediction or a target was out of range; on the CPU, :meth:`update` raises first.
+            ValueError: A prediction or a target was out of range; on the CPU, `update` raises first.
         """
         with self.sync_context():
             self._check()
@@ -202,14 +202,14 @@ def score(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int = 2
     """Compute the scores of predictions in one call.
 
     Args:
-        preds: integer classes 0..C-1, any shape.
-        target: integer classes 0..C-1 or ``ignore_index``, same shape as ``preds``.
-        num_classes: number of classes C.
-        ignore_index: label of void pixels.
+        preds: Integer classes 0..C-1, any shape.
+        target: Integer classes 0..C-1 or ``ignore_index``, same shape as ``preds``.
+        num_classes: Number of classes C.
+        ignore_index: Label of void pixels.
 
     Raises:
-        TypeError: predictions or target are not integers.
-        ValueError: shapes differ, or a value is out of range.
+        TypeError: Predictions or target are not integers.
+        ValueError: Shapes differ, or a value is out of range.
 
     Example:
         >>> import torch

@@ -60,11 +60,11 @@ def offered(objective: nn.Module, name: str) -> Any:
 
 
 def check_inputs(logits: Tensor, target: Tensor, least_classes: int = 1, upsampling: Upsampling | None = None) -> None:
-    """Check the dtypes and shapes of logits (N,C,*spatial) and target (N,*spatial).
+    """Check the dtypes and shapes of logits ``(N, C, *spatial)`` and target ``(N, *spatial)``.
 
     Args:
-        logits: With ``upsampling`` (N,C,h,w).
-        target: With ``upsampling`` (N,H,W).
+        logits: With ``upsampling`` ``(N, C, h, w)``.
+        target: With ``upsampling`` ``(N, H, W)``.
         least_classes: Smallest C.
         upsampling: Upsampling of the logits, or None.
 
@@ -204,8 +204,8 @@ class Objective(nn.Module):
         """Compute the loss.
 
         Args:
-            logits: (N,C,*spatial) floating point, unbounded scores.
-            target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
+            logits: ``(N, C, *spatial)`` floating point, unbounded scores.
+            target: ``(N, *spatial)`` integers, 0..C-1 or ``ignore_index``.
 
         Returns:
             Scalar >= 0 in float32, or in float64 for float64 logits; 0 if nothing is labelled.
@@ -229,9 +229,9 @@ class Objective(nn.Module):
         """Compute the loss of checked inputs.
 
         Args:
-            logits: (N,C,*spatial) float32 or float64; 0 at void pixels.
-            target: (N,*spatial) int64.
-            labelled: (N,*spatial) bool, False at void pixels.
+            logits: ``(N, C, *spatial)`` float32 or float64; 0 at void pixels.
+            target: ``(N, *spatial)`` int64.
+            labelled: ``(N, *spatial)`` bool, False at void pixels.
         """
         raise NotImplementedError
 

@@ -118,8 +118,8 @@ class SumLoss(nn.Module):
         """Compute the sum.
 
         Args:
-            logits: (N,C,H,W) floating point, unbounded scores.
-            target: (N,H,W) integers, 0..C-1 or the objectives' ``ignore_index``.
+            logits: ``(N, C, H, W)`` floating point, unbounded scores.
+            target: ``(N, H, W)`` integers, 0..C-1 or the objectives' ``ignore_index``.
 
         Returns:
             Scalar; the errors are those of the objectives.

@@ -71,16 +71,16 @@ class RegionLoss(Objective):
         """Select the classes that enter the mean.
 
         Args:
-            labelled: (G,C) labelled pixels per class; G is N with ``per_image``, else 1.
+            labelled: ``(G, C)`` labelled pixels per class; G is N with ``per_image``, else 1.
 
         Returns:
-            (G,C) bool.
+            ``(G, C)`` bool.
         """
         present = labelled > 0
         return present if self.classes == "present" else present.any(1, keepdim=True).expand_as(present)
 
     def _mean(self, losses: Tensor, labelled: Tensor) -> Tensor:
-        """Average losses (G,C) over the selected classes, then over the images with labelled pixels."""
+        """Average losses ``(G, C)`` over the selected classes, then over the images with labelled pixels."""
         counted = self._counted(labelled)
         images = (losses * counted).sum(1) / counted.sum(1).clamp(min=1)
         if not self.per_image:
@@ -130,11 +130,11 @@ class CountRatioLoss(RegionLoss):
         """Compute the loss.
 
         Args:
-            logits: (N,C,*spatial) floating point, unbounded scores.
-            target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
-            upsample: True takes coarse logits (N,C,h,w) and upsamples them bilinearly to the target (N,H,W), with aligned
-                corners as in segmentation_models_pytorch. It works on a strip of rows at a time, so the logits of full
-                resolution never take memory. An `mcseg.kernels.Upsampling` sets size and alignment.
+            logits: ``(N, C, *spatial)`` floating point, unbounded scores.
+            target: ``(N, *spatial)`` integers, 0..C-1 or ``ignore_index``.
+            upsample: True takes coarse logits ``(N, C, h, w)`` and upsamples them bilinearly to the target ``(N, H, W)``,
+                with aligned corners as in segmentation_models_pytorch. It works on a strip of rows at a time, so the logits
+                of full resolution never take memory. An `mcseg.kernels.Upsampling` sets size and alignment.
 
         Returns:
             Scalar >= 0 in float32, or in float64 for float64 logits; 0 if nothing is labelled.
@@ -151,11 +151,11 @@ class CountRatioLoss(RegionLoss):
         return self._mean(self._class_losses(labelled, misses, alarms), labelled)
 
     def _class_losses(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
-        """Compute losses (G,C) from soft counts, each (G,C)."""
+        """Compute losses ``(G, C)`` from soft counts, each ``(G, C)``."""
         raise NotImplementedError
 
     def _soft_counts(self, logits: Tensor, target: Tensor, upsampling: Upsampling | None) -> Tensor:
-        """Count labels, misses and false alarms, (3,G,C)."""
+        """Count labels, misses and false alarms, ``(3, G, C)``."""
         groups = [slice(n, n + 1) for n in range(len(logits))] if self.per_image else [slice(None)]
         counts = [
             soft_counts(
@@ -214,7 +214,7 @@ class SmoothedLoss(CountRatioLoss):
         return 1 - ratios
 
     def _ratios(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
-        """Compute ratios (G,C) from soft counts, each (G,C)."""
+        """Compute ratios ``(G, C)`` from soft counts, each ``(G, C)``."""
         raise NotImplementedError
 
 
@@ -472,8 +472,8 @@ def _jaccard_steps(of_class: Tensor, dtype: torch.dtype) -> Tensor:
     pixels, the rounding error of J_i - J_{i-1} is as large as the step. If T = 0, the first step is 1 and all others are 0.
 
     Args:
-        of_class: (...,P) bool, whether the pixels, sorted by descending error, are labelled with the class.
-        dtype: dtype of the result.
+        of_class: ``(..., P)`` bool, whether the pixels, sorted by descending error, are labelled with the class.
+        dtype: Dtype of the result.
     """
     total = of_class.sum(-1, keepdim=True)
     intersection, union = total - of_class.cumsum(-1), total + (~of_class).cumsum(-1)  # int64
