@@ -68,9 +68,9 @@ def margin_offsets(
         Offsets in logit units, float64 ``(C,)`` on the CPU. Both offsets of a class without pixels are 0.
 
     Raises:
-        ValueError: ``class_pixels`` does not have the form described here, fewer than two classes have pixels, a setting
-            is not finite and positive, the scheme is unknown, or ``upsilon`` is so small that a foreground offset would
-            be negative or infinite.
+        ValueError: ``class_pixels`` is not as described, fewer than two classes have pixels, a setting is not finite and
+            positive, the scheme is unknown, or ``upsilon`` is so small that a foreground offset would be negative or
+            infinite.
 
     Warns:
         UserWarning: A class has no pixels; the warning names its index.
@@ -84,14 +84,20 @@ def margin_offsets(
         >>> margin_offsets([900, 100], tau=1.0).background
         tensor([0.0111, 0.3000], dtype=torch.float64)
     """
-    check_settings(scheme, tau, upsilon, max_margin)
+    check_settings(scheme, tau=tau, upsilon=upsilon, max_margin=max_margin)
     n = checked_counts(class_pixels)
-    if absent := torch.nonzero(n == 0).flatten().tolist():
-        warnings.warn(
-            f"class_pixels: no pixels of class {_join(absent)}; its offsets are 0. Check the label mapping if the "
-            "training labels should contain it.",
-            stacklevel=2,
-        )
+    warn_about_absent_classes(n, "its offsets are 0")
+    return offsets_of_counts(n, scheme, tau=tau, upsilon=upsilon, max_margin=max_margin)
+
+
+def offsets_of_counts(
+    n: Tensor, scheme: Scheme, *, tau: float = 10.0, upsilon: float = 1.0, max_margin: float = 1.0
+) -> MarginOffsets:
+    """Compute `margin_offsets` of checked counts, float64 ``(C,)``, and checked settings, without warnings.
+
+    Raises:
+        ValueError: A foreground offset would be negative or infinite.
+    """
     m = n.sum() - n
     if scheme == "none":
         return MarginOffsets(torch.zeros_like(n), torch.zeros_like(n))
@@ -99,7 +105,17 @@ def margin_offsets(
     return MarginOffsets(foreground.masked_fill(n == 0, 0.0), background.masked_fill(n == 0, 0.0))
 
 
-def check_settings(scheme: str, tau: float, upsilon: float, max_margin: float) -> None:
+def warn_about_absent_classes(n: Tensor, consequence: str) -> None:
+    """Warn the caller's caller about classes without pixels in counts ``(C,)``; ``consequence`` is for one such class."""
+    if absent := torch.nonzero(n == 0).flatten().tolist():
+        warnings.warn(
+            f"class_pixels: no pixels of class {_join(absent)}; {consequence}. Check the label mapping if the training "
+            "labels should contain it.",
+            stacklevel=3,
+        )
+
+
+def check_settings(scheme: str, *, tau: float, upsilon: float, max_margin: float) -> None:
     """Raise ValueError unless the scheme is known and the three scales are finite and positive."""
     if scheme not in get_args(Scheme):
         raise ValueError(f"scheme: found {scheme!r}, expected one of {', '.join(map(repr, get_args(Scheme)))}")
@@ -121,7 +137,7 @@ def _ijcv2022(n: Tensor, m: Tensor, tau: float, upsilon: float) -> tuple[Tensor,
             f"expected at least {enough:g} for these class_pixels"
         )
     background = tau * m.sqrt() / n
-    # the n_i of background_i is cancelled, so that a class without pixels gives 0 and not 0 * inf
+    # cancel the n_i of background_i, so that a class without pixels gives 0 and not 0 * inf
     foreground = tau * m.sqrt() * n.sqrt() / (n.sum() * denominator)
     return foreground, background
 

@@ -302,10 +302,10 @@ def test_settings_are_checked_when_built(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"scheme": "miou", "tau": 3.0}, "tau: found 3.0 with scheme 'miou', which takes max_margin; leave tau out"),
-        ({"scheme": "miou", "upsilon": 0.5}, "upsilon: found 0.5 with scheme 'miou'"),
-        ({"max_margin": 2.0}, "max_margin: found 2.0 with scheme 'ijcv2022', which takes tau and upsilon"),
-        ({"scheme": "none", "tau": 3.0}, "tau: found 3.0 with scheme 'none', which takes none of"),
+        ({"scheme": "miou", "tau": 3.0}, "tau: found 3.0, but scheme 'miou' uses only max_margin; remove tau"),
+        ({"scheme": "miou", "upsilon": 0.5}, "upsilon: found 0.5, but scheme 'miou'"),
+        ({"max_margin": 2.0}, "max_margin: found 2.0, but scheme 'ijcv2022' uses only tau and upsilon"),
+        ({"scheme": "none", "tau": 3.0}, "tau: found 3.0, but scheme 'none' uses none of"),
     ],
     ids=str,
 )

@@ -1,8 +1,24 @@
-"""The protocol of objectives and their base classes: input checks, calibration, float64 buffers, sums over processes."""
+"""The protocol of objectives and their base classes: input checks, calibration, float64 buffers, sums over processes.
+
+Class tree, with the part that each base class adds, and the files of the objectives::
+
+    Objective                       forward: check inputs, set void logits to 0, call _loss
+      FocalLoss                                                                               pixelwise.py
+      CalibratedLoss                calibrate: store _values in buffers
+        CountedLoss                 one constant per class, from _terms
+          CrossEntropyLoss, LDAMLoss, LogitAdjustmentLoss (BalancedSoftmaxLoss)               pixelwise.py
+        MarginLoss                  two offsets per class, from _offsets
+          MarginCalibrationLoss     own forward, for coarse logits                            margin.py
+          IoUWeightedLoss           own forward, for coarse logits                            iou_weights.py
+      RegionLoss                    mean over classes and images, see regions.py
+        CountRatioLoss              own forward, for coarse logits
+          SmoothedLoss (DiceLoss, JaccardLoss, TverskyLoss), GeneralizedDiceLoss              regions.py
+        LovaszSoftmaxLoss                                                                     regions.py
+    SumLoss                         weighted sum of any objectives; not an Objective          combine.py
+"""
 
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Self, cast, get_args
 
@@ -11,7 +27,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from mcseg.kernels import Upsampling, check_labels
-from mcseg.margins import ClassPixels, checked_counts
+from mcseg.margins import ClassPixels, checked_counts, warn_about_absent_classes
 
 
 class ObjectiveProtocol(Protocol):
@@ -40,7 +56,7 @@ class ObjectiveProtocol(Protocol):
         ...
 
     def calibrate(self, class_pixels: ClassPixels, /) -> Any:
-        """Set constants from the ``(C,)`` pixel counts of the training labels. Default: no such method, no counting."""
+        """Set constants from the ``(C,)`` pixel counts of the training labels. Without this method nothing is counted."""
         ...
 
 
@@ -60,11 +76,11 @@ def offered(objective: nn.Module, name: str) -> Any:
 
 
 def check_inputs(logits: Tensor, target: Tensor, least_classes: int = 1, upsampling: Upsampling | None = None) -> None:
-    """Check the dtypes and shapes of logits ``(N, C, *spatial)`` and target ``(N, *spatial)``.
+    """Check the dtypes and shapes of logits and target.
 
     Args:
-        logits: With ``upsampling`` ``(N, C, h, w)``.
-        target: With ``upsampling`` ``(N, H, W)``.
+        logits: ``(N, C, *spatial)``; ``(N, C, h, w)`` if ``upsampling`` is given.
+        target: ``(N, *spatial)``; ``(N, H, W)`` if ``upsampling`` is given.
         least_classes: Smallest C.
         upsampling: Upsampling of the logits, or None.
 
@@ -100,7 +116,7 @@ def check_inputs(logits: Tensor, target: Tensor, least_classes: int = 1, upsampl
 
 
 def as_upsampling(upsample: bool | Upsampling, target: Tensor) -> Upsampling | None:
-    """Convert the argument ``upsample``: True is an upsampling to the size of the target, False is None."""
+    """Convert the argument ``upsample``: True upsamples to the size of the target, False returns None."""
     return Upsampling(*target.shape[-2:]) if upsample is True else upsample or None
 
 
@@ -119,14 +135,13 @@ def check_range(name: str, value: float, low: float, *, open_: bool = False) -> 
 def summed_over_processes(counts: Tensor) -> Tensor:
     """Sum counts over all processes of a group, with gradient.
 
-    The mean of the processes' gradients, which DDP computes, is then the gradient of a loss that is a function of the
-    sums.
+    DDP averages gradients over processes. With this function, that average is the gradient of a loss of the sums.
 
     Args:
         counts: This process's counts, of the same shape and floating-point dtype on every process.
 
     Returns:
-        The sums; without a process group, or if gradients are off, ``counts`` as they are. An evaluation may run on one
+        The sums; without a process group, or if gradients are off, ``counts`` unchanged. An evaluation may run on one
         process only, where a collective would deadlock.
     """
     if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -135,7 +150,7 @@ def summed_over_processes(counts: Tensor) -> Tensor:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """Sum over processes, in the backward pass as well; torch deprecates its own function from 2.14 on."""
+    """Sum over processes in forward and backward; torch's own function is deprecated since 2.14."""
 
     @staticmethod
     def forward(ctx: Any, counts: Tensor) -> Tensor:
@@ -153,8 +168,8 @@ class _SumOverProcesses(torch.autograd.Function):
 def mean_over_processes(total: Tensor, number: Tensor) -> Tensor:
     """Divide a sum by its count; 0 if the count is 0.
 
-    In training the count is the mean over all processes of a group. The mean of the processes' losses and gradients,
-    which DDP computes, is then that of the mean over the pixels of all processes, however many each of them has.
+    In training, the count is the mean over all processes of a group. DDP averages over processes; this makes the average
+    equal the mean over the pixels of all processes, even if their counts differ.
 
     Args:
         total: Scalar, this process's sum.
@@ -176,7 +191,7 @@ def mean_over_processes(total: Tensor, number: Tensor) -> Tensor:
 class Objective(nn.Module):
     """Base class of the objectives: checks inputs, shows the settings in ``repr``, keeps buffers in float64.
 
-    A subclass implements ``_loss(logits, target, labelled)``.
+    A subclass implements ``_loss(logits, target, labelled)``, or overrides ``forward`` to accept coarse logits as well.
 
     Args:
         ignore_index: Label of void pixels.
@@ -217,12 +232,12 @@ class Objective(nn.Module):
                 ``ignore_index``.
         """
         check_inputs(logits, target)
-        target = target.long()  # before the comparison: uint8 would wrap a negative ignore_index
-        if logits.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU the host would wait
+        target = target.long()  # convert before comparing: uint8 would wrap a negative ignore_index
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU this would synchronise
             check_labels(target, logits.shape[1], self.ignore_index)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         labelled = target != self.ignore_index
-        # before any arithmetic: a NaN or infinite logit under void would reach the gradient as 0 * NaN
+        # mask before any arithmetic: a NaN or infinite logit under void would reach the gradient as 0 * NaN
         return self._loss(logits.masked_fill(~labelled.unsqueeze(1), 0.0), target, labelled)
 
     def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
@@ -239,7 +254,7 @@ class Objective(nn.Module):
         """Register the buffers with the values of a new module."""
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # .half() and .to(dtype) would round the buffers: hide them from `fn`, then move them to its device only
+        # .half() and .to(dtype) would round the buffers: hide them from `fn`, then only move them to its device.
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         if not kept:
             return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
@@ -251,11 +266,10 @@ class Objective(nn.Module):
             device = fn(torch.empty((), device=before)).device
         finally:
             self._buffers.update(kept)
-        if before.type == "meta" and device.type != "meta":  # to_empty() of a module built on the meta device
+        if before.type == "meta" and device.type != "meta":  # to_empty() after building on meta
             self._reset_buffers()
         for name in kept:
-            # mps has no float64
-            dtype = torch.float32 if device.type == "mps" else torch.float64
+            dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
             self._buffers[name] = cast(Tensor, self._buffers[name]).to(dtype).to(device)
         return self
 
@@ -264,7 +278,7 @@ class CalibratedLoss(Objective):
     """Base class of objectives with constants per class that follow from the pixel counts of the training labels.
 
     Call `calibrate` once before the first use. The constants are float64 buffers ``(C,)``, NaN until then. The
-    ``state_dict`` holds them, so an objective that loads a calibrated checkpoint needs no training labels. They stay
+    ``state_dict`` contains them, so an objective that loads a calibrated checkpoint needs no training labels. They stay
     float64 when the module is cast to another dtype.
 
     A subclass names its buffers in ``_stored``, computes them in ``_values`` and calls ``_require_calibrated``.
@@ -313,15 +327,8 @@ class CalibratedLoss(Objective):
             raise ValueError(
                 f"class_pixels: found {len(n)} counts, expected {self.num_classes}, one per class (num_classes)"
             )
-        if absent := torch.nonzero(n == 0).flatten().tolist():
-            warnings.warn(
-                f"class_pixels: no pixels of class {', '.join(map(str, absent))}; {self._absent}. Check the label mapping "
-                "if the training labels should contain it.",
-                stacklevel=2,
-            )
-        with warnings.catch_warnings():  # margin_offsets() would repeat the warning
-            warnings.filterwarnings("ignore", message="class_pixels: no pixels of class")
-            values = self._values(n)
+        warn_about_absent_classes(n, self._absent)
+        values = self._values(n)
         for name in self._stored:
             cast(Tensor, getattr(self, name)).copy_(values[name])
         self._calibrated = True
@@ -333,7 +340,7 @@ class CalibratedLoss(Objective):
         return super().extra_repr() + (f", calibrated={self._calibrated}" if self._counted else "")
 
     def _values(self, n: Tensor) -> dict[str, Tensor]:
-        """Compute the buffers by name, finite float64 ``(C,)`` each, from counts of the same form; on the CPU."""
+        """Compute the buffers by name, finite, from the counts; all are float64 ``(C,)`` on the CPU."""
         raise NotImplementedError
 
     def _derive(self) -> None:
@@ -347,7 +354,7 @@ class CalibratedLoss(Objective):
             )
 
     def _reset_buffers(self) -> None:
-        # a flag beside the buffers: a search for NaN at each step would make the host wait for the device
+        # a flag, because searching the buffers for NaN in each step would synchronise the GPU
         self._calibrated = False
         if not self._counted:
             return
@@ -390,7 +397,7 @@ class CountedLoss(CalibratedLoss):
         return {self._term: self.class_terms} if self._calibrated else {}
 
     def _values(self, n: Tensor) -> dict[str, Tensor]:
-        self._terms(n)  # raises for invalid counts before anything is stored
+        self._terms(n)  # raise for invalid counts before storing anything
         return {"class_pixels": n}
 
     def _derive(self) -> None:
@@ -399,7 +406,7 @@ class CountedLoss(CalibratedLoss):
         self.register_buffer("class_terms", terms, persistent=False)
 
     def _terms(self, n: Tensor) -> Tensor:
-        """Derive finite constants, float64 ``(C,)``, from counts of the same form; on the CPU."""
+        """Derive finite constants from the counts; both are float64 ``(C,)`` on the CPU."""
         raise NotImplementedError
 
     def _terms_for(self, logits: Tensor) -> Tensor:
@@ -410,4 +417,4 @@ class CountedLoss(CalibratedLoss):
                 f"logits: found {logits.shape[1]} classes, expected {self.num_classes}; use the same number of classes in "
                 "the network and in the loss"
             )
-        return self.class_terms.to(logits.dtype).to(logits.device)  # dtype first: some devices have no float64
+        return self.class_terms.to(logits.dtype).to(logits.device)  # convert the dtype first: MPS has no float64

@@ -36,7 +36,7 @@ class SumLoss(nn.Module):
             numbered. The module logs them.
 
     Raises:
-        ValueError: There are no objectives, a mapping has other keys, a class cannot be imported or built, a weight is
+        ValueError: There are no objectives, a mapping has unknown keys, a class cannot be imported or built, a weight is
             negative or not finite, or a number of steps is negative.
 
     Example:
@@ -122,7 +122,12 @@ class SumLoss(nn.Module):
             target: ``(N, H, W)`` integers, 0..C-1 or the objectives' ``ignore_index``.
 
         Returns:
-            Scalar; the errors are those of the objectives.
+            Scalar.
+
+        Raises:
+            RuntimeError: An objective is not calibrated.
+            TypeError: See the objectives.
+            ValueError: See the objectives.
         """
         values = [cast(Tensor, part(logits, target)) for part in self.parts]
         total = torch.stack([weight * value for weight, value in zip(self.weights, values, strict=True)]).sum()

@@ -1,4 +1,4 @@
-"""Log errors at calibrated margins, with class weights from running IoU counts so that the loss follows mIoU."""
+"""Margin-calibrated log-loss with class weights from running IoU counts, so that it follows mIoU."""
 
 import torch
 from torch import Tensor
@@ -6,11 +6,11 @@ from torch import Tensor
 from mcseg.kernels import Upsampling, confusion_counts, predicted_classes, weighted_pixel_loss
 from mcseg.losses.base import as_upsampling, check_range, mean_over_processes, summed_over_processes
 from mcseg.losses.margin import MarginLoss, check_margin_inputs
-from mcseg.margins import MarginOffsets, margin_offsets
+from mcseg.margins import MarginOffsets, offsets_of_counts
 
 
 class IoUWeightedLoss(MarginLoss):
-    r"""Log errors of misses and false alarms, weighted by their current cost in mIoU.
+    r"""Log-loss of misses and false alarms, weighted by their current cost in mIoU.
 
     With class margins ``s_k = z_k - max_{j != k} z_j``, offsets of scheme ``"miou"`` and label ``y``, the loss is the mean
     over labelled pixels of::
@@ -28,7 +28,7 @@ class IoUWeightedLoss(MarginLoss):
     Args:
         num_classes: C >= 2.
         max_margin: Largest offset in logit units, > 0, see `mcseg.margins.margin_offsets`.
-        decay: Weight of the old average in a training step, 0 <= decay < 1.
+        decay: Momentum of the exponential averages, 0 <= decay < 1.
         ignore_index: Label of void pixels.
         backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
 
@@ -110,7 +110,7 @@ class IoUWeightedLoss(MarginLoss):
         return mean_over_processes(pixels.sum(), (target != self.ignore_index).sum())
 
     def _offsets(self, n: Tensor) -> MarginOffsets:
-        return margin_offsets(n, "miou", max_margin=self.max_margin)
+        return offsets_of_counts(n, "miou", max_margin=self.max_margin)
 
     def _reset_buffers(self) -> None:
         super()._reset_buffers()
@@ -137,7 +137,11 @@ def confusion_shares(logits: Tensor, target: Tensor, ignore_index: int, upsampli
 
 
 def class_iou(shares: Tensor) -> Tensor:
-    """Compute the IoU ``(C,)`` from shares ``(3, C)`` of `confusion_shares`; NaN without labels and predictions."""
+    """Compute the IoU ``(C,)`` from the ``(3, C)`` shares of `confusion_shares`.
+
+    Returns:
+        IoU, NaN for a class without labels and predictions.
+    """
     labels, hits, predictions = shares.unbind()
     return hits / (labels + predictions - hits)
 

@@ -14,7 +14,7 @@ from mcseg.losses.base import (
     check_range,
     mean_over_processes,
 )
-from mcseg.margins import MarginOffsets, Scheme, check_settings, margin_offsets
+from mcseg.margins import MarginOffsets, Scheme, check_settings, margin_offsets, offsets_of_counts
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -46,13 +46,13 @@ def margin_calibration_loss(
         target: ``(N, *spatial)``, any integer dtype, ``0..C-1``, or ``ignore_index`` for void.
         offsets: Two tensors ``(C,)``, usually from `mcseg.margins.margin_offsets`; constants without gradient.
         foreground_weight: Weight >= 0 of the labelled class; None is C, as in the paper's code.
-        ignore_index: Label of void pixels. Their loss and gradient are 0, whatever their logits.
+        ignore_index: Label of void pixels. Their loss and gradient are 0, regardless of their logits.
         reduction: ``"mean"`` over labelled pixels, ``"sum"``, or ``"none"`` for one value per pixel.
         backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``: implementations of the same function, see
             `mcseg.kernels`.
-        upsample: True takes coarse logits ``(N, C, h, w)`` and upsamples them bilinearly to the target ``(N, H, W)``, with
-            aligned corners as in segmentation_models_pytorch. It works on a strip of rows at a time, so the logits of
-            full resolution never take memory. An `mcseg.kernels.Upsampling` sets size and alignment.
+        upsample: True upsamples coarse logits ``(N, C, h, w)`` bilinearly to the target ``(N, H, W)``, with aligned corners
+            as in segmentation_models_pytorch. It upsamples a strip of rows at a time, so full-resolution logits are never
+            stored. An `mcseg.kernels.Upsampling` sets size and alignment.
 
     Returns:
         A scalar, or ``(N, *spatial)`` for ``"none"``; >= 0, in the dtype of the logits or float32, whichever is wider.
@@ -147,21 +147,21 @@ class MarginLoss(CalibratedLoss):
 class MarginCalibrationLoss(MarginLoss):
     """The paper's loss: `margin_calibration_loss` with offsets from the pixel counts of the training labels.
 
-    Call `calibrate` once before the first use, unless the scheme is ``"none"``. The ``state_dict`` holds the offsets, so a
-    loss that loads a calibrated checkpoint needs no training labels. They stay float64 when the module is cast to another
+    Call `calibrate` once before the first use, unless the scheme is ``"none"``. The ``state_dict`` contains the offsets, so
+    a loss that loads a calibrated checkpoint needs no training labels. They stay float64 when the module is cast to another
     dtype.
 
     Args:
         num_classes: C >= 2.
-        scheme: ``"ijcv2022"``, ``"miou"`` or ``"none"``: how offsets follow from counts, see
+        scheme: ``"ijcv2022"``, ``"miou"`` or ``"none"``: rule that derives the offsets from the counts, see
             `mcseg.margins.margin_offsets`.
-        tau: Scale of the offsets of scheme ``"ijcv2022"``, > 0; other schemes refuse it.
-        upsilon: Weight of background against foreground in scheme ``"ijcv2022"``, > 0; other schemes refuse it.
+        tau: Scale of the offsets of scheme ``"ijcv2022"``, > 0; an error with other schemes.
+        upsilon: Weight of background against foreground in scheme ``"ijcv2022"``, > 0; an error with other schemes.
         foreground_weight: Weight >= 0 of the labelled class; None is ``num_classes``, as in the paper's code.
         ignore_index: Label of void pixels.
         reduction: ``"mean"`` over labelled pixels, ``"sum"`` or ``"none"``.
         backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
-        max_margin: Largest offset of scheme ``"miou"`` in logit units, > 0; other schemes refuse it.
+        max_margin: Largest offset of scheme ``"miou"`` in logit units, > 0; an error with other schemes.
 
     Attributes:
         foreground_offsets: Buffer, float64 ``(C,)``, NaN until calibrated; 0 with scheme ``"none"``.
@@ -190,8 +190,8 @@ class MarginCalibrationLoss(MarginLoss):
         backend: str = "auto",
         max_margin: float = 1.0,
     ) -> None:
-        check_settings(scheme, tau, upsilon, max_margin)
-        _refuse_unused(scheme, tau=tau, upsilon=upsilon, max_margin=max_margin)
+        check_settings(scheme, tau=tau, upsilon=upsilon, max_margin=max_margin)
+        _check_unused(scheme, tau=tau, upsilon=upsilon, max_margin=max_margin)
         _check_choices(foreground_weight, reduction, backend)
         self.scheme: Scheme = scheme
         super().__init__(num_classes, ignore_index, backend)
@@ -234,11 +234,11 @@ class MarginCalibrationLoss(MarginLoss):
         )
         if self.reduction != "mean":
             return total
-        # int64 before the comparison: uint8 would wrap an ignore_index outside 0..255
+        # convert before comparing: uint8 would wrap an ignore_index outside 0..255
         return mean_over_processes(total, (target.long() != self.ignore_index).sum())
 
     def _offsets(self, n: Tensor) -> MarginOffsets:
-        return margin_offsets(n, self.scheme, self.tau, self.upsilon, self.max_margin)
+        return offsets_of_counts(n, self.scheme, tau=self.tau, upsilon=self.upsilon, max_margin=self.max_margin)
 
     def _reset_buffers(self) -> None:
         super()._reset_buffers()
@@ -259,16 +259,17 @@ def check_margin_inputs(logits: Tensor, target: Tensor, offsets: MarginOffsets, 
             )
 
 
-_TAKES: dict[Scheme, tuple[str, ...]] = {"ijcv2022": ("tau", "upsilon"), "miou": ("max_margin",), "none": ()}
+_USED: dict[Scheme, tuple[str, ...]] = {"ijcv2022": ("tau", "upsilon"), "miou": ("max_margin",), "none": ()}
 
 
-def _refuse_unused(scheme: Scheme, **scales: float) -> None:
-    # Only a value other than the default counts as given: the command writes all defaults into a run's config.
+def _check_unused(scheme: Scheme, **scales: float) -> None:
+    """Raise ValueError if a scale that the scheme does not use is given."""
+    # a default value is treated as not given: the command writes all defaults into a run's config
     defaults = inspect.signature(margin_offsets).parameters
     for name, value in scales.items():
-        if name not in _TAKES[scheme] and value != defaults[name].default:
-            takes = " and ".join(_TAKES[scheme]) or "none of tau, upsilon and max_margin"
-            raise ValueError(f"{name}: found {value} with scheme {scheme!r}, which takes {takes}; leave {name} out")
+        if name not in _USED[scheme] and value != defaults[name].default:
+            used = "only " + " and ".join(_USED[scheme]) if _USED[scheme] else "none of tau, upsilon and max_margin"
+            raise ValueError(f"{name}: found {value}, but scheme {scheme!r} uses {used}; remove {name}")
 
 
 def _check_choices(foreground_weight: float | None, reduction: str, backend: str) -> None:

@@ -35,12 +35,12 @@ class CrossEntropyLoss(CountedLoss):
     A class without pixels has weight 0 and does not enter the mean or the median.
 
     Args:
-        num_classes: C >= 2; None is any number of classes and needs ``weighting="none"``.
+        num_classes: C >= 2; None accepts any number and needs ``weighting="none"``.
         weighting: ``"none"``, ``"inverse"``, ``"median_frequency"``, ``"effective_number"`` or ``"enet"``.
         beta: Parameter of ``"effective_number"``, 0 <= beta < 1. With 0 all weights are equal; towards 1 they approach
             ``"inverse"``. Classes with many more than ``1 / (1 - beta)`` pixels have equal weights.
         enet_c: Parameter of ``"enet"``, > 1. Weights lie between ``1 / ln(enet_c + 1)`` and ``1 / ln(enet_c)``.
-        label_smoothing: Share of the label that is spread over all classes, 0..1; Szegedy et al., CVPR 2016.
+        label_smoothing: Amount of label smoothing, 0..1; Szegedy et al., CVPR 2016.
         ignore_index: Label of void pixels.
 
     Attributes:
@@ -96,7 +96,7 @@ class CrossEntropyLoss(CountedLoss):
 
     @property
     def calibrate(self) -> Callable[[ClassPixels], Self]:
-        """Method that sets the weights from pixel counts; absent with ``weighting="none"``, so that nothing is counted."""
+        """Method that sets the weights from pixel counts; absent with ``weighting="none"``, so labels are not counted."""
         if not self._counted:
             raise AttributeError("calibrate")
         return super().calibrate
@@ -118,7 +118,7 @@ class CrossEntropyLoss(CountedLoss):
 
 
 class FocalLoss(Objective):
-    r"""Focal loss in its softmax form: cross entropy with a low weight for pixels that are already right.
+    r"""Focal loss in its softmax form: cross entropy that down-weights well-classified pixels.
 
     With ``p = softmax(z)`` over the classes and label ``y``, the loss is the mean over labelled pixels of::
 
@@ -128,8 +128,9 @@ class FocalLoss(Objective):
     for two classes and divides by the number of foreground anchors.
 
     Args:
-        gamma: Exponent >= 0; 0 is cross entropy, weighted by ``alpha``.
-        alpha: C class weights >= 0; None is 1 for each class. They do not change the divisor of the mean.
+        gamma: Exponent >= 0; 0 gives cross entropy, weighted by ``alpha``.
+        alpha: C class weights >= 0; None is 1 for each class. The mean divides by the number of labelled pixels, not
+            by the sum of their weights.
         ignore_index: Label of void pixels.
 
     Raises:
@@ -161,8 +162,8 @@ class FocalLoss(Objective):
         log_p = logits.log_softmax(1)
         pixels = -log_p.gather(1, labels[:, None])[:, 0]
         if self.gamma > 0:
-            # 1 - p_y as the sum of the other p_k, without cancellation. If even the sum underflows to 0, the slope of its
-            # power is infinite for gamma < 1: clamp it, as the loss is 0 and flat there.
+            # Compute 1 - p_y as the sum of the other p_k, to avoid cancellation. If this sum underflows to 0, the gradient
+            # of its power is infinite for gamma < 1. Clamp the sum, as the loss is 0 there.
             others = log_p.exp().scatter(1, labels[:, None], 0.0).sum(1)
             pixels = others.clamp(min=torch.finfo(others.dtype).tiny) ** self.gamma * pixels
         if self.alpha is not None:
@@ -175,7 +176,7 @@ class FocalLoss(Objective):
 
 
 class LogitAdjustmentLoss(CountedLoss):
-    r"""Cross entropy of logits that are shifted by the log-share of their class.
+    r"""Cross entropy of logits that are shifted by the log prior of their class.
 
     With counts ``n_c`` and ``N = sum n_c``, the loss is the mean over labelled pixels of::
 
@@ -186,7 +187,7 @@ class LogitAdjustmentLoss(CountedLoss):
 
     Args:
         num_classes: C >= 2.
-        tau: Scale of the shift, >= 0; 0 is cross entropy, 1 is consistent for the mean recall of the classes.
+        tau: Scale of the shift, >= 0; 0 is cross entropy, 1 is consistent for balanced accuracy.
         ignore_index: Label of void pixels.
 
     Attributes:

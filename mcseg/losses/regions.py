@@ -14,18 +14,31 @@ The loss is the mean over the classes with labelled pixels (``"present"``), or o
 ``per_image`` it is then averaged over the images with labelled pixels. It is 0 if nothing is labelled.
 
 Over the batch, soft counts are summed over all processes, so a step on several GPUs equals a step on one GPU with all
-images. Lovász-softmax does not depend on sums only; each process computes it on its own batch.
+images. Lovász-softmax is not a function of sums; each process computes it on its own batch.
 
 **Why a power.** With q = 1 the gradient of a pixel's error with respect to its logits is proportional to ``p (1 - p)``. It
 vanishes for the pixels that are most wrong, so a rare class that is missed everywhere stays missed. With q < 1 the gradient
 of a miss is proportional to ``q p^q (1 - p)``, which decays more slowly for small p; in the limit q -> 0,
 ``(1 - p^q) / q`` is ``-log p``. The errors stay in [0, 1], so the ratios stay valid.
 
-The power does not move the decision. Take two classes, weights u of misses and v of false alarms, and a pixel of class 1
-with probability h: its risk is least at p = 1/2 if ``h (u_1 + v_2) = (1 - h)(u_2 + v_1)``, for every q.
+The power does not change the decision boundary. Take two classes, weights u of misses and v of false alarms, and a pixel of
+class 1 with probability h: its risk is least at p = 1/2 if ``h (u_1 + v_2) = (1 - h)(u_2 + v_1)``, for every q.
 
 For one-hot labels, ``1 - p^q`` is q times the loss of Zhang and Sabuncu, "Generalized Cross Entropy Loss for Training Deep
 Neural Networks with Noisy Labels", NeurIPS 2018.
+
+**Classes**, with the methods that each adds::
+
+    RegionLoss                  _averaged_classes, _mean
+      CountRatioLoss            forward, _soft_counts
+        SmoothedLoss            _class_losses: 1 - _ratios
+          DiceLoss, JaccardLoss _ratios
+          TverskyLoss           _ratios, and a power in _class_losses
+        GeneralizedDiceLoss     _class_losses: one ratio over all classes
+      LovaszSoftmaxLoss         _loss: sort the errors, no soft counts
+
+Call order of Dice: ``forward``, ``_soft_counts``, ``_class_losses``, ``_ratios``, ``_mean``. Of Lovász-softmax:
+``Objective.forward``, ``_loss``, ``_mean``.
 """
 
 from typing import Literal
@@ -50,7 +63,7 @@ _TINY = 1e-30  # lower limit of denominators; only absent classes without smooth
 
 
 class RegionLoss(Objective):
-    """Base class of the objectives on regions: the mean over classes and images.
+    """Base class of the objectives on regions; averages over classes and images.
 
     Args:
         per_image: Whether to compute the loss per image and average it, or over the whole batch.
@@ -67,25 +80,25 @@ class RegionLoss(Objective):
         self.per_image = per_image
         self.classes: Classes = classes
 
-    def _counted(self, labelled: Tensor) -> Tensor:
+    def _averaged_classes(self, class_pixels: Tensor) -> Tensor:
         """Select the classes that enter the mean.
 
         Args:
-            labelled: ``(G, C)`` labelled pixels per class; G is N with ``per_image``, else 1.
+            class_pixels: ``(G, C)`` labelled pixels per class; G is N with ``per_image``, else 1.
 
         Returns:
             ``(G, C)`` bool.
         """
-        present = labelled > 0
+        present = class_pixels > 0
         return present if self.classes == "present" else present.any(1, keepdim=True).expand_as(present)
 
-    def _mean(self, losses: Tensor, labelled: Tensor) -> Tensor:
+    def _mean(self, losses: Tensor, class_pixels: Tensor) -> Tensor:
         """Average losses ``(G, C)`` over the selected classes, then over the images with labelled pixels."""
-        counted = self._counted(labelled)
-        images = (losses * counted).sum(1) / counted.sum(1).clamp(min=1)
+        averaged = self._averaged_classes(class_pixels)
+        images = (losses * averaged).sum(1) / averaged.sum(1).clamp(min=1)
         if not self.per_image:
             return images.sum()  # a single value, for the whole batch
-        return mean_over_processes(images.sum(), counted.any(1).sum())
+        return mean_over_processes(images.sum(), averaged.any(1).sum())
 
 
 class CountRatioLoss(RegionLoss):
@@ -119,7 +132,7 @@ class CountRatioLoss(RegionLoss):
         power: float = 1.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__(per_image, classes, ignore_index)
+        super().__init__(per_image=per_image, classes=classes, ignore_index=ignore_index)
         if not 0 < power <= 1:
             raise ValueError(f"power: found {power}, expected 0 < power <= 1")
         check_backend(backend)
@@ -132,9 +145,9 @@ class CountRatioLoss(RegionLoss):
         Args:
             logits: ``(N, C, *spatial)`` floating point, unbounded scores.
             target: ``(N, *spatial)`` integers, 0..C-1 or ``ignore_index``.
-            upsample: True takes coarse logits ``(N, C, h, w)`` and upsamples them bilinearly to the target ``(N, H, W)``,
-                with aligned corners as in segmentation_models_pytorch. It works on a strip of rows at a time, so the logits
-                of full resolution never take memory. An `mcseg.kernels.Upsampling` sets size and alignment.
+            upsample: True upsamples coarse logits ``(N, C, h, w)`` bilinearly to the target ``(N, H, W)``, with aligned
+                corners as in segmentation_models_pytorch. It upsamples a strip of rows at a time, so full-resolution logits
+                are never stored. An `mcseg.kernels.Upsampling` sets size and alignment.
 
         Returns:
             Scalar >= 0 in float32, or in float64 for float64 logits; 0 if nothing is labelled.
@@ -145,12 +158,12 @@ class CountRatioLoss(RegionLoss):
         """
         upsampling = as_upsampling(upsample, target)
         check_inputs(logits, target, upsampling=upsampling)
-        labelled, misses, alarms = self._soft_counts(logits, target, upsampling).unbind()
-        n, a, b = (counts.detach().sum(0) for counts in (labelled, misses, alarms))
+        class_pixels, misses, alarms = self._soft_counts(logits, target, upsampling).unbind()
+        n, a, b = (counts.detach().sum(0) for counts in (class_pixels, misses, alarms))
         self.class_statistics = {"miss_rate": a / n, "false_alarm_rate": b / (n.sum() - n)}
-        return self._mean(self._class_losses(labelled, misses, alarms), labelled)
+        return self._mean(self._class_losses(class_pixels, misses, alarms), class_pixels)
 
-    def _class_losses(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+    def _class_losses(self, class_pixels: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
         """Compute losses ``(G, C)`` from soft counts, each ``(G, C)``."""
         raise NotImplementedError
 
@@ -181,14 +194,14 @@ class SmoothedLoss(CountRatioLoss):
     Args:
         per_image: Whether to compute ratios per image and average them, or over the whole batch.
         classes: ``"present"`` averages over classes with labelled pixels, ``"all"`` over all classes.
-        smooth: Number of pixels >= 0 that is added to numerator and denominator.
+        smooth: Smoothing constant >= 0, in pixels, added to numerator and denominator.
         ignore_index: Label of void pixels.
         power: Power q of the soft counts, 0 < q <= 1.
         backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
 
     Attributes:
-        class_statistics: Those of `CountRatioLoss`, and ``ratio``, with ``per_image`` its mean over the images; NaN for
-            classes that do not enter the mean of the loss.
+        class_statistics: Those of `CountRatioLoss`, and ``ratio``. With ``per_image`` it is the mean ratio of the images. It
+            is NaN for classes that do not enter the mean of the loss.
 
     Raises:
         ValueError: A setting is out of range.
@@ -203,17 +216,17 @@ class SmoothedLoss(CountRatioLoss):
         power: float = 1.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__(per_image, classes, ignore_index, power, backend)
+        super().__init__(per_image, classes, ignore_index=ignore_index, power=power, backend=backend)
         check_range("smooth", smooth, 0)
         self.smooth = smooth
 
-    def _class_losses(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
-        ratios = self._ratios(labelled, misses, alarms)
-        counted = self._counted(labelled)
-        self.class_statistics["ratio"] = (ratios.detach() * counted).sum(0) / counted.sum(0)
+    def _class_losses(self, class_pixels: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+        ratios = self._ratios(class_pixels, misses, alarms)
+        averaged = self._averaged_classes(class_pixels)
+        self.class_statistics["ratio"] = (ratios.detach() * averaged).sum(0) / averaged.sum(0)
         return 1 - ratios
 
-    def _ratios(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+    def _ratios(self, class_pixels: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
         """Compute ratios ``(G, C)`` from soft counts, each ``(G, C)``."""
         raise NotImplementedError
 
@@ -233,7 +246,7 @@ class DiceLoss(SmoothedLoss):
         per_image: Whether to compute ratios per image and average them, or over the whole batch.
         classes: ``"present"`` averages over classes with labelled pixels, ``"all"`` over all classes. The loss of an absent
             class is ``B_c / (B_c + smooth)``: it penalises false alarms, and is constant without smoothing.
-        smooth: Number of pixels >= 0 that is added to numerator and denominator.
+        smooth: Smoothing constant >= 0, in pixels, added to numerator and denominator.
         ignore_index: Label of void pixels.
         power: Power q of the soft counts, 0 < q <= 1. 1 is soft Dice; a smaller power gives larger gradients to the pixels
             that are most wrong.
@@ -250,9 +263,9 @@ class DiceLoss(SmoothedLoss):
         tensor(0.0787)
     """
 
-    def _ratios(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
-        total = (2 * labelled - misses + alarms + self.smooth).clamp(min=_TINY)
-        return (2 * (labelled - misses) + self.smooth) / total
+    def _ratios(self, class_pixels: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+        total = (2 * class_pixels - misses + alarms + self.smooth).clamp(min=_TINY)
+        return (2 * (class_pixels - misses) + self.smooth) / total
 
 
 def default_objective() -> DiceLoss:
@@ -275,7 +288,7 @@ class JaccardLoss(SmoothedLoss):
         per_image: Whether to compute ratios per image and average them, or over the whole batch.
         classes: ``"present"`` averages over classes with labelled pixels, ``"all"`` over all classes. The loss of an absent
             class is ``B_c / (B_c + smooth)``: it penalises false alarms, and is constant without smoothing.
-        smooth: Number of pixels >= 0 that is added to numerator and denominator.
+        smooth: Smoothing constant >= 0, in pixels, added to numerator and denominator.
         ignore_index: Label of void pixels.
         power: Power q of the soft counts, 0 < q <= 1; a smaller power gives larger gradients to the pixels that are most
             wrong.
@@ -292,8 +305,8 @@ class JaccardLoss(SmoothedLoss):
         tensor(0.1932)
     """
 
-    def _ratios(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
-        return (labelled - misses + self.smooth) / (labelled + alarms + self.smooth).clamp(min=_TINY)
+    def _ratios(self, class_pixels: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+        return (class_pixels - misses + self.smooth) / (class_pixels + alarms + self.smooth).clamp(min=_TINY)
 
 
 class TverskyLoss(SmoothedLoss):
@@ -315,7 +328,7 @@ class TverskyLoss(SmoothedLoss):
             4/3. 1 has no effect.
         per_image: Whether to compute ratios per image and average them, or over the whole batch.
         classes: ``"present"`` averages over classes with labelled pixels, ``"all"`` over all classes.
-        smooth: Number of pixels >= 0 that is added to numerator and denominator.
+        smooth: Smoothing constant >= 0, in pixels, added to numerator and denominator.
         ignore_index: Label of void pixels.
         power: Power q of the soft counts, 0 < q <= 1; a smaller power gives larger gradients to the pixels that are most
             wrong.
@@ -325,8 +338,8 @@ class TverskyLoss(SmoothedLoss):
         ValueError: A setting is out of range.
 
     Note:
-        For gamma other than 1, ``1 - TI_c`` is clamped to the dtype's epsilon, as the slope of its power can be infinite at
-        0. A class that is exactly right has the loss ``epsilon^(1 / gamma)`` and gradient 0.
+        For gamma other than 1, ``1 - TI_c`` is clamped to the dtype's epsilon, as the gradient of its power can be infinite
+        at 0. A class that is exactly right has the loss ``epsilon^(1 / gamma)`` and gradient 0.
 
     Example:
         >>> import torch
@@ -348,7 +361,7 @@ class TverskyLoss(SmoothedLoss):
         power: float = 1.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__(per_image, classes, smooth, ignore_index, power, backend)
+        super().__init__(per_image, classes, smooth=smooth, ignore_index=ignore_index, power=power, backend=backend)
         check_range("alpha", alpha, 0)
         check_range("beta", beta, 0)
         check_range("gamma", gamma, 0, open_=True)
@@ -356,13 +369,13 @@ class TverskyLoss(SmoothedLoss):
         self.beta = beta
         self.gamma = gamma
 
-    def _ratios(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
-        hits = labelled - misses
+    def _ratios(self, class_pixels: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+        hits = class_pixels - misses
         errors = self.alpha * alarms + self.beta * misses
         return (hits + self.smooth) / (hits + errors + self.smooth).clamp(min=_TINY)
 
-    def _class_losses(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
-        losses = super()._class_losses(labelled, misses, alarms)
+    def _class_losses(self, class_pixels: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+        losses = super()._class_losses(class_pixels, misses, alarms)
         if self.gamma == 1:
             return losses
         return losses.clamp(min=torch.finfo(losses.dtype).eps) ** (1 / self.gamma)
@@ -381,7 +394,7 @@ class GeneralizedDiceLoss(CountRatioLoss):
 
     Args:
         per_image: Whether to compute the loss per image and average it, or over the whole batch.
-        classes: Weight of a class without labelled pixels, where ``1 / n_c^2`` is infinite: 0 with ``"present"``, the
+        classes: Weight of a class without labelled pixels, for which ``1 / n_c^2`` is infinite: 0 with ``"present"``, the
             largest weight of a present class with ``"all"``, as in the authors' NiftyNet.
         ignore_index: Label of void pixels.
         backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
@@ -404,17 +417,17 @@ class GeneralizedDiceLoss(CountRatioLoss):
         ignore_index: int = 255,
         backend: str = "auto",
     ) -> None:
-        super().__init__(per_image, classes, ignore_index, backend=backend)
+        super().__init__(per_image, classes, ignore_index=ignore_index, backend=backend)
 
-    def _class_losses(self, labelled: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
-        present = labelled > 0
-        weights = labelled.clamp(min=1) ** -2 * present
+    def _class_losses(self, class_pixels: Tensor, misses: Tensor, alarms: Tensor) -> Tensor:
+        present = class_pixels > 0
+        weights = class_pixels.clamp(min=1) ** -2 * present
         if self.classes == "all":
             weights = weights.where(present, weights.amax(1, keepdim=True))
-        overlap = (weights * (labelled - misses)).sum(1, keepdim=True)
-        # 0 only if nothing is labelled, and the mean leaves out such an image or batch
-        total = (weights * (2 * labelled - misses + alarms)).sum(1, keepdim=True)
-        return (1 - 2 * overlap / total.clamp(min=_TINY)).expand_as(labelled)
+        overlap = (weights * (class_pixels - misses)).sum(1, keepdim=True)
+        # the denominator is 0 only if nothing is labelled; the mean excludes that case
+        total = (weights * (2 * class_pixels - misses + alarms)).sum(1, keepdim=True)
+        return (1 - 2 * overlap / total.clamp(min=_TINY)).expand_as(class_pixels)
 
 
 class LovaszSoftmaxLoss(RegionLoss):
@@ -445,22 +458,23 @@ class LovaszSoftmaxLoss(RegionLoss):
         tensor(0.2950)
     """
 
-    def _loss(self, logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
         groups = logits.shape[0] if self.per_image else 1
         shape = (groups, target.numel() // max(groups, 1))
         p = logits.softmax(1)
-        valid, labels = valid.reshape(shape), target.masked_fill(~valid, -1).reshape(shape)
-        # Void pixels stay in, with error 0 and a label that is no class. They change nothing: in descending order they
-        # come after every pixel with a positive error, so its J_i - J_{i-1} is the same as without them. A pixel with
-        # error 0, void or not, adds 0 * (J_i - J_{i-1}) = 0. Its gradient is 0 as well: for void pixels through the
-        # multiplication, for labelled ones because softmax is flat at p_c = 0 and p_c = 1.
-        losses, labelled = [], []
+        labels = target.masked_fill(~labelled, -1).reshape(shape)
+        labelled = labelled.reshape(shape)
+        # Keep void pixels, with error 0 and a label that is no class. They change nothing: in descending order they come
+        # after every pixel with a positive error, so its J_i - J_{i-1} is the same as without them. A pixel with error 0,
+        # void or not, adds 0 * (J_i - J_{i-1}) = 0. Its gradient is 0 as well: for void pixels through the multiplication,
+        # for labelled ones because the gradient of softmax is 0 at p_c = 0 and p_c = 1.
+        losses, class_pixels = [], []
         for c in range(logits.shape[1]):
             of_class, p_c = labels == c, p[:, c].reshape(shape)
-            errors, order = (torch.where(of_class, 1 - p_c, p_c) * valid).sort(dim=1, descending=True)
+            errors, order = (torch.where(of_class, 1 - p_c, p_c) * labelled).sort(dim=1, descending=True)
             losses.append((errors * _jaccard_steps(of_class.gather(1, order), errors.dtype)).sum(1))
-            labelled.append(of_class.sum(1))
-        return self._mean(torch.stack(losses, 1), torch.stack(labelled, 1))
+            class_pixels.append(of_class.sum(1))
+        return self._mean(torch.stack(losses, 1), torch.stack(class_pixels, 1))
 
 
 def _jaccard_steps(of_class: Tensor, dtype: torch.dtype) -> Tensor:
@@ -468,7 +482,7 @@ def _jaccard_steps(of_class: Tensor, dtype: torch.dtype) -> Tensor:
 
     With T pixels of the class, J_i = 1 - I_i / U_i. I_i is T minus the pixels of the class among the first i, and U_i is T
     plus the other pixels among them. A pixel of the class lowers I by 1, so its step is 1 / U_i. Any other pixel raises U by
-    1, so its step is I_i / (U_i - 1) - I_i / U_i = I_i / (U_i (U_i - 1)). These forms do not cancel; with millions of
+    1, so its step is I_i / (U_i - 1) - I_i / U_i = I_i / (U_i (U_i - 1)). These forms avoid cancellation; with millions of
     pixels, the rounding error of J_i - J_{i-1} is as large as the step. If T = 0, the first step is 1 and all others are 0.
 
     Args:
