@@ -1,4 +1,4 @@
-"""Semantic segmentation trained for mIoU: margin calibration for PyTorch Lightning."""
+"""Semantic segmentation trained for mIoU with PyTorch Lightning: power Dice, margin calibration and other objectives."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

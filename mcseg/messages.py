@@ -40,7 +40,7 @@ def one_line(error: BaseException, *, limit: int | None = None) -> str:
 def _explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         where = error.filename or "run folder or temporary files"
-        return f"{where}: {error.strerror}; free some space, then resume a training with mcseg fit --resume RUN_FOLDER"
+        return f"{where}: {error.strerror}; free some space, then resume training with mcseg fit --resume RUN_FOLDER"
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -49,7 +49,7 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, RuntimeError) and (symptom := _PEER_DIED.search(str(error))):
         return (
             f"another process of this run died ({symptom[0]}); see its last output for the reason; no output usually means "
-            "that it was killed for running out of memory; resume a training with mcseg fit --resume RUN_FOLDER"
+            "that it was killed for running out of memory; resume training with mcseg fit --resume RUN_FOLDER"
         )
     kept = []
     for line in (line.removeprefix("- ") for line in lines):

@@ -1,4 +1,4 @@
-"""SegmentationModule: a network, an objective and an optimiser under the Lightning Trainer."""
+"""SegmentationModule: a network, an objective and an optimiser, trained by the Lightning Trainer."""
 
 import inspect
 from collections.abc import Callable
@@ -30,10 +30,10 @@ class SegmentationModule(CheckpointModule):
     Args:
         arch: Architecture of segmentation_models_pytorch by name, for example ``unet`` or ``deeplabv3plus``.
         encoder: Name of its encoder.
-        encoder_weights: Pretrained weights of the encoder, for example ``imagenet``; None for random ones. They are fetched
-            when a training starts, never when a checkpoint is loaded.
-        init_from: Checkpoint of another run; its network's weights are the start of this training. The last layer is left
-            out if the number of classes differs. Objective, optimiser and epochs start from the beginning.
+        encoder_weights: Pretrained weights of the encoder, for example ``imagenet``; None for random weights. They are
+            fetched when training starts, never when a checkpoint is loaded.
+        init_from: Checkpoint of another run; training starts from its network weights. The last layer is skipped if the
+            number of classes differs. Objective, optimiser and epochs start from the beginning.
         num_classes: Number of classes C; the command line takes it from the data.
         objective: Module that maps logits ``(N, C, H, W)`` float32 and target ``(N, H, W)`` int64 to a scalar, or a callable
             that builds it. None is `mcseg.losses.default_objective`, power Dice. An objective with a method ``calibrate``
@@ -42,28 +42,29 @@ class SegmentationModule(CheckpointModule):
             of its class.
         optimizer: Callable from parameters to optimiser: a class, or a ``functools.partial`` of one.
         scheduler: Callable from optimiser to learning-rate schedule, stepped after each optimiser step. A
-            ``torch.optim.lr_scheduler.ReduceLROnPlateau`` is stepped after each validation, by ``val/miou``; Lightning's
-            class of that name by its ``monitor``. The default decays to 0 by a polynomial over the whole run.
+            ``torch.optim.lr_scheduler.ReduceLROnPlateau`` is stepped with ``val/miou`` after each validation; Lightning's
+            class of that name with its ``monitor``. The default decays to 0 by a polynomial over the whole run.
         network_options: Further arguments of the architecture, for example ``{"decoder_channels": [64, 32, 16]}``.
-        channels_last: Keep the network in channels-last memory.
+        channels_last: Keep the network in the channels-last memory format.
         checkpointing: Recompute the encoder's activations in the backward pass instead of keeping them.
         frozen_batch_norm: Keep statistics and parameters of all batch norms fixed, to fine-tune with small batches.
         aux_weight: Weight of the cross entropy of an auxiliary head on the encoder's second-to-last feature map. The head
             is not used for predictions. 0.4 is usual for DeepLab and PSPNet; 0 means no head.
         aux_channels: Width of the auxiliary head.
-        fused_upsample: If the network ends in a bilinear upsampling, give the objective the coarse logits; it upsamples them
-            a strip of rows at a time. Needs less memory and gives the same loss within rounding. Has no effect if the
-            network does not end so, if the objective cannot (those of margins and of soft counts can), if the masks have
-            another size than the images, or in training with an auxiliary head.
-        on_nonfinite: Policy for a NaN or infinite loss. ``"stop"`` stops the training one step later, so that no step waits
-            for the GPU, and names the images of the batch. ``"skip"`` leaves the batch out on all processes, waits for the
-            GPU in each step, and reports the number of skipped batches at the end.
+        fused_upsample: Give the objective the logits before the network's last bilinear upsampling; it upsamples them a
+            strip of rows at a time. This needs less memory and gives the same loss within rounding. It has no effect if the
+            network does not end in an upsampling, if the objective does not accept coarse logits (the margin and soft-count
+            losses do), if masks and images differ in size, or in training with an auxiliary head.
+        on_nonfinite: Policy for a NaN or infinite loss. ``"stop"`` stops training one step later, so that no step waits for
+            the GPU, and names the images of the batch. ``"skip"`` skips the batch on all processes, waits for the GPU in
+            each step, and reports the number of skipped batches at the end.
 
     Attributes:
-        inference: `mcseg.evaluation.Inference` that labels whole images in validation, test and prediction; by
-            default in one pass. Checkpoints do not hold it. With windows, several scales or mirroring there are no logits
-            of a whole image, and ``<split>/loss`` is not logged.
-        has_weights: True if the weights are trained or loaded from a checkpoint; test and predict refuse random ones.
+        inference: `mcseg.evaluation.Inference` that labels whole images in validation, test and prediction; by default in
+            one pass. It is not saved in checkpoints. With windows, several scales or mirroring there are no logits of a
+            whole image, and ``<split>/loss`` is not logged.
+        has_weights: True if the weights are trained or loaded from a checkpoint; test and predict raise an error for random
+            weights.
 
     Raises:
         ValueError: Unknown architecture or encoder; when training starts, an objective, optimiser or scheduler that a
@@ -126,27 +127,18 @@ class SegmentationModule(CheckpointModule):
         return cast(Tensor, self.network(image))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
-        """Compute the objective of one batch of crops; None leaves the batch out.
+        """Compute the objective of one batch of crops. Return None to skip the batch.
 
         Random numbers, for example of dropout, depend only on the seed, the epoch, the batch and the process, so that a
-        resumed run draws the numbers of an uninterrupted one.
+        resumed run draws the same numbers as an uninterrupted one.
         """
         self._loss_guard.check()
         image, target = batch["image"], batch["mask"]
-        terms: dict[str, Tensor] = {}
         with seeded(seed_of(torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank), self.device):
-            if self.network.aux_head is None:
-                logits, upsampling = self._logits(image, coarse=self._fuses_upsampling)
-                loss = self._loss(self.objective, logits, target, upsampling=upsampling)
-            else:
-                logits, aux_logits = self.network.forward_with_aux(image)
-                aux_loss = self._loss(self._aux_objective, cast(Tensor, aux_logits), target)
-                loss = self._loss(self.objective, logits, target) + self.hparams["aux_weight"] * aux_loss
-                terms["aux"] = aux_loss.detach()
-        terms |= offered(self.objective, "terms")
+            loss, terms = self._training_loss(image, target)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(target), sync_dist=True)
-        for name, term in terms.items():
-            self.log(f"train/loss/{name}", term, batch_size=len(target), sync_dist=True)
+        named = {f"train/loss/{name}": term for name, term in terms.items()}
+        self.log_dict(named, batch_size=len(target), sync_dist=True)
         return loss if self._loss_guard.accepts(loss, batch.get("name", ()), self.global_step) else None
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -155,11 +147,11 @@ class SegmentationModule(CheckpointModule):
         Returns:
             Train ids ``preds``, uint8, and ``target``, int64, both ``(N, H, W)`` at the size of the masks.
         """
-        return self._evaluate(batch, batch_idx, self.trainer.val_dataloaders)
+        return self._evaluate(batch, batch_idx, "val")
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """Predict a batch of whole images; see `validation_step`."""
-        return self._evaluate(batch, batch_idx, self.trainer.test_dataloaders)
+        return self._evaluate(batch, batch_idx, "test")
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[Tensor]:
         """Predict images at the size of their files: a list of uint8 train ids ``(H, W)``."""
@@ -171,12 +163,23 @@ class SegmentationModule(CheckpointModule):
         optimizer = self.optimizer(self.network.parameters())
         return {"optimizer": optimizer, "lr_scheduler": lightning_schedule(self.scheduler(optimizer), self.trainer)}
 
+    def _training_loss(self, image: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss, with that of the auxiliary head if there is one, and its terms to log."""
+        if self.network.aux_head is None:
+            logits, upsampling = self._logits(image, coarse=self._fuses_upsampling)
+            loss = self._loss(self.objective, logits, target, upsampling=upsampling)
+            return loss, dict(offered(self.objective, "terms"))
+        logits, aux_logits = self.network.forward_with_aux(image)
+        aux_loss = self._loss(self._aux_objective, cast(Tensor, aux_logits), target)
+        loss = self._loss(self.objective, logits, target) + self.hparams["aux_weight"] * aux_loss
+        return loss, {"aux": aux_loss.detach(), **offered(self.objective, "terms")}
+
     @property
     def _fuses_upsampling(self) -> bool:
         return bool(self.hparams["fused_upsample"] and offered(self.objective, "takes_coarse_logits"))
 
     def _logits(self, image: Tensor, *, coarse: bool) -> tuple[Tensor, Upsampling | None]:
-        """Compute logits of the image's size, or with ``coarse`` those before the network's last upsampling, if it has one.
+        """Compute logits at the image's size, or with ``coarse`` those before the network's last upsampling, if it has one.
 
         Returns:
             ``(N, C, H, W)`` logits and None, or ``(N, C, h, w)`` logits and the upsampling.
@@ -187,13 +190,13 @@ class SegmentationModule(CheckpointModule):
         return logits, None if upsampling is None else Upsampling(*upsampling)
 
     def _loss(self, objective: nn.Module, logits: Tensor, target: Tensor, *, upsampling: Upsampling | None = None) -> Tensor:
-        # Objectives compute in float32 whatever the network's precision: sums over 1e5 pixels and log-losses of confident
-        # pixels are out of reach of float16 and bfloat16, and third-party losses do not handle this.
+        # Compute in float32: float16 and bfloat16 cannot represent sums over 1e5 pixels or the log-loss of confident pixels,
+        # and third-party losses do not handle this.
         optional = () if upsampling is None else (upsampling,)
         with torch.autocast(logits.device.type, enabled=False):
             return cast(Tensor, objective(logits.float(), target, *optional))
 
-    def _evaluate(self, batch: dict[str, Any], batch_idx: int, loader: Any) -> dict[str, Tensor]:
+    def _evaluate(self, batch: dict[str, Any], batch_idx: int, split: str) -> dict[str, Tensor]:
         """Predict a batch, and add the loss of its images to ``_evaluated``.
 
         The loss is computed at the network's resolution, as in training, without the images that a distributed sampler
@@ -212,22 +215,15 @@ class SegmentationModule(CheckpointModule):
             labels, preds = target, predicted_classes(logits, size, upsampling)
         number = len(target)
         if self.trainer.world_size > 1:
-            repeated = is_repeated(
-                loader,
-                count=number,
-                batch_idx=batch_idx,
-                processes=self.trainer.world_size,
-                rank=self.global_rank,
-                dropped=batch.get("dropped", ()),
-            )
-            number -= int(repeated.sum())  # they are the last ones
+            repeated = is_repeated(self.trainer, split, batch, batch_idx=batch_idx, count=number)
+            number -= int(repeated.sum())  # the repeated images are the last ones
         if number and offered(self.objective, "is_calibrated"):
             loss = self._loss(self.objective, logits[:number], labels[:number], upsampling=upsampling)
             self._evaluated += torch.stack([number * loss, torch.full_like(loss, number)])
         return {"preds": preds, "target": target}
 
     def _log_evaluated(self, split: str) -> None:
-        """Log the mean loss of the images of all processes, if there is any."""
+        """Log the mean loss of the images of all processes, if there are any."""
         total, number = self.trainer.strategy.reduce(self._evaluated, reduce_op="sum")
         if number:
             self.log(f"{split}/loss", total / number)
@@ -278,7 +274,7 @@ class SegmentationModule(CheckpointModule):
         self._loss_guard.check()
 
     def on_fit_end(self) -> None:
-        """Warn of skipped batches."""
+        """Warn about skipped batches."""
         self._loss_guard.summarize()
 
     def on_validation_epoch_start(self) -> None:
@@ -291,7 +287,7 @@ class SegmentationModule(CheckpointModule):
         self._evaluated = torch.zeros(2, device=self.device)
 
     def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss``; in training step a schedule that follows a score."""
+        """Log ``val/loss``; in training, step a schedule that monitors a score."""
         self._log_evaluated("val")
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             step_plateau(self.lr_schedulers(), self.trainer.callback_metrics)

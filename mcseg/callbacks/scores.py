@@ -52,9 +52,7 @@ class JaccardCallback(EvaluationCallback):
         assert self._metric is not None
         target = outputs["target"]
         if trainer.world_size > 1:
-            loader: Any = trainer.val_dataloaders if split == "val" else trainer.test_dataloaders
-            dropped = batch.get("dropped", ())
-            repeated = is_repeated(loader, len(target), batch_idx, trainer.world_size, trainer.global_rank, dropped)
+            repeated = is_repeated(trainer, split, batch, batch_idx=batch_idx, count=len(target))
             target = target.masked_fill(repeated.to(target.device).view(-1, 1, 1), IGNORE_INDEX)
         self._metric.update(outputs["preds"], target)
 

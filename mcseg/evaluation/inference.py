@@ -1,4 +1,4 @@
-"""Inference on whole images: sliding windows, several scales and mirroring, for any network from images to logits."""
+"""Inference on whole images: sliding windows, several scales, mirroring; for any callable that maps images to logits."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,8 +11,8 @@ from torch import Tensor
 from mcseg.kernels import neighbours, predicted_classes
 
 _BAND = 1 << 24  # logits that are resized at once: 64 MB in float32
-_ROWS = 32  # rows of averaged probabilities that are resized at once; few compared with the rows of a window
-_STRIP = 4096  # columns of labels that are computed at once with windows; several windows of the usual sizes
+_ROWS = 32  # rows of averaged probabilities that are resized at once; a window of 512 rows makes the buffer 546 rows high
+_STRIP = 4096  # columns of labels that are computed at once with windows; eight windows of 512 columns side by side
 _FLOOR = 0.01  # weight at the border of a window, relative to that in the middle
 
 
@@ -23,15 +23,16 @@ class Inference:
     By default the network gets the whole image, and the labels are the argmax of its logits, resized to the requested size.
     With several windows, several scales or mirroring, the labels are the argmax of averaged probabilities: the softmax of
     the logits in float32, blended over overlapping windows with weights that fall towards the border, resized bilinearly to
-    the requested size and summed over the scales. Each window passes the network once per scale, and twice with mirroring.
+    the requested size and summed over the scales. Each window is passed through the network once per scale, and twice with
+    mirroring.
 
-    Memory: rows of windows are computed from top to bottom. For each scale s, the buffer holds only the rows of
+    Memory: rows of windows are computed from top to bottom. For each scale s, the buffer contains only the rows of
     probabilities that are incomplete or not yet converted to labels, at most h + 34 rows for windows of h rows. For images
     ``(N, 3, H, W)`` and C classes, it takes::
 
         4 N C (h + 34) s min(W, 4096) bytes
 
-    for each scale, whatever the height of the image. Labels are computed in strips of at most 4096 columns; windows that
+    for each scale, regardless of the image's height. Labels are computed in strips of at most 4096 columns; windows that
     cross the border of two strips are computed twice. Further memory is needed for the image, its scaled copies (s^2 times
     its size; uint8 stays uint8), the labels, the network with ``batch`` windows, and 32 rows during resizing. Without a
     window, h is the height of the scaled image, so several scales or mirroring take 4 N C s^2 H W bytes for each scale.
@@ -73,7 +74,7 @@ class Inference:
             raise ValueError(f"batch: found {self.batch}, expected at least 1")
 
     def __call__(self, network: Callable[[Tensor], Tensor], image: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
-        """Predict the labels of images. The caller sets evaluation mode and switches gradients off.
+        """Predict the labels of images. The caller sets evaluation mode and disables gradients.
 
         Args:
             network: Callable from images ``(N, 3, h, w)`` to logits ``(N, C, h', w')`` of any floating-point dtype, C at
@@ -85,10 +86,10 @@ class Inference:
             ``(N, height, width)`` uint8 train ids on the device of the image.
 
         Raises:
-            ValueError: The image or the size is empty, or there are more than 256 classes, which uint8 cannot hold.
+            ValueError: The image or the size is empty, or there are more than 256 classes, which do not fit into uint8.
         """
         if image.ndim != 4 or min(image.shape) < 1:
-            raise ValueError(f"image: found shape {tuple(image.shape)}, expected (N,3,H,W) without an empty dimension")
+            raise ValueError(f"image: found shape {tuple(image.shape)}, expected (N, 3, H, W) without an empty dimension")
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"size: found {tuple(size)}, expected (height, width), each at least 1")
         height, width = size
@@ -105,7 +106,7 @@ class Inference:
         for index in range(strips):
             strip = slice(index * width // strips, (index + 1) * width // strips)
             sources = [
-                _Rows(self, network, part, tile, bands, _neighbours(width, part.shape[3], strip))
+                _Rows(self, network, image=part, tile=tile, bands=bands, columns=_neighbours(width, part.shape[3], strip))
                 for part, tile in zip(scaled, tiles, strict=True)
             ]
             for band in bands:
@@ -132,7 +133,7 @@ class _Rows:
     its top is requested, so a buffer for one window and one request never overwrites rows that are still needed.
 
     Args:
-        settings: Overlap, mirroring and batch.
+        settings: Settings, read for overlap, mirroring and batch.
         network: See `Inference.__call__`.
         image: ``(N, 3, H, W)`` scaled images.
         tile: ``(height, width)`` of the windows.
@@ -144,6 +145,7 @@ class _Rows:
         self,
         settings: Inference,
         network: Callable[[Tensor], Tensor],
+        *,
         image: Tensor,
         tile: tuple[int, int],
         bands: list[slice],
@@ -152,17 +154,17 @@ class _Rows:
         self._network, self._image, self._tile = network, image, tile
         self._flip, self._batch = settings.flip, settings.batch
         height, width = image.shape[-2:]
-        left, right, self._share_right = columns
+        left, right, self._right_share = columns
         self._start, self._stop = int(left[0]), int(right[-1]) + 1  # columns of the image that the strip needs
         self._left, self._right = left - self._start, right - self._start
-        self._resized = bool(self._share_right.any()) or not torch.equal(self._left, torch.arange(len(left)))
-        self._tops = window_starts(height, tile[0], settings.overlap)
-        self._down = _window_weights(height, tile[0], self._tops)
-        lefts = window_starts(width, tile[1], settings.overlap)
-        overlaps = [self._start - tile[1] < start < self._stop for start in lefts]
-        self._lefts = [start for start, overlaps_strip in zip(lefts, overlaps, strict=True) if overlaps_strip]
-        self._across = _window_weights(width, tile[1], lefts)[torch.tensor(overlaps)]
-        self._above, self._below, self._share = _neighbours(bands[-1].stop, height)
+        self._resized = bool(self._right_share.any()) or not torch.equal(self._left, torch.arange(len(left)))
+        self._window_rows = window_starts(height, tile[0], settings.overlap)
+        self._row_weights = _window_weights(height, tile[0], self._window_rows)
+        starts = window_starts(width, tile[1], settings.overlap)
+        overlaps = [self._start - tile[1] < start < self._stop for start in starts]
+        self._window_columns = [start for start, overlaps_strip in zip(starts, overlaps, strict=True) if overlaps_strip]
+        self._column_weights = _window_weights(width, tile[1], starts)[torch.tensor(overlaps)]
+        self._above, self._below, self._below_share = _neighbours(bands[-1].stop, height)
         requested = max(int(self._below[band][-1] - self._above[band][0]) + 1 for band in bands)
         self._length = min(height, tile[0] + requested)
         self._next = 0  # index of the next row of windows
@@ -171,7 +173,7 @@ class _Rows:
 
     def resized(self, band: slice) -> Tensor:
         """Compute the probabilities ``(N, C, rows, columns)`` of a band of output rows; bands come from top to bottom."""
-        above, below, share = self._above[band], self._below[band], self._share[band]
+        above, below, share = self._above[band], self._below[band], self._below_share[band]
         while self._complete <= int(below[-1]):
             self._add_windows()
         assert self._buffer is not None  # the loop ran at least once
@@ -181,36 +183,36 @@ class _Rows:
         rows = upper.lerp_(lower, share[:, None].to(device))
         if not self._resized:
             return rows[..., : len(self._left)]
-        return torch.lerp(rows[..., self._left], rows[..., self._right], self._share_right.to(device))
+        return torch.lerp(rows[..., self._left], rows[..., self._right], self._right_share.to(device))
 
     @property
     def _complete(self) -> int:
         """Number of rows, from the top, that have all their contributions."""
-        return self._tops[self._next] if self._next < len(self._tops) else self._image.shape[2]
+        return self._window_rows[self._next] if self._next < len(self._window_rows) else self._image.shape[2]
 
     def _add_windows(self) -> None:
         """Add the probabilities of the next row of windows."""
-        top = self._tops[self._next]
+        top = self._window_rows[self._next]
         bottom = top + self._tile[0]
-        for first in range(0, len(self._lefts), self._batch):
-            lefts = self._lefts[first : first + self._batch]
-            windows = [self._image[:, :, top:bottom, left : left + self._tile[1]] for left in lefts]
+        for first in range(0, len(self._window_columns), self._batch):
+            starts = self._window_columns[first : first + self._batch]
+            windows = [self._image[:, :, top:bottom, start : start + self._tile[1]] for start in starts]
             added = self._probabilities(torch.cat(windows))
             if self._buffer is None:  # the first logits give the number of classes
                 _check_classes(added.shape[1])
                 shape = (len(self._image), added.shape[1], self._length, self._stop - self._start)
                 self._buffer = added.new_empty(shape)
-                self._down, self._across = self._down.to(added), self._across.to(added)
+                self._row_weights, self._column_weights = self._row_weights.to(added), self._column_weights.to(added)
             if first == 0:
                 for rows, _ in self._buffer_slices(self._end, bottom):
                     self._buffer[:, :, rows] = 0
                 self._end = bottom
-            for index, part in enumerate(added.chunk(len(lefts)), start=first):
-                left = self._lefts[index] - self._start
-                inside = slice(max(0, -left), self._stop - self._start - left)  # columns of the window inside the strip
-                weights = self._down[self._next][:, None] * self._across[index, inside]
+            for index, part in enumerate(added.chunk(len(starts)), start=first):
+                start = self._window_columns[index] - self._start  # in columns of the strip
+                inside = slice(max(0, -start), self._stop - self._start - start)  # columns of the window inside the strip
+                weights = self._row_weights[self._next][:, None] * self._column_weights[index, inside]
                 for rows, own in self._buffer_slices(top, bottom):
-                    section = self._buffer[:, :, rows, max(0, left) : left + self._tile[1]]
+                    section = self._buffer[:, :, rows, max(0, start) : start + self._tile[1]]
                     section.addcmul_(part[:, :, own, inside], weights[own])
         self._next += 1
 
@@ -265,7 +267,7 @@ def labels_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
         ``(N, H, W)`` uint8 train ids.
 
     Raises:
-        ValueError: There are more than 256 classes, which uint8 cannot hold.
+        ValueError: There are more than 256 classes, which do not fit into uint8.
     """
     _check_classes(logits.shape[1])
     labels = torch.empty((len(logits), *size), dtype=torch.uint8, device=logits.device)
@@ -292,7 +294,7 @@ def _check_classes(num_classes: int) -> None:
 def bands_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Iterator[tuple[slice, Tensor]]:
     """Resize logits bilinearly, one band of rows at a time.
 
-    A band takes 64 MB, where the resized logits of an image of 20 megapixels would take gigabytes.
+    A band takes 64 MB; the resized logits of an image of 20 megapixels would take gigabytes.
 
     Args:
         logits: ``(N, C, h, w)`` floating point.
@@ -319,7 +321,7 @@ def bands_at(logits: Tensor, size: tuple[int, int] | torch.Size) -> Iterator[tup
 
 
 def _neighbours(length: int, source: int, part: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the two neighbours of each pixel along one axis in bilinear resizing without aligned corners.
+    """Find the two neighbours of each pixel along one axis in bilinear resizing with ``align_corners=False``.
 
     Args:
         length: Pixels of the result.
@@ -366,7 +368,9 @@ def _rescale(image: Tensor, scale: float) -> Tensor:
             image = image.contiguous(memory_format=torch.channels_last)
         return F.interpolate(image, size, mode="bilinear", antialias=True)
     scaled = image.new_empty((*image.shape[:2], *size))
-    for channel in range(image.shape[1]):  # GPUs resize floating point only; one channel at a time takes a third of memory
+    for channel in range(
+        image.shape[1]
+    ):  # GPUs resize floating point only; one channel at a time needs a third of the memory
         resized = F.interpolate(image[:, channel : channel + 1].float(), size, mode="bilinear", antialias=True)
         scaled[:, channel : channel + 1] = resized.round_().clamp_(0, 255)
     return scaled

@@ -1,15 +1,18 @@
 """Confusion counts over a whole split and the scores derived from them: IoU, precision, recall, accuracy."""
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from mcseg.kernels import check_predictions, confusion_counts
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 IGNORE_INDEX = 255  # label of void pixels
 
@@ -19,10 +22,10 @@ class Scores:
     """Scores of one confusion matrix; void pixels do not count.
 
     Attributes:
-        miou: Mean of the defined IoUs; a class without target and predicted pixels does not enter it.
+        miou: Mean of the IoUs that are not NaN.
         pixel_accuracy: Share of the labelled pixels that are predicted correctly.
         classes_averaged: Number of classes in ``miou``.
-        iou: TP / (TP + FP + FN) of each class, float64 ``(C,)``; NaN if that is 0 / 0, like the three scores below.
+        iou: TP / (TP + FP + FN) of each class, float64 ``(C,)``; NaN if this is 0 / 0, as in the three scores below.
         precision: TP / (TP + FP) of each class, float64 ``(C,)``.
         recall: TP / (TP + FN) of each class, float64 ``(C,)``.
         share: Share of the labelled pixels, float64 ``(C,)``.
@@ -86,25 +89,27 @@ def rarest_third(class_pixels: Tensor) -> Tensor:
     return present[: math.ceil(len(present) / 3)]
 
 
-def is_repeated(loader: Any, count: int, batch_idx: int, processes: int, rank: int, dropped: Collection[int] = ()) -> Tensor:
+def is_repeated(trainer: "pl.Trainer", split: str, batch: Mapping[str, Any], *, batch_idx: int, count: int) -> Tensor:
     """Find the images of a batch that a distributed sampler repeats to give each process the same number.
 
     Lightning's sampler gives image j to process j % processes and repeats images at the end.
 
     Args:
-        loader: This process's loader, not shuffled, with a ``batch_size`` or a ``batch_sampler`` that has one.
-        count: Number of images N in the batch.
+        trainer: Trainer with a loader of ``split`` that does not shuffle and has a ``batch_size``, or a ``batch_sampler``
+            that has one.
+        split: ``"val"`` or ``"test"``.
+        batch: The batch. An optional entry ``dropped`` has the positions of images that were dropped from it.
         batch_idx: Index of the batch in the epoch.
-        processes: Number of processes.
-        rank: Rank of this process.
-        dropped: Positions of images that were dropped from the batch; they are not among the N.
+        count: Number of images N in the batch, without those dropped.
 
     Returns:
         ``(N,)`` bool on the CPU.
     """
+    loader: Any = trainer.val_dataloaders if split == "val" else trainer.test_dataloaders
+    dropped = batch.get("dropped", ())
     positions = torch.tensor([index for index in range(count + len(dropped)) if index not in dropped], dtype=torch.int64)
     size = loader.batch_size or loader.batch_sampler.batch_size
-    repeated: Tensor = (batch_idx * size + positions) * processes + rank >= len(loader.dataset)
+    repeated: Tensor = (batch_idx * size + positions) * trainer.world_size + trainer.global_rank >= len(loader.dataset)
     return repeated
 
 
@@ -118,15 +123,15 @@ def image_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_index: 
         ignore_index: Label of void pixels.
 
     Returns:
-        ``(3, C)`` int64: pixels predicted correctly, in the target, in the prediction, as
-        `mcseg.evaluation.Scores.from_counts` takes them.
+        ``(3, C)`` int64: pixels predicted correctly, in the target and in the prediction, the arguments of
+        `mcseg.evaluation.Scores.from_counts`.
 
     Raises:
         TypeError: Predictions or target are not integers.
         ValueError: Predictions and target have different shapes.
     """
     check_predictions(preds, target)
-    preds, target = preds.long(), target.long()  # before the comparison: uint8 would wrap an ignore_index outside 0..255
+    preds, target = preds.long(), target.long()  # convert before comparing: uint8 would wrap an ignore_index outside 0..255
     labelled = target != ignore_index
     selections = (labelled & (preds == target), target), (labelled, target), (labelled, preds)
     ids = [torch.where(mask, classes, num_classes).flatten() for mask, classes in selections]  # other pixels get bin C
