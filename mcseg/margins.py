@@ -101,7 +101,7 @@ def offsets_of_counts(
     m = n.sum() - n
     if scheme == "none":
         return MarginOffsets(torch.zeros_like(n), torch.zeros_like(n))
-    foreground, background = _ijcv2022(n, m, tau, upsilon) if scheme == "ijcv2022" else _miou(n, m, max_margin)
+    foreground, background = _ijcv2022(n, m, tau=tau, upsilon=upsilon) if scheme == "ijcv2022" else _miou(n, m, max_margin)
     return MarginOffsets(foreground.masked_fill(n == 0, 0.0), background.masked_fill(n == 0, 0.0))
 
 
@@ -124,7 +124,7 @@ def check_settings(scheme: str, *, tau: float, upsilon: float, max_margin: float
             raise ValueError(f"{name}: found {value}, expected a finite number > 0")
 
 
-def _ijcv2022(n: Tensor, m: Tensor, tau: float, upsilon: float) -> tuple[Tensor, Tensor]:
+def _ijcv2022(n: Tensor, m: Tensor, *, tau: float, upsilon: float) -> tuple[Tensor, Tensor]:
     p = n / n.sum()
     # foreground_i is positive and finite if upsilon is above this limit
     limits = p / m.sqrt()

@@ -22,7 +22,7 @@ from mcseg.seeds import seed_of, seeded
 
 
 class SegmentationModule(CheckpointModule):
-    """Trains a segmentation network with an objective; validation and test return predictions, which the callbacks score.
+    """Train a segmentation network with an objective; validation and test return predictions, which the callbacks score.
 
     Hyperparameters are stored as plain types (class paths and their arguments). A checkpoint therefore loads with
     ``weights_only=True``, and `load_from_checkpoint` rebuilds network and objective.

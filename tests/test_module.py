@@ -470,7 +470,7 @@ def test_init_from_leaves_out_a_head_for_another_number_of_classes(tmp_path, cap
     head = second.network.model.segmentation_head[0].weight.clone()
     with caplog.at_level("INFO"):
         second.on_fit_start()
-    assert "its last layer is left out, as the number of classes differs" in caplog.text
+    assert "its last layer is skipped" in caplog.text
     assert torch.equal(second.network.model.segmentation_head[0].weight, head)
     assert same_weights(first.network.model.encoder, second.network.model.encoder)
     assert same_weights(first.network.model.decoder, second.network.model.decoder)
@@ -481,7 +481,7 @@ def test_init_from_another_network_is_refused(tmp_path):
     torch.save({"state_dict": first.state_dict()}, tmp_path / "first.ckpt")
     second = SegmentationModule(**TINY, num_classes=8, init_from=str(tmp_path / "first.ckpt"))
     before = {name: value.clone() for name, value in second.network.state_dict().items()}
-    with pytest.raises(ValueError, match=r"first\.ckpt holds another network \(\d+ tensors differ, for example model\."):
+    with pytest.raises(ValueError, match=r"first\.ckpt contains another network \(\d+ tensors differ, for example model\."):
         second.on_fit_start()
     assert all(torch.equal(value, before[name]) for name, value in second.network.state_dict().items())
 

@@ -128,12 +128,12 @@ WRONG = {
     "validate --ckpt_path EMPTY": (1, "is a folder; expected a file such as"),
     "validate --ckpt_path TEXT_CKPT": (1, "text.ckpt: not a checkpoint, or an incomplete one"),
     "validate --ckpt_path CUT_CKPT": (1, "cut.ckpt: not a checkpoint, or an incomplete one"),
-    "validate --ckpt_path FOREIGN_CKPT": (1, "foreign.ckpt: holds no state_dict"),
-    "validate --ckpt_path MALICIOUS_CKPT": (1, "malicious.ckpt: holds other objects than tensors and plain types"),
+    "validate --ckpt_path FOREIGN_CKPT": (1, "foreign.ckpt: contains no state_dict"),
+    "validate --ckpt_path MALICIOUS_CKPT": (1, "malicious.ckpt: contains objects other than tensors"),
     "validate --ckpt_path CALLING_CKPT": (1, "calling.ckpt has settings that this version refuses"),
     "fit --model.init_from nowhere.ckpt": (1, "model.init_from: no checkpoint nowhere.ckpt"),
     "fit --model.init_from TEXT_CKPT": (1, "text.ckpt: not a checkpoint, or an incomplete one"),
-    "fit --model.init_from MALICIOUS_CKPT": (1, "malicious.ckpt: holds other objects than tensors and plain types"),
+    "fit --model.init_from MALICIOUS_CKPT": (1, "malicious.ckpt: contains objects other than tensors"),
 }  # fmt: skip
 
 
@@ -213,7 +213,7 @@ def test_a_checkpoint_of_other_data(photo_folder, tmp_path, capsys):
         write_png(path, np.where(values == 2, 255, values).astype(np.uint8))
     for verb in ("validate", "fit", "predict"):
         line = error_line(capsys, [verb, "folder", "--data.root", str(photo_folder), *settings, *weights], 1)
-        assert "the checkpoint is of a network for 3 classes, the data have 2" in line
+        assert "network has 3 classes, the data have 2" in line
 
 
 def test_batch_and_crop_larger_than_data_and_image(photo_folder, capsys):

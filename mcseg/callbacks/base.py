@@ -7,9 +7,9 @@ from pytorch_lightning.callbacks import Callback
 
 
 class EvaluationCallback(Callback):
-    """Runs validation and test through the same three methods, which subclasses override.
+    """Base class of callbacks that handle validation and test by the same three methods; ``split`` is ``val`` or ``test``.
 
-    ``split`` is ``val`` or ``test``.
+    Subclasses override `start`, `take` and `finish`.
     """
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:

@@ -26,13 +26,12 @@ _FEW_WITH_CLASS = 15  # a class in fewer units pulls the bootstrap's bound down,
 
 
 class HeldOutBounds(EvaluationCallback):
-    """Bounds the mIoU of unseen images of the same source from a validation or test run in one process.
+    """Bound the mIoU of unseen images of the same source from a validation or test run in one process.
 
-    Writes ``bound.json`` and ``margins.png`` into the run folder and prints a table. The bounds are those of
-    `mcseg.evaluation.bounds.miou_lower_bound` with both weights: every pixel weighs the same, as in the mIoU of a
-    data set, or every unit weighs the same. With equal pixels, the concentration bound needs ``largest_pixels``. Predictions
-    are those of the module. Margins are taken from the logits of whole images, even if the module averages windows, scales
-    or mirror images.
+    The callback writes ``bound.json`` and ``margins.png`` into the run folder and prints a table. It computes
+    `mcseg.evaluation.bounds.miou_lower_bound` with both weights: every pixel weighs the same, as in the mIoU of a data set,
+    or every unit weighs the same. With equal pixels, the concentration bound needs ``largest_pixels``. Predictions come from
+    the module. Margins come from the logits of whole images, even if the module averages windows, scales or mirror images.
 
     Args:
         level: Confidence of the bounds, in (0, 1).
@@ -90,7 +89,7 @@ class HeldOutBounds(EvaluationCallback):
             if self.largest_pixels is not None and pixels > self.largest_pixels:
                 raise ValueError(
                     f"largest_pixels: found {self.largest_pixels:,}, but {unit!r} has {pixels:,} labelled pixels; set it to "
-                    "the most that any image of the source can have (any group, with --bound.group), or leave it out"
+                    "the most that any image of the source can have (any group, with --bound.group), or remove it"
                 )
         with trainer.precision_plugin.forward_context():
             logits = trainer.lightning_module(batch["image"])
@@ -117,11 +116,11 @@ class HeldOutBounds(EvaluationCallback):
         folder = Path(trainer.default_root_dir)
         text = json.dumps(result, indent=2, allow_nan=False) + "\n"
         write_atomically(folder / "bound.json", lambda temporary: temporary.write_text(text))
-        save_margins(self._margins, data.class_names, data.palette, folder / "margins.png")
+        save_margins(self._margins, data.class_names, data.palette, path=folder / "margins.png")
         rank_zero_info("\n" + bound_table(result) + f"\nwritten: {folder / 'bound.json'}, {folder / 'margins.png'}")
 
     def result(self, names: Sequence[str], split: str) -> dict[str, Any]:
-        """Return all counts and bounds in plain types, None for missing values, as ``bound.json`` holds them."""
+        """Return the content of ``bound.json``: all counts and bounds in plain types, None for missing values."""
         assert self._margins is not None
         counts = torch.stack(list(self._counts.values()))
         with_class = (counts[:, 1] > 0).sum(0)
@@ -160,13 +159,13 @@ class HeldOutBounds(EvaluationCallback):
         bounds = {"bootstrap": miou_lower_bound(counts, level, weight=weight), "concentration": None}
         if weight == "image" or self.largest_pixels is not None:
             limit = self.largest_pixels if weight == "pixel" else None
-            columns["iou_lower_bound"] = iou_lower_bounds(counts, level, weight, limit)
+            columns["iou_lower_bound"] = iou_lower_bounds(counts, level, weight, largest_pixels=limit)
             bounds["concentration"] = float(columns["iou_lower_bound"].nanmean())
         return {"miou": float(iou.nanmean()), "miou_lower_bound": bounds}, columns
 
 
 def _data(trainer: pl.Trainer) -> Any:
-    """Return the data module, which has the classes."""
+    """Return the data module, which defines the classes."""
     return trainer.datamodule  # type: ignore[attr-defined]
 
 
@@ -249,7 +248,7 @@ def _percent(share: float | None) -> str:
 
 
 def save_margins(counts: MarginCounts, names: Sequence[str], palette: Palette, path: Path) -> None:
-    """Plot IoU and share of cleared pixels of each class against the margin; without a legend if there are many classes."""
+    """Plot IoU and share of cleared pixels of each class against the margin; omit the legend if there are many classes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")

@@ -13,7 +13,7 @@ from mcseg.callbacks.trackers import class_names, class_palette, last_step, log_
 
 
 class ObjectiveMonitor(Callback):
-    """Logs an objective's class constants when training starts, and its class statistics after every epoch.
+    """Log an objective's class constants when training starts, and its class statistics after every epoch.
 
     An objective may have ``class_constants`` (set by calibration, for example offsets) and ``class_statistics`` (of its last
     call), both mappings from names to ``(C,)`` tensors. The keys are ``objective/<constant>/<class>`` and
@@ -21,10 +21,10 @@ class ObjectiveMonitor(Callback):
     are also drawn into ``objective.png`` in the run folder. Only rank 0 logs; the objective itself sums over processes.
 
     Args:
-        class_names: Names for the keys; None takes the data module's ``class_names``, or the train ids.
+        class_names: Names for the keys; None means the data module's ``class_names``, or the train ids.
 
     Raises:
-        ValueError: In training, the number of names is not that of the objective's classes.
+        ValueError: In training, the numbers of names and of the objective's classes differ.
     """
 
     def __init__(self, class_names: list[str] | None = None) -> None:
@@ -32,14 +32,14 @@ class ObjectiveMonitor(Callback):
         self._sums: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the constants; the objective is calibrated at this time."""
+        """Log the constants; by now the objective is calibrated."""
         constants = getattr(getattr(pl_module, "objective", None), "class_constants", {})
         if not constants or not trainer.is_global_zero or trainer.global_step > 0:  # a resumed run has logged them
             return
         self._log(trainer, "objective", constants)
         names = class_names(trainer, self.class_names)
         picture = pictures.class_values_picture(constants, names, class_palette(trainer, len(names)))
-        log_picture(trainer, "objective/constants", picture, "objective.png")
+        log_picture(trainer, "objective/constants", picture, file="objective.png")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Reset the sums; a resumed run loads them from its checkpoint later."""
@@ -56,7 +56,7 @@ class ObjectiveMonitor(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add a step's statistics on their device, without a synchronisation."""
+        """Add a step's statistics on their device, without synchronising."""
         if not trainer.is_global_zero:
             return
         for name, values in getattr(getattr(pl_module, "objective", None), "class_statistics", {}).items():
@@ -87,4 +87,4 @@ class ObjectiveMonitor(Callback):
         if scalars:
             for logger in trainer.loggers:
                 logger.log_metrics({**scalars, "epoch": trainer.current_epoch}, step=last_step(trainer))
-                logger.save()  # before the checkpoint, as a run resumed from that does not log this again
+                logger.save()  # before the checkpoint: a run resumed from it does not log this again

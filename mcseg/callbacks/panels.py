@@ -26,9 +26,9 @@ def _picture_file(trainer: pl.Trainer, split: str) -> str:
 
 
 class ConfusionPicture(Callback):
-    """Draws the confusion matrix of the validation or test split from the counts of the Trainer's `JaccardCallback`.
+    """Draw the confusion matrix of the validation or test split from the counts of the Trainer's `JaccardCallback`.
 
-    Writes a PNG into ``<run folder>/confusion`` and logs it to loggers that accept pictures (W&B, TensorBoard).
+    The callback writes a PNG into ``<run folder>/confusion`` and logs it to loggers that accept pictures (W&B, TensorBoard).
 
     Args:
         every_n_epochs: Interval of the pictures in training; the last epoch always gets one.
@@ -51,7 +51,7 @@ class ConfusionPicture(Callback):
             )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw; all callbacks have their scores at this time."""
+        """Draw; by now all callbacks have their scores."""
         self._draw(trainer, "val")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -65,13 +65,13 @@ class ConfusionPicture(Callback):
             confusion = self._scorer.scores[split].confusion
             assert confusion is not None  # JaccardCallback counts pairs of classes
             picture = pictures.confusion_picture(confusion, names)
-            log_picture(trainer, f"{split}/confusion", picture, f"confusion/{_picture_file(trainer, split)}")
+            log_picture(trainer, f"{split}/confusion", picture, file=f"confusion/{_picture_file(trainer, split)}")
 
 
 class PredictionPanel(EvaluationCallback):
-    """Draws images spread over the validation or test split: image, target and prediction, with a legend.
+    """Draw images spread over the validation or test split: image, target and prediction, with a legend.
 
-    Writes a PNG into ``<run folder>/panels`` and logs it to loggers that accept pictures (W&B, TensorBoard).
+    The callback writes a PNG into ``<run folder>/panels`` and logs it to loggers that accept pictures (W&B, TensorBoard).
 
     Args:
         images: Number of images in a panel.
@@ -100,11 +100,11 @@ class PredictionPanel(EvaluationCallback):
             return
         names = class_names(trainer)
         panel = pictures.panel(rows, names, class_palette(trainer, len(names)))
-        log_picture(trainer, f"{split}/panel", panel, f"panels/{_picture_file(trainer, split)}")
+        log_picture(trainer, f"{split}/panel", panel, file=f"panels/{_picture_file(trainer, split)}")
 
 
 class TrainingCurves(Callback):
-    """Draws training loss, mIoU and IoU per class over the epochs into ``curves.png`` in the run folder."""
+    """Draw training loss, mIoU and IoU per class over the epochs into ``curves.png`` in the run folder."""
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []

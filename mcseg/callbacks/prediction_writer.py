@@ -17,7 +17,7 @@ Format = Literal["cityscapes", "bdd100k", "sceneparse150", "pascal_voc", "mapill
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes each prediction at the image's size as palette PNG (pixel value = train id) and as overlay on its image.
+    """Write each prediction at the image's size as palette PNG (pixel value = train id) and as overlay on its image.
 
     Files are named after the images, with their subfolders: ``masks/<name>.png`` and ``overlays/<name>.jpg``.
 
@@ -28,7 +28,7 @@ class PredictionWriter(BasePredictionWriter):
             written to ``submission`` and packed into ``<format>.zip`` or ``<format>.tar.gz``. None writes train ids.
 
     Raises:
-        ValueError: When prediction starts, the data module is not that of the benchmark ``format``.
+        ValueError: When prediction starts, the data module does not belong to the benchmark ``format``.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class PredictionWriter(BasePredictionWriter):
         self._written = 0
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check that the data are those of the benchmark."""
+        """Check that the data belong to the benchmark."""
         self._written = 0
         if self.format is not None:
             self._submission(trainer)

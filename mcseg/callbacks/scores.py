@@ -13,18 +13,18 @@ from mcseg.evaluation.metrics import IGNORE_INDEX, Scores, SegmentationScores, i
 
 
 class JaccardCallback(EvaluationCallback):
-    """Computes the scores of validation and test from one confusion matrix over the whole split.
+    """Compute the scores of validation and test from one confusion matrix over the whole split.
 
-    Logs ``<split>/miou`` (mean over the classes with target or predicted pixels), ``<split>/iou/<class>``,
+    The callback logs ``<split>/miou`` (mean over the classes with target or predicted pixels), ``<split>/iou/<class>``,
     ``<split>/pixel_accuracy`` and ``<split>/classes_averaged``, and prints a table of the classes at the end of ``fit``,
     ``validate`` and ``test``. ``fit`` also logs ``val/miou_tail``, the mean over the rarest third of the classes by their
-    pixels in the training labels, and warns once of classes that the targets contain and the module never predicts.
+    pixels in the training labels, and warns once about classes that the targets contain and the module never predicts.
 
     The step must return a dict with ``preds`` and ``target``, both ``(N, H, W)``. Images that a distributed sampler repeats
     are counted once.
 
     Args:
-        class_names: Names for the keys and the table; None takes the data module's ``class_names``, or the train ids.
+        class_names: Names for the keys and the table; None means the data module's ``class_names``, or the train ids.
     """
 
     def __init__(self, class_names: list[str] | None = None) -> None:
@@ -78,9 +78,9 @@ class JaccardCallback(EvaluationCallback):
             self._warn_of_silent_classes(trainer, scores, split)
 
     def _warn_of_silent_classes(self, trainer: pl.Trainer, scores: Scores, split: str) -> None:
-        """Warn of classes that are never predicted, once each."""
+        """Warn about classes that are never predicted, once each."""
         names = class_names(trainer, self.class_names)
-        # Precision is NaN without a predicted pixel.
+        # precision is NaN without a predicted pixel
         silent = {names[index] for index in ((scores.share > 0) & scores.precision.isnan()).nonzero().flatten().tolist()}
         if silent - self._silent:
             rank_zero_warn(
@@ -124,8 +124,8 @@ def score_table(scores: Scores, names: Sequence[str], split: str) -> str:
         )
         rows.append(f"{names[index]:<{width}}  {share:>8}  {iou:>6}  {precision:>11}  {recall:>8}")
     line = "-" * max(map(len, rows))
-    left_out = len(names) - scores.classes_averaged
-    note = f" ({left_out} without a pixel in targets and predictions left out)" if left_out else ""
+    excluded = len(names) - scores.classes_averaged
+    note = f" ({excluded} without a pixel in targets and predictions excluded)" if excluded else ""
     total = (
         f"{split}: mIoU {100 * scores.miou:.2f} % over {scores.classes_averaged} of {len(names)} classes{note}, "
         f"pixel accuracy {100 * scores.pixel_accuracy:.2f} %"

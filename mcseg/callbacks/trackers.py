@@ -31,7 +31,7 @@ def log_picture(trainer: pl.Trainer, key: str, picture: Image.Image, file: str) 
     Call it only on rank 0.
 
     Args:
-        trainer: Has the run folder and the loggers.
+        trainer: Trainer with the run folder and the loggers.
         key: Name for the loggers.
         picture: The picture.
         file: Path in the run folder.

@@ -17,8 +17,8 @@ def check_num_classes(checkpoint: Mapping[str, Any], num_classes: int) -> None:
     stored = checkpoint.get("hyper_parameters", {}).get("num_classes", num_classes)
     if stored != num_classes:
         raise ValueError(
-            f"the checkpoint is of a network for {stored} classes, the data have {num_classes}; give the data that it was "
-            "trained on, or start a new training from its weights with --model.init_from"
+            f"the checkpoint's network has {stored} classes, the data have {num_classes}; give the data that it was trained "
+            "on, or start a new run from its weights with --model.init_from"
         )
 
 
@@ -28,8 +28,8 @@ def warn_of_other_classes(checkpoint: Mapping[str, Any], names: Sequence[str]) -
     if stored and names and stored != list(names):
         there, here = next((a, b) for a, b in zip(stored, names, strict=True) if a != b)
         rank_zero_warn(
-            f"the checkpoint was trained on other classes ({there} where the data have {here}): predicted class numbers "
-            "are read as the data's classes in their order"
+            f"the checkpoint was trained on other classes ({there} where the data have {here}); its class numbers are read "
+            "as the data's classes in their order"
         )
 
 
@@ -39,7 +39,7 @@ def check_network(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) ->
     differ = _differing(stored, own)
     if stored and differ:
         raise ValueError(
-            f"the checkpoint holds another network ({len(differ)} tensors differ, for example {_NETWORK}{differ[0]}; "
+            f"the checkpoint contains another network ({len(differ)} tensors differ, for example {_NETWORK}{differ[0]}; "
             f"{written_by(checkpoint)}); expected one of the same arch, encoder and network_options"
         )
 
@@ -55,23 +55,23 @@ def initialize_network(network: nn.Module, path: str) -> None:
         path: The checkpoint.
 
     Raises:
-        FileNotFoundError: No such checkpoint.
-        ValueError: Not a checkpoint, or one of another network.
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: The file is not a checkpoint, or one of another network.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"model.init_from: no checkpoint {path}; expected the path of a .ckpt file")
     stored, own = _network_tensors(read_checkpoint(path)["state_dict"]), network.state_dict()
     differ = _differing(stored, own)
-    refused = [name for name in differ if "aux_head" not in name and ("segmentation_head" not in name or name not in own)]
-    if refused:
+    unequal = [name for name in differ if "aux_head" not in name and ("segmentation_head" not in name or name not in own)]
+    if unequal:
         raise ValueError(
-            f"model.init_from: {path} holds another network ({len(refused)} tensors differ, for example {refused[0]}); "
+            f"model.init_from: {path} contains another network ({len(unequal)} tensors differ, for example {unequal[0]}); "
             "expected one of the same arch, encoder and network_options"
         )
     equal = {name: value for name, value in stored.items() if name in own and name not in differ}
     network.load_state_dict(equal, strict=False)
     other_head = any("segmentation_head" in name for name in differ)
-    head = "; its last layer is left out, as the number of classes differs" if other_head else ""
+    head = "; its last layer is skipped, because the number of classes differs" if other_head else ""
     rank_zero_info(f"network initialised from {path}{head}")
 
 

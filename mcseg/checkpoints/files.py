@@ -19,13 +19,13 @@ VERSION = "mcseg_version"  # key of a checkpoint
 
 
 class CheckpointFile(TorchCheckpointIO):
-    """Writes checkpoints atomically, so that a crash leaves the former one intact; reads only tensors and plain types."""
+    """Write checkpoints atomically, so that a crash leaves the previous one intact; read only tensors and plain types."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write a checkpoint.
 
         Raises:
-            OSError: The file cannot be written; a former file of that path is intact.
+            OSError: The file cannot be written; a previous file at that path is intact.
         """
         if storage_options is not None or "://" in str(path):  # not a file
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -47,7 +47,7 @@ class CheckpointFile(TorchCheckpointIO):
         """Read a checkpoint; with ``weights_only`` False also objects other than tensors and plain types.
 
         Raises:
-            ValueError: Not a checkpoint, or one with other objects.
+            ValueError: The file is not a checkpoint, or contains other objects.
         """
         plain = True if weights_only is None else weights_only
         with _clear_errors(path):
@@ -66,8 +66,8 @@ def _clear_errors(path: Any) -> Iterator[None]:
         name = re.search(r"GLOBAL (\S+)", str(error))
         kind = f" ({name[1]})" if name else ""
         raise ValueError(
-            f"{path}: holds other objects than tensors and plain types{kind}, which are not loaded, as they could run any "
-            "code (weights_only); expected a .ckpt file of mcseg fit"
+            f"{path}: contains objects other than tensors and plain types{kind}, which are not loaded because they could "
+            "run any code (weights_only); expected a .ckpt file of mcseg fit"
         ) from None
 
 
@@ -81,8 +81,8 @@ def read_checkpoint(source: Any) -> dict[str, Any]:
         The checkpoint's dict, with at least ``state_dict``.
 
     Raises:
-        ValueError: Not a checkpoint, or one with other objects than tensors and plain types.
-        FileNotFoundError: No such file.
+        ValueError: The file is not a checkpoint, or contains objects other than tensors and plain types.
+        FileNotFoundError: There is no such file.
     """
     with _clear_errors(source):
         if isinstance(source, str | Path) and "://" in str(source):
@@ -93,7 +93,7 @@ def read_checkpoint(source: Any) -> dict[str, Any]:
     if hasattr(source, "seek"):
         source.seek(0)
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(f"{source}: holds no state_dict; expected a .ckpt file of mcseg fit")
+        raise ValueError(f"{source}: contains no state_dict; expected a .ckpt file of mcseg fit")
     return checkpoint
 
 

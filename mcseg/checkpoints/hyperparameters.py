@@ -58,7 +58,7 @@ def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[s
         Translated arguments by name.
 
     Raises:
-        ValueError: Not a checkpoint, or one with arguments that this version refuses.
+        ValueError: The file is not a checkpoint, or `refuse_calls` rejects its arguments.
     """
     checkpoint = read_checkpoint(source)
     stored = {name: value for key in argument_keys(kind) for name, value in checkpoint.get(key, {}).items()}
@@ -73,7 +73,7 @@ def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[s
 
 
 def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse stored arguments that would call anything but classes of networks, losses, optimisers and schedulers.
+    """Raise ValueError for stored arguments that would call more than network, loss, optimiser and scheduler classes.
 
     If an argument is a callable, the parser accepts any function as its class path. Plain text in a checkpoint, which
     ``weights_only`` accepts, could thus call ``os.system``. This parses the text as the parser will, and checks the result

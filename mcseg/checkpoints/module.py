@@ -1,4 +1,4 @@
-"""CheckpointModule: a LightningModule whose checkpoints hold only plain types and load only where they fit."""
+"""CheckpointModule: a LightningModule whose checkpoints contain only plain types and load only into a matching module."""
 
 import warnings
 from pathlib import Path
@@ -22,14 +22,15 @@ class CheckpointModule(pl.LightningModule):
     A subclass calls `save_plain_hyperparameters` in its constructor.
 
     Attributes:
-        has_weights: Whether the weights are trained, or loaded from a checkpoint; test and predict refuse random ones.
+        has_weights: Whether the weights are trained, or loaded from a checkpoint; test and predict raise an error for
+            random weights.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.has_weights = False
-        self._resumed = False  # True from restoring a checkpoint to resume a training until on_fit_start
-        self._not_plain: dict[str, str] = {}  # argument that a checkpoint cannot hold -> reason
+        self._resumed = False  # True from restoring a checkpoint for training until on_fit_start
+        self._not_plain: dict[str, str] = {}  # argument that cannot be stored in a checkpoint -> reason
 
     def save_plain_hyperparameters(self, frame: FrameType | None) -> None:
         """Store the constructor's arguments as plain types: class paths and their arguments.
@@ -37,7 +38,7 @@ class CheckpointModule(pl.LightningModule):
         Args:
             frame: The constructor's frame, from ``inspect.currentframe()``.
         """
-        with warnings.catch_warnings():  # Lightning warns of a module among the arguments, which becomes plain below
+        with warnings.catch_warnings():  # Lightning warns about a module among the arguments; it becomes plain below
             warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
             self.save_hyperparameters(frame=frame)
         plain, self._not_plain = plain_hyperparameters(dict(self.hparams))
@@ -56,7 +57,7 @@ class CheckpointModule(pl.LightningModule):
         """Rebuild the module of a checkpoint, with its weights.
 
         The checkpoint names the classes of its objective, optimiser and scheduler, which are imported and instantiated.
-        Any other class or function is refused before it is called, as are objects other than tensors and plain types.
+        Any other class or function raises ValueError before it is called, as do objects other than tensors and plain types.
 
         Args:
             checkpoint_path: Path, URL or open file.
@@ -67,20 +68,27 @@ class CheckpointModule(pl.LightningModule):
             **options: Arguments of the class, which replace those in the checkpoint.
 
         Raises:
-            ValueError: The file is no checkpoint, holds or names something that is refused, or has unknown arguments.
+            ValueError: The file is not a checkpoint, contains other objects, or has unknown arguments.
         """
         changed = changed_arguments(cls, checkpoint_path, options)
         if hparams_file is None:  # the file would replace all stored arguments
             options = {**changed, **options}
-        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **options)
+        return super().load_from_checkpoint(
+            checkpoint_path,
+            map_location=map_location,
+            hparams_file=hparams_file,
+            strict=strict,
+            weights_only=weights_only,
+            **options,
+        )
 
     def setup(self, stage: str) -> None:
-        """Raise ValueError before a training whose checkpoints could not rebuild the module."""
+        """Raise ValueError before training if checkpoints could not rebuild the module."""
         if stage == "fit" and self._not_plain:
             raise ValueError("; ".join(self._not_plain.values()))
 
     def on_train_start(self) -> None:
-        """Set ``has_weights``: checkpoints hold trained weights from here on."""
+        """Set ``has_weights``: checkpoints contain trained weights from here on."""
         self.has_weights = True
 
     def on_test_start(self) -> None:
@@ -101,7 +109,7 @@ class CheckpointModule(pl.LightningModule):
         """Check that a checkpoint fits, and set ``has_weights``.
 
         Raises:
-            ValueError: The checkpoint has another number of classes, or its network other tensors.
+            ValueError: The checkpoint's network has another number of classes, or other tensors.
         """
         check_num_classes(checkpoint, self.hparams["num_classes"])
         warn_of_other_classes(checkpoint, self._class_names())
@@ -111,7 +119,7 @@ class CheckpointModule(pl.LightningModule):
             check_network(checkpoint, self.state_dict())
         self.has_weights = True
         self._resumed = trainer is not None and trainer.state.fn == "fit"
-        for name in self._not_plain:  # an object that the instantiator made of the checkpoint's plain argument
+        for name in self._not_plain:  # an object that the instantiator created from the checkpoint's plain argument
             self.hparams[name] = checkpoint["hyper_parameters"][name]
         self._not_plain = {}
 

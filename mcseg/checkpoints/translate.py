@@ -44,7 +44,7 @@ def translate_hyperparameters(stored: Mapping[str, Any]) -> tuple[dict[str, Any]
 
 
 def translate_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Translate the content of a config file; one without settings of an earlier version stays as it is.
+    """Translate the content of a config file; without settings of an earlier version it is unchanged.
 
     Args:
         content: A run's ``config.yaml`` or a recipe; not modified.

@@ -170,7 +170,7 @@ def optimal_offsets(
 
     n = checked_counts(class_pixels)
     if (n == 0).any():
-        raise ValueError("class_pixels: found a class without pixels, expected pixels of each class; leave the class out")
+        raise ValueError("class_pixels: found a class without pixels, expected pixels of each class; remove the class")
     if not (math.isfinite(total_margin) and total_margin > 0):
         raise ValueError(f"total_margin: found {total_margin}, expected a finite number > 0")
     zeros = torch.zeros_like(n)
@@ -253,8 +253,8 @@ def miou_lower_bound(
         weight: ``"pixel"`` for the mIoU of the data set, ``"image"`` for equal weight per image, see
             `mcseg.evaluation.bounds`.
         largest_pixels: Largest number of labelled pixels that an image of the distribution can have, known beforehand; the
-            largest image of the set is no substitute. ``"concentration"`` with the weight ``"pixel"`` requires it, all
-            other combinations refuse it.
+            largest image of the set is no substitute. ``"concentration"`` with the weight ``"pixel"`` requires it; with all
+            other combinations it is an error.
         resamples: Number of bootstrap resamples, at least 100.
         seed: Seed of the bootstrap.
 
@@ -268,13 +268,13 @@ def miou_lower_bound(
     if method not in get_args(Method):
         raise ValueError(f"method: found {method!r}, expected one of {', '.join(map(repr, get_args(Method)))}")
     if method == "concentration":
-        return float(iou_lower_bounds(counts, level, weight, largest_pixels).nanmean())
+        return float(iou_lower_bounds(counts, level, weight, largest_pixels=largest_pixels).nanmean())
     if largest_pixels is not None:
-        raise ValueError(f"largest_pixels: found {largest_pixels}, but the bootstrap does not use it; leave it out")
+        raise ValueError(f"largest_pixels: found {largest_pixels}, but the bootstrap does not use it; remove it")
     if resamples < 100:
         raise ValueError(f"resamples: found {resamples}, expected at least 100")
     hits, union, _ = _hits_and_union(counts, weight)
-    return _bootstrap(hits, union, level, resamples, np.random.default_rng(seed))
+    return _bootstrap(hits, union, level=level, resamples=resamples, rng=np.random.default_rng(seed))
 
 
 def iou_lower_bounds(counts: Counts, level: float, weight: Weight = "image", largest_pixels: int | None = None) -> Tensor:
@@ -305,7 +305,7 @@ def iou_lower_bounds(counts: Counts, level: float, weight: Weight = "image", lar
     _check_level(level)
     hits, union, labelled = _hits_and_union(counts, weight)
     if weight == "image" and largest_pixels is not None:
-        raise ValueError(f"largest_pixels: found {largest_pixels}, but the weight 'image' does not use it; leave it out")
+        raise ValueError(f"largest_pixels: found {largest_pixels}, but the weight 'image' does not use it; remove it")
     if weight == "pixel":
         if largest_pixels is None:
             raise ValueError(
@@ -355,7 +355,7 @@ def _largest_refuted_iou(hits: _Floats, union: _Floats, threshold: float) -> flo
     return low
 
 
-def _bootstrap(hits: _Floats, union: _Floats, level: float, resamples: int, rng: np.random.Generator) -> float:
+def _bootstrap(hits: _Floats, union: _Floats, *, level: float, resamples: int, rng: np.random.Generator) -> float:
     """Compute the bootstrap bound from hits and union ``(images, C)``, see `miou_lower_bound`."""
     from scipy.stats import norm
 
@@ -376,12 +376,12 @@ def _bootstrap(hits: _Floats, union: _Floats, level: float, resamples: int, rng:
     studentised = []
     for start in range(0, resamples, step := max(1, _CHUNK // images)):
         times = rng.multinomial(images, np.full(images, 1 / images), min(step, resamples - start)).astype(np.float64)
-        studentised.append(_studentised(times, hits, union, miou))
+        studentised.append(_studentised(times, hits, union, miou=miou))
     quantile = max(np.quantile(np.concatenate(studentised), level), norm.ppf(level))
     return float(np.clip(miou - quantile * np.sqrt(variance), 0, miou))
 
 
-def _studentised(times: _Floats, hits: _Floats, union: _Floats, miou: float) -> _Floats:
+def _studentised(times: _Floats, hits: _Floats, union: _Floats, *, miou: float) -> _Floats:
     """Compute the mIoU of resamples minus that of the sample, divided by its standard error.
 
     Args:

@@ -332,7 +332,7 @@ def _neighbours(length: int, source: int, part: slice = slice(None)) -> tuple[Te
         Index of the first and of the second neighbour, int64, and weight of the second, float32; one value per pixel, on the
         CPU.
     """
-    above, below, share = (values[part] for values in neighbours(source, length, False, torch.float32))
+    above, below, share = (values[part] for values in neighbours(source, length, align_corners=False, dtype=torch.float32))
     return above, below, share
 
 
@@ -368,9 +368,7 @@ def _rescale(image: Tensor, scale: float) -> Tensor:
             image = image.contiguous(memory_format=torch.channels_last)
         return F.interpolate(image, size, mode="bilinear", antialias=True)
     scaled = image.new_empty((*image.shape[:2], *size))
-    for channel in range(
-        image.shape[1]
-    ):  # GPUs resize floating point only; one channel at a time needs a third of the memory
+    for channel in range(image.shape[1]):  # GPUs resize floating point only; single channels need a third of the memory
         resized = F.interpolate(image[:, channel : channel + 1].float(), size, mode="bilinear", antialias=True)
         scaled[:, channel : channel + 1] = resized.round_().clamp_(0, 255)
     return scaled

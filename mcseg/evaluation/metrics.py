@@ -172,7 +172,7 @@ class SegmentationScores(MulticlassJaccardIndex):
         """
         # with `deterministic=True` the update of torchmetrics compares every pixel with every pair of classes: 44 GiB for a
         # batch of 512x512 pixels and 150 classes
-        counts, unknown = confusion_counts(preds, target, self.num_classes, self.ignore_index)
+        counts, unknown = confusion_counts(preds, target, self.num_classes, ignore_index=self.ignore_index)
         self.confmat += counts
         self.unknown += unknown
 

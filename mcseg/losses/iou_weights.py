@@ -86,10 +86,10 @@ class IoUWeightedLoss(MarginLoss):
                 ``ignore_index``.
         """
         upsampling = as_upsampling(upsample, target)
-        check_margin_inputs(logits, target, self.offsets, upsampling)
+        check_margin_inputs(logits, target, self.offsets, upsampling=upsampling)
         target = target.long()
         if self.training:
-            shares = confusion_shares(logits, target, self.ignore_index, upsampling)
+            shares = confusion_shares(logits, target, self.ignore_index, upsampling=upsampling)
             self.running_shares.copy_(self.decay * self.running_shares + (1 - self.decay) * shares)
         misses, false_alarms = iou_weights(self.running_shares)
         self.class_statistics = {
@@ -101,8 +101,8 @@ class IoUWeightedLoss(MarginLoss):
             logits,
             target,
             *self.offsets,
-            misses,
-            false_alarms,
+            misses=misses,
+            false_alarms=false_alarms,
             ignore_index=self.ignore_index,
             backend=self.backend,
             upsampling=upsampling,
@@ -131,7 +131,7 @@ def confusion_shares(logits: Tensor, target: Tensor, ignore_index: int, upsampli
         predicted i, and that are predicted i. All 0 if nothing is labelled.
     """
     preds = predicted_classes(logits, target.shape[-2:] if upsampling else None, upsampling)
-    confusion, _ = confusion_counts(preds, target, logits.shape[1], ignore_index)
+    confusion, _ = confusion_counts(preds, target, logits.shape[1], ignore_index=ignore_index)
     counts = summed_over_processes(torch.stack([confusion.sum(1), confusion.diagonal(), confusion.sum(0)]).double())
     return counts / counts[0].sum().clamp(min=1)
 

@@ -74,7 +74,7 @@ def margin_calibration_loss(
         tensor(0.0729)
     """
     upsampling = as_upsampling(upsample, target)
-    check_margin_inputs(logits, target, offsets, upsampling)
+    check_margin_inputs(logits, target, offsets, upsampling=upsampling)
     _check_choices(foreground_weight, reduction, backend)
     target = target.long()
     pixels = pixel_loss(
@@ -248,7 +248,7 @@ class MarginCalibrationLoss(MarginLoss):
             self._calibrated = True
 
 
-def check_margin_inputs(logits: Tensor, target: Tensor, offsets: MarginOffsets, upsampling: Upsampling | None) -> None:
+def check_margin_inputs(logits: Tensor, target: Tensor, offsets: MarginOffsets, *, upsampling: Upsampling | None) -> None:
     """Raise TypeError or ValueError unless logits, target and offsets match each other."""
     check_inputs(logits, target, least_classes=2, upsampling=upsampling)
     for name, offset in zip(MarginOffsets._fields, offsets, strict=True):
