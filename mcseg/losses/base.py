@@ -254,7 +254,7 @@ class Objective(nn.Module):
         """Register the buffers with the values of a new module."""
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # .half() and .to(dtype) would round the buffers: hide them from `fn`, then only move them to its device.
+        # .half() and .to(dtype) would round the buffers: hide them from `fn`, then only move them to its device
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         if not kept:
             return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]

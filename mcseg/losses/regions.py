@@ -37,8 +37,8 @@ Neural Networks with Noisy Labels", NeurIPS 2018.
         GeneralizedDiceLoss     _class_losses: one ratio over all classes
       LovaszSoftmaxLoss         _loss: sort the errors, no soft counts
 
-Call order of Dice: ``forward``, ``_soft_counts``, ``_class_losses``, ``_ratios``, ``_mean``. Of Lovász-softmax:
-``Objective.forward``, ``_loss``, ``_mean``.
+Dice calls ``forward``, ``_soft_counts``, ``_class_losses``, ``_ratios`` and ``_mean``, in this order; Lovász-softmax calls
+``Objective.forward``, ``_loss`` and ``_mean``.
 """
 
 from typing import Literal
