@@ -18,7 +18,7 @@ from mcseg.data.labels import DataError, LabelTable
 from mcseg.data.layout import fill, find, fixed_folder, readable
 from mcseg.data.matlab import MatReader
 
-_FILES = ("images", "masks", "list")  # keys of a source that hold path templates
+_FILES = ("images", "masks", "list")  # keys of a source whose values are path templates
 
 
 @cache
@@ -31,14 +31,14 @@ def benchmark_facts(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Submission:
-    """File format of a benchmark's evaluation server, which :class:`~mcseg.callbacks.PredictionWriter` writes.
+    """File format of a benchmark's evaluation server, which `~mcseg.callbacks.PredictionWriter` writes.
 
     Args:
-        benchmark: name of the benchmark.
-        file: path of a label map in the archive, with ``{name}`` for the sample's name.
+        benchmark: Name of the benchmark.
+        file: Path of a label map in the archive, with ``{name}`` for the sample's name.
         archive: ``zip`` or ``tar.gz``.
         values: (C,) value of each train id in the label map.
-        palette: write palette PNGs in the class colours instead of grey PNGs.
+        palette: Write palette PNGs in the class colours instead of grey PNGs.
     """
 
     benchmark: str
@@ -52,14 +52,14 @@ class BenchmarkData(SegmentationData):
     """A benchmark in its official layout.
 
     Args:
-        name: name of the benchmark, see ``mcseg.benchmarks.benchmark_names``.
-        root: folder into which the archives were unpacked, or one of its subfolders down to the data set's own folder.
-        labels: name of the label set, for a benchmark with several.
-        table: label table to use instead of the one in the facts.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        name: Name of the benchmark, see ``mcseg.benchmarks.benchmark_names``.
+        root: Folder into which the archives were unpacked, or one of its subfolders down to the data set's own folder.
+        labels: Name of the label set, for a benchmark with several.
+        table: Label table to use instead of the one in the facts.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
 
     Raises:
-        DataError: an unknown benchmark or label set.
+        DataError: The benchmark or the label set is unknown.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class BenchmarkData(SegmentationData):
         """Folder that the paths in the facts are relative to: the root or a folder below it.
 
         Raises:
-            DataError: ``root`` is not given, or holds no file of the data set.
+            DataError: ``root`` is not given, or contains no file of the data set.
         """
         if self.root is None:
             raise DataError(f"data.root is not set: {self.expected()}")
@@ -125,13 +125,13 @@ class BenchmarkData(SegmentationData):
         return self.listed(split)
 
     def remarks(self, split: str) -> list[str]:
-        """List differences from the official split: another number of images, images or masks without a partner."""
+        """List differences from the official split: a different number of images, images or masks without a counterpart."""
         samples, official = self.samples(split), self.official.get(split)
         remarks = list(self._listings[split][1]) if split in self._listings else []
         if samples and official and len(samples) != official:
             remarks.append(
                 f"{self.facts['title']}: found {len(samples)} images in the {split} split, the official one has {official}; "
-                "check that all archives are there and completely unpacked"
+                "check that all archives were unpacked completely"
             )
         return remarks
 
@@ -147,12 +147,12 @@ class BenchmarkData(SegmentationData):
         """List a split as the facts describe it.
 
         Args:
-            split: key of ``splits`` in the facts.
-            home: folder that the paths in the facts are relative to; the default is ``self.home``.
-            **fields: values for some fields of the path templates.
+            split: Key of ``splits`` in the facts.
+            home: Folder that the paths in the facts are relative to; the default is ``self.home``.
+            **fields: Values for some fields of the path templates.
 
         Raises:
-            DataError: images but no masks; a train or val split without images.
+            DataError: There are images but no masks, or the train or val split has no images.
         """
         if split not in self._listings:
             self._listings[split] = self._list(self.facts["splits"].get(split, {}), home, fields)
@@ -191,7 +191,7 @@ class BenchmarkData(SegmentationData):
             return samples, []
         partners = {name.format_map(fields): path for fields, path in find(folder, masks)}
         return [sample for sample in samples if sample.name in partners], [
-            f"{self.facts['title']}: left out {len(orphans)} {kind}: {', '.join(orphans[:6])}"
+            f"{self.facts['title']}: skipped {len(orphans)} {kind}: {', '.join(orphans[:6])}"
             f"{', ...' if len(orphans) > 6 else ''}"
             for kind, orphans in (
                 ("images without a mask", [key for key in names if key not in partners]),
@@ -240,9 +240,9 @@ class CamVidData(BenchmarkData):
     Source: Brostow et al., ECCV 2008; 11-class version of Badrinarayanan, Kendall, Cipolla (SegNet).
 
     Args:
-        root: folder with ``train``, ``trainannot``, ``val``, ``valannot`` and, optionally, ``test``, ``testannot``. Images
+        root: Folder with ``train``, ``trainannot``, ``val``, ``valannot`` and, optionally, ``test``, ``testannot``. Images
             may be .png or .jpg.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
     """
 
     def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
@@ -255,9 +255,9 @@ class CityscapesData(BenchmarkData):
     Source: Cordts et al., CVPR 2016.
 
     Args:
-        root: folder with ``leftImg8bit`` and ``gtFine``, and ``gtCoarse`` for ``coarse``.
-        coarse: also train on the 19997 coarsely labelled images of ``train_extra``.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        root: Folder with ``leftImg8bit`` and ``gtFine``, and ``gtCoarse`` for ``coarse``.
+        coarse: Also train on the 19997 coarsely labelled images of ``train_extra``.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
     """
 
     def __init__(self, root: str | os.PathLike[str] | None = None, *, coarse: bool = False, **options: Any) -> None:
@@ -279,12 +279,13 @@ class CityscapesData(BenchmarkData):
 class BDD100KData(BenchmarkData):
     """BDD100K semantic segmentation: 7000 / 1000 / 2000 images of 1280x720, the 19 classes of Cityscapes.
 
-    Images and masks are paired by name. Packages from before June 2021 hold some without a partner; those are left out with
-    a warning. Source: Yu et al., CVPR 2020.
+    Images and masks are paired by name. Packages from before June 2021 contain images or masks without a counterpart, which
+    are skipped with a warning. Source: Yu et al., CVPR 2020.
 
     Args:
-        root: folder with ``bdd100k``, or that folder itself; the layout from before June 2021 (``seg``) is read too.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        root: Folder with ``bdd100k``, or that folder itself; the layout from before June 2021 (``seg``) is also
+            supported.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
     """
 
     def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
@@ -298,10 +299,10 @@ class MapillaryVistasData(BenchmarkData):
     ICCV 2017.
 
     Args:
-        root: folder with ``training``, ``validation`` and ``testing``, in the nested layout of the v2.0 archive or the flat
+        root: Folder with ``training``, ``validation`` and ``testing``, in the nested layout of the v2.0 archive or the flat
             layout of v1.x.
-        version: version of the labels.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`; ``max_side`` limits memory and time.
+        version: Version of the labels.
+        **options: See `~mcseg.data.datamodule.SegmentationData`; ``max_side`` limits memory and time.
     """
 
     def __init__(
@@ -310,7 +311,7 @@ class MapillaryVistasData(BenchmarkData):
         super().__init__("mapillary_vistas", root, labels=version, **options)
 
     def samples(self, split: str) -> list[Sample]:
-        """List the images of a split. Raises DataError if the config file names other labels than the facts."""
+        """List the images of a split. Raises DataError if the config file has labels different from the facts."""
         candidates = [self.home / f"config_{self.labels}.json"]
         if self.labels == "v1.2":
             candidates.append(self.home / "config.json")  # name in the v1.x archives
@@ -324,14 +325,14 @@ class MapillaryVistasData(BenchmarkData):
             config_names = [label["name"] for label in json.loads(path.read_text(encoding="utf-8"))["labels"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path}: cannot be read ({error}); expected the config file of Mapillary Vistas, unpack the archive again"
+                f"{path}: cannot be read ({error}); expected the config file of Mapillary Vistas; unpack the archive again"
             ) from None
-        pairs = itertools.zip_longest(config_names, self.label_facts["config"], fillvalue="nothing")
+        pairs = itertools.zip_longest(config_names, self.label_facts["config"], fillvalue="missing")
         for index, (name, expected) in enumerate(pairs):
             if name != expected:
                 raise DataError(
-                    f"{path}: label {index} is {name}, expected {expected} of {self.labels}; the masks may hold other "
-                    "labels, set data.version or download the archive again"
+                    f"{path}: label {index} is {name}, expected {expected} of {self.labels}; the masks may contain "
+                    "other labels; set data.version or download the archive again"
                 )
 
 
@@ -341,8 +342,8 @@ class SceneParse150Data(BenchmarkData):
     Source: Zhou et al., CVPR 2017.
 
     Args:
-        root: folder with ``ADEChallengeData2016`` and, optionally, ``release_test``; or ``ADEChallengeData2016`` itself.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        root: Folder with ``ADEChallengeData2016`` and, optionally, ``release_test``; or ``ADEChallengeData2016`` itself.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
     """
 
     def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
@@ -355,8 +356,8 @@ class CocoStuff10kData(BenchmarkData):
     Source: Caesar, Uijlings, Ferrari, CVPR 2018.
 
     Args:
-        root: folder with ``images``, ``annotations`` and ``imageLists``.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        root: Folder with ``images``, ``annotations`` and ``imageLists``.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
     """
 
     def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
@@ -369,10 +370,10 @@ class PascalVOCData(BenchmarkData):
     Source: Everingham et al., IJCV 2015; Hariharan et al., ICCV 2011 (SBD).
 
     Args:
-        root: folder with ``VOCdevkit`` (and ``benchmark_RELEASE`` for ``train_aug``), or its subfolder ``VOC2012``.
+        root: Folder with ``VOCdevkit`` (and ``benchmark_RELEASE`` for ``train_aug``), or its subfolder ``VOC2012``.
         train_set: ``train``, or ``train_aug``: the images of VOC train, SBD train and SBD val that are not in VOC val. An
             image with a mask of VOC and one of SBD gets the mask of VOC.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
     """
 
     def __init__(
@@ -388,7 +389,7 @@ class PascalVOCData(BenchmarkData):
         self.official["train"] = self.official[train_set]
 
     def samples(self, split: str) -> list[Sample]:
-        """List the images of a split; ``train_set`` decides about ``train``."""
+        """List the images of a split; ``train_set`` selects the training images."""
         voc = super().samples(split)
         if split != "train" or self.train_set == "train":
             return voc

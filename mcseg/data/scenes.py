@@ -177,10 +177,10 @@ def _draw_facades(s: Scene, z: Floats, along: Floats, table: Floats) -> None:
     """Draw walls, windows, shops and cornices of all columns at once.
 
     Args:
-        s: the scene.
-        z: distance of the wall in each column, (2W,).
-        along: metres along the wall, (2W,).
-        table: fields of :class:`_Block` in each column, (8,2W).
+        s: The scene.
+        z: Distance of the wall in each column, (2W,).
+        along: Metres along the wall, (2W,).
+        table: Fields of `_Block` in each column, (8,2W).
     """
     first, top, storey, bay, wide, tall, ragged, tone = table
     rows = min(s.height, ceil(s.horizon + s.focal * s.eye / float(z.min())) + 1)
@@ -406,13 +406,13 @@ def draw_scene(seed: Sequence[int], height: int = 128, width: int = 192) -> tupl
     """Draw one street scene.
 
     Args:
-        seed: non-negative integers; the same integers give the same bytes on every machine. Use tuples of equal length:
+        seed: Non-negative integers; the same integers give the same bytes on every machine. Use tuples of equal length:
             NumPy's SeedSequence ignores zeros at the end, so (1,) and (1, 0) are the same seed.
-        height: rows of the image, about 32 or more.
-        width: columns of the image, about 32 or more.
+        height: Rows of the image, about 32 or more.
+        width: Columns of the image, about 32 or more.
 
     Returns:
-        The image, (height,width,3) uint8 RGB, and its labels, (height,width) uint8: indices into :data:`SCENE_CLASSES`, or
+        The image, (height,width,3) uint8 RGB, and its labels, (height,width) uint8: indices into `SCENE_CLASSES`, or
         void 255 (outlines of vehicles, clutter).
     """
     scene = Scene(np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(seed)))), height, width)

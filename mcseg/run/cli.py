@@ -64,13 +64,13 @@ class SegmentationCLI(CheckpointSettingsCLI):
     """LightningCLI for one module class and any data module, with mcseg's callbacks and run folder.
 
     Args:
-        recipe: name of the recipe, a part of the run folder's path.
-        args: verb and arguments, as :func:`~mcseg.run.recipes.find_recipes` returns them.
-        run: whether to run the verb; False only parses, and ``args`` then hold no verb.
-        resume: folder of the run to resume.
+        recipe: Name of the recipe, a part of the run folder's path.
+        args: Verb and arguments, as `~mcseg.run.recipes.find_recipes` returns them.
+        run: Whether to run the verb; False only parses, and ``args`` then hold no verb.
+        resume: Folder of the run to resume.
 
     Raises:
-        ValueError, OSError, jsonargparse.ArgumentError: the settings are wrong; the message names the setting.
+        ValueError, OSError, jsonargparse.ArgumentError: The settings are wrong; the message names the setting.
     """
 
     def __init__(self, recipe: str, args: Sequence[str], run: bool = True, resume: Path | None = None) -> None:

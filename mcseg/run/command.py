@@ -23,10 +23,10 @@ def run(words: Sequence[str]) -> None:
     """Run a verb.
 
     Args:
-        words: verb and arguments.
+        words: Verb and arguments.
 
     Raises:
-        SystemExit: as for :func:`mcseg.run.main.main`.
+        SystemExit: As for `mcseg.run.main.main`.
     """
     words = list(words)
     if isinstance(sys.__stdout__, io.TextIOWrapper):  # sys.stdout may be a library's wrapper around it

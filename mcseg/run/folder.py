@@ -20,11 +20,11 @@ def exclusive_lock(folder: Path, verb: str) -> Iterator[None]:
     without locks, nothing is locked.
 
     Args:
-        folder: created if it is missing.
+        folder: Created if it is missing.
         verb: ``fit`` or ``compare``, for the message.
 
     Raises:
-        RuntimeError: another process holds the lock.
+        RuntimeError: Another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
@@ -52,8 +52,8 @@ def run_folder(recipe: str, verb: str) -> Path:
     It is created immediately, so that two runs started in the same second get different folders.
 
     Args:
-        recipe: name of the recipe.
-        verb: added to the name unless it is ``fit``.
+        recipe: Name of the recipe.
+        verb: Added to the name unless it is ``fit``.
     """
     if "LOCAL_RANK" in os.environ and RUN_FOLDER in os.environ:
         return Path(os.environ[RUN_FOLDER])
@@ -71,7 +71,7 @@ def run_folder(recipe: str, verb: str) -> Path:
 
 @contextmanager
 def run_folder_tidied() -> Iterator[None]:
-    """Remove the folder that :func:`run_folder` created if the run fails before it has a result, or writes nothing."""
+    """Remove the folder that `run_folder` created if the run fails before it has a result, or writes nothing."""
     settings = {"config.yaml", "hparams.yaml", LOCK}  # written before the first result
     try:
         yield

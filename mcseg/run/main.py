@@ -35,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Args:
-        args: the arguments after ``mcseg``; by default those of the process.
+        args: The arguments after ``mcseg``; by default those of the process.
 
     Raises:
         SystemExit: 1 after an error, reported in one line; 2 if the arguments cannot be parsed; 143 after SIGTERM, 130 after

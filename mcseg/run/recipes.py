@@ -41,14 +41,14 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
     """Replace the names of recipes by their paths.
 
     Args:
-        words: verb and arguments, short forms expanded. Without a recipe and data, ``synthetic`` is added.
+        words: Verb and arguments, short forms expanded. Without a recipe and data, ``synthetic`` is added.
 
     Returns:
         The name of the first recipe, for the run folder, and the arguments for the parser.
 
     Raises:
-        FileNotFoundError: a recipe is neither a file nor a packaged recipe.
-        ValueError: a recipe is not a YAML mapping.
+        FileNotFoundError: A recipe is neither a file nor a packaged recipe.
+        ValueError: A recipe is not a YAML mapping.
     """
     expanded: list[str] = []
     names: list[str] = []
@@ -92,10 +92,10 @@ def recipe_path(name: str) -> Path:
     """Return the path of a recipe.
 
     Args:
-        name: path of a file, or name of a packaged recipe.
+        name: Path of a file, or name of a packaged recipe.
 
     Raises:
-        FileNotFoundError: neither exists.
+        FileNotFoundError: Neither exists.
     """
     if Path(name).is_file():
         return Path(name)

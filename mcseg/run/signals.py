@@ -25,7 +25,7 @@ class CheckpointOnSignal(Callback):
     collective at that time.
 
     Args:
-        path: file of the checkpoint. A run resumed from it continues with the next batch, and repeats a validation that
+        path: File of the checkpoint. A run resumed from it continues with the next batch, and repeats a validation that
             was interrupted.
     """
 

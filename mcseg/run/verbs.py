@@ -1,6 +1,6 @@
 """The verbs of ``mcseg`` that are not Lightning's: download, show, bound, stats, check, compare.
 
-Each takes the name of the recipe and the arguments of :func:`~mcseg.run.recipes.find_recipes` without the verb; ``download``
+Each takes the name of the recipe and the arguments of `~mcseg.run.recipes.find_recipes` without the verb; ``download``
 takes only the arguments.
 """
 
@@ -149,9 +149,9 @@ def _data(recipe: str, args: Sequence[str], **options: Any) -> tuple[Namespace, 
     """Parse as for a run and create only the data module.
 
     Args:
-        recipe: name of the recipe.
-        args: arguments without the verb.
-        **options: further options of the verb, with their defaults.
+        recipe: Name of the recipe.
+        args: Arguments without the verb.
+        **options: Further options of the verb, with their defaults.
 
     Returns:
         The settings and the data module.
