@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mcseg.benchmarks import benchmark_names, facts_file
 from mcseg.data.classlist import table_from_toml
@@ -48,13 +48,28 @@ class Submission:
     palette: bool
 
 
+class Listing(NamedTuple):
+    """Samples of a split, sorted by name, and remarks about skipped files."""
+
+    samples: list[Sample]
+    remarks: list[str]
+
+
 class BenchmarkData(SegmentationData):
     """A benchmark in its official layout.
+
+    The facts give the files of a split as path templates, for example those of CamVid::
+
+        [splits.train]
+        count = 367  # images in the official split
+        from = [{ images = "train/{id}.png", masks = "trainannot/{id}.png" }]
+
+    An image and its mask have the same ``{fields}``: ``train/0001TP_006690.png`` and ``trainannot/0001TP_006690.png``.
 
     Args:
         name: Name of the benchmark, see ``mcseg.benchmarks.benchmark_names``.
         root: Folder into which the archives were unpacked, or one of its subfolders down to the data set's own folder.
-        labels: Name of the label set, for a benchmark with several.
+        labels: Name of the label set; only for a benchmark with several.
         table: Label table to use instead of the one in the facts.
         **options: See `~mcseg.data.datamodule.SegmentationData`.
 
@@ -75,13 +90,18 @@ class BenchmarkData(SegmentationData):
         self.facts = benchmark_facts(name)
         self.labels = labels
         sets: dict[str, Any] = self.facts["labels"]
-        if labels is not None:
-            check_choice("version", labels, sets)
-        self.label_facts: dict[str, Any] = sets if labels is None else sets[labels]
+        choices = [
+            key for key, value in sets.items() if isinstance(value, dict)
+        ]  # empty if there is one set, without a name
+        if choices:
+            check_choice("labels", labels, choices)
+        elif labels is not None:
+            raise DataError(f"data.labels: found {labels}, but {name} has only one label set; remove the setting")
+        self.label_facts: dict[str, Any] = sets[labels] if labels is not None else sets
         super().__init__(table or table_from_toml(self.label_facts, f"{name}.toml", void=()), root, **options)
         self.reader = MatReader(self.reader.table)
         self.official = {split: facts.get("count") for split, facts in self.facts["splits"].items()}
-        self._listings: dict[str, tuple[list[Sample], list[str]]] = {}  # split -> samples, remarks
+        self._listings: dict[str, Listing] = {}  # by split
 
     @property
     def submission(self) -> Submission | None:
@@ -91,7 +111,13 @@ class BenchmarkData(SegmentationData):
             return None
         raw = {train: value for value, train in self.reader.table.raw_ids.items()}
         values = tuple(raw[train] for train in range(self.num_classes))
-        return Submission(self.benchmark, facts["file"], facts["archive"], values, facts.get("palette", False))
+        return Submission(
+            benchmark=self.benchmark,
+            file=facts["file"],
+            archive=facts["archive"],
+            values=values,
+            palette=facts.get("palette", False),
+        )
 
     @property
     def withheld(self) -> tuple[str, ...]:
@@ -127,7 +153,7 @@ class BenchmarkData(SegmentationData):
     def remarks(self, split: str) -> list[str]:
         """List differences from the official split: a different number of images, images or masks without a counterpart."""
         samples, official = self.samples(split), self.official.get(split)
-        remarks = list(self._listings[split][1]) if split in self._listings else []
+        remarks = list(self._listings[split].remarks) if split in self._listings else []
         if samples and official and len(samples) != official:
             remarks.append(
                 f"{self.facts['title']}: found {len(samples)} images in the {split} split, the official one has {official}; "
@@ -155,12 +181,12 @@ class BenchmarkData(SegmentationData):
             DataError: There are images but no masks, or the train or val split has no images.
         """
         if split not in self._listings:
-            self._listings[split] = self._list(self.facts["splits"].get(split, {}), home, fields)
-            if not self._listings[split][0] and split in ("train", "val"):
+            self._listings[split] = self._find_listing(self.facts["splits"].get(split, {}), home, fields)
+            if not self._listings[split].samples and split in ("train", "val"):
                 raise DataError(f"{self.root}: the {split} split of {self.facts['title']} is empty; {self.expected(split)}")
-        return self._listings[split][0]
+        return self._listings[split].samples
 
-    def _list(self, facts: dict[str, Any], home: Path | None, fields: dict[str, str]) -> tuple[list[Sample], list[str]]:
+    def _find_listing(self, facts: dict[str, Any], home: Path | None, fields: dict[str, str]) -> Listing:
         folder = home or self.home
         sources = [
             {key: _fill_fields(value, fields) for key, value in source.items()}
@@ -171,26 +197,26 @@ class BenchmarkData(SegmentationData):
         present = [source for source in sources if _exists(folder, source)]
         for source in present:
             if "masks" not in source or next(find(folder, source["masks"]), None):
-                return self._pair(folder, source, skip=facts.get("skip", ()))
+                return self._pair_files(folder, source, skip=facts.get("skip", ()))
         if present:
             masks = present[0]["masks"]
             raise DataError(
                 f"{fixed_folder(folder, masks)}: no masks of {self.facts['title']}; expected {readable(masks)}; "
                 f"{self._download_hint()}"
             )
-        return [], []
+        return Listing([], [])
 
-    def _pair(self, folder: Path, source: dict[str, str], *, skip: Iterable[str]) -> tuple[list[Sample], list[str]]:
-        """Pair the images of a source with their masks; returns samples and remarks."""
+    def _pair_files(self, folder: Path, source: dict[str, str], *, skip: Iterable[str]) -> Listing:
+        """Pair the images of a source with their masks."""
         layout = self.facts.get("layout", {})
         name, masks = layout.get("name", "{id}"), source.get("masks")
         images = {name.format_map(fields): (fields, path) for fields, path in _images(folder, source)}
         names = [key for key in sorted(images) if key not in set(skip)]
         samples = [Sample(key, images[key][1], fill(folder, masks, images[key][0]) if masks else None) for key in names]
         if not masks or not layout.get("leave_out_orphans"):
-            return samples, []
+            return Listing(samples, [])
         partners = {name.format_map(fields): path for fields, path in find(folder, masks)}
-        return [sample for sample in samples if sample.name in partners], [
+        remarks = [
             f"{self.facts['title']}: skipped {len(orphans)} {kind}: {', '.join(orphans[:6])}"
             f"{', ...' if len(orphans) > 6 else ''}"
             for kind, orphans in (
@@ -199,13 +225,14 @@ class BenchmarkData(SegmentationData):
             )
             if orphans
         ]
+        return Listing([sample for sample in samples if sample.name in partners], remarks)
 
     def _download_hint(self) -> str:
         effect = "explains how to get them" if self.facts["download"]["login"] else "downloads them"
         return f"`mcseg download {self.benchmark} --root DIR` {effect}"
 
 
-def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+def check_choice(option: str, value: str | None, choices: Iterable[str]) -> None:
     """Raise DataError if the value of a data option is not one of its choices."""
     if value not in choices:
         raise DataError(f"data.{option}: found {value}, expected one of {', '.join(choices)}")
@@ -308,6 +335,7 @@ class MapillaryVistasData(BenchmarkData):
     def __init__(
         self, root: str | os.PathLike[str] | None = None, *, version: Literal["v1.2", "v2.0"] = "v1.2", **options: Any
     ) -> None:
+        check_choice("version", version, benchmark_facts("mapillary_vistas")["labels"])
         super().__init__("mapillary_vistas", root, labels=version, **options)
 
     def samples(self, split: str) -> list[Sample]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcseg.data.benchmark import BenchmarkData, benchmark_facts, check_choice
+from mcseg.data.benchmark import BenchmarkData, Listing, benchmark_facts, check_choice
 from mcseg.data.classlist import table_from_toml
 from mcseg.data.files import Choice, FileReader, Sample, Window, count_labels, image_size, mask_path
 from mcseg.data.labels import DataError, LabelTable
@@ -159,7 +159,14 @@ class EndoVis2017Data(BenchmarkData):
         window = Window(**layout["camera"]) if crop_to_camera else None
         self.types = tuple(layout["types"].items())
         types = self.types if task == "type" else None
-        self.reader = EndoVisReader(table, instruments, test_table, labels["folder"], types, window)
+        self.reader = EndoVisReader(
+            table,
+            instruments=instruments,
+            test_table=test_table,
+            test_folder=labels["folder"],
+            types=types,
+            window=window,
+        )
         self.other = other
         self.split = split
         self.test_root = Path(test_root).expanduser() if test_root is not None else None
@@ -193,8 +200,8 @@ class EndoVis2017Data(BenchmarkData):
                     folders[labels] = self._instrument_folders(labels)
                 masks = tuple(folder / path.name for folder in folders[labels])
                 samples.append(Sample(name.format_map(fields), path, masks[0], masks[1:]))
-            self._listings["all"] = (sorted(samples, key=lambda sample: sample.name), [])
-        return self._listings["all"][0]
+            self._listings["all"] = Listing(sorted(samples, key=lambda sample: sample.name), [])
+        return self._listings["all"].samples
 
     def _instrument_folders(self, labels: Path) -> list[Path]:
         """List the folders of the instruments in use below a sequence's folder of labels."""

@@ -22,7 +22,8 @@ class TrainingOrder(DistributedSampler[Any]):
     """Sampler that shuffles the images for each epoch and divides them among the processes.
 
     Order and seeds depend only on the run's seed and the epoch, so a run resumed in the middle of an epoch gets the batches
-    of an uninterrupted run, regardless of what its loader had prefetched. Without a running Trainer, each iteration is an epoch.
+    of an uninterrupted run, regardless of what its loader had prefetched. Without a running Trainer, each iteration is
+    an epoch.
 
     Args:
         dataset: The training images.
