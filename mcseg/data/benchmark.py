@@ -90,9 +90,8 @@ class BenchmarkData(SegmentationData):
         self.facts = benchmark_facts(name)
         self.labels = labels
         sets: dict[str, Any] = self.facts["labels"]
-        choices = [
-            key for key, value in sets.items() if isinstance(value, dict)
-        ]  # empty if there is one set, without a name
+        # Empty for a benchmark with one label set, which has no name.
+        choices = [key for key, value in sets.items() if isinstance(value, dict)]
         if choices:
             check_choice("labels", labels, choices)
         elif labels is not None:
