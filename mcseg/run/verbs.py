@@ -147,7 +147,7 @@ def _data(recipe: str, args: Sequence[str], **options: Any) -> tuple[Namespace, 
     Args:
         recipe: Name of the recipe.
         args: Arguments without the verb.
-        **options: Further options of the verb, with their defaults.
+        **options: Additional options of the verb, with their defaults.
 
     Returns:
         The settings and the data module.
