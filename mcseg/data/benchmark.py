@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -231,7 +231,7 @@ class BenchmarkData(SegmentationData):
         return f"`mcseg download {self.benchmark} --root DIR` {effect}"
 
 
-def check_choice(option: str, value: str | None, choices: Iterable[str]) -> None:
+def check_choice(option: str, value: str | None, choices: Collection[str]) -> None:
     """Raise DataError if the value of a data option is not one of its choices."""
     if value not in choices:
         raise DataError(f"data.{option}: found {value}, expected one of {', '.join(choices)}")

@@ -123,7 +123,7 @@ def table_from_toml(
     raw_ids = dict.fromkeys([*void_values, *(() if by_color else void)], IGNORE_INDEX)
     raw_ids |= {value: train for train, values in enumerate(raw) for value in values}
     try:
-        return LabelTable(names, palette, raw_ids, by_color)
+        return LabelTable(names, palette, raw_ids, by_color=by_color)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
 

@@ -266,7 +266,11 @@ class SegmentationData(pl.LightningDataModule):
         """
         if self._class_pixels is None:  # called several times, and each look-up in the cache stats every file
             self._class_pixels = count_class_pixels(
-                self.reader, self._prepared("train"), self.num_workers, self.cache_dir, skip=self.skips
+                self.reader,
+                self._prepared("train"),
+                num_workers=self.num_workers,
+                cache_dir=self.cache_dir,
+                skip=self.skips,
             )
         return self._class_pixels.clone()
 

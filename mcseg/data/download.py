@@ -93,7 +93,7 @@ def _provide(archive: Mapping[str, Any], root: Path, *, homepage: str, keep: boo
         print(f"{file}: using {path}")
     else:
         part = work / f"{file}.part"
-        _fetch(archive["url"], part, homepage, progress)
+        _fetch(archive["url"], part, homepage=homepage, progress=progress)
         part.replace(path)
     # Nothing is moved into the root before the whole archive has been unpacked without an error.
     staging = work / f"{file}.unpacking"
@@ -122,7 +122,7 @@ def _provide(archive: Mapping[str, Any], root: Path, *, homepage: str, keep: boo
     print(f"{file}: {count} file{'s' * (count != 1)} in {target}")
 
 
-def _fetch(url: str, part: Path, homepage: str, progress: bool) -> None:
+def _fetch(url: str, part: Path, *, homepage: str, progress: bool) -> None:
     """Download ``url`` into ``part``, starting after the bytes that it already contains."""
     failures, best, total = 0, _size(part), None
     while failures < _ATTEMPTS:

@@ -199,7 +199,7 @@ class EndoVis2017Data(BenchmarkData):
                 if labels not in folders:
                     folders[labels] = self._instrument_folders(labels)
                 masks = tuple(folder / path.name for folder in folders[labels])
-                samples.append(Sample(name.format_map(fields), path, masks[0], masks[1:]))
+                samples.append(Sample(name.format_map(fields), path, mask=masks[0], more_masks=masks[1:]))
             self._listings["all"] = Listing(sorted(samples, key=lambda sample: sample.name), [])
         return self._listings["all"].samples
 

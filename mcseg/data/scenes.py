@@ -131,14 +131,23 @@ def _block(s: Scene, tone: float) -> _Block:
     wall = pick(rng, _FOLIAGE) if planted else mix(pick(rng, _FACADES), (150, 148, 144), between(rng, 0, 0.5))
     first = s.material(label, wall, 0.3 if planted else 0.07)
     if planted:
-        return _Block(first, between(rng, 2.5, 8), 3, 3, -1, 0.3, 1.2, tone)
+        return _Block(first, top=between(rng, 2.5, 8), storey=3, bay=3, wide=-1, tall=0.3, ragged=1.2, tone=tone)
     s.material(label, mix(wall, pick(rng, ((225, 222, 214), (90, 88, 86))), 0.6))  # frames, cornices, downpipes
     s.material(label, (58, 64, 74))  # dark panes
     s.material(label, mix(s.weather.zenith, (60, 64, 70), 0.5), glow=True)  # panes that reflect the sky
     s.material(label, mix((255, 214, 140), wall, between(rng, 0, 0.4)), glow=True)  # lit panes
     s.material(label, pick(rng, _SIGNALS + _PAINTS), glow=True)  # letters of a shop sign, similar to a traffic light
     wide, tall = between(rng, 0.2, 0.34), between(rng, 0.22, 0.34)
-    return _Block(first, between(rng, 6, 15), between(rng, 2.8, 3.5), between(rng, 1.9, 3.4), wide, tall, 0, tone)
+    return _Block(
+        first,
+        top=between(rng, 6, 15),
+        storey=between(rng, 2.8, 3.5),
+        bay=between(rng, 1.9, 3.4),
+        wide=wide,
+        tall=tall,
+        ragged=0,
+        tone=tone,
+    )
 
 
 def _draw_walls(s: Scene) -> None:

@@ -95,7 +95,12 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         if self.rare_crop_share and float(torch.rand(())) < self.rare_crop_share:
             top, left = self._around_a_rare_class(mask, height, width) or (top, left)
         full_height, full_width = mask.shape
-        window = Window(max(top, 0), max(left, 0), min(top + height, full_height), min(left + width, full_width))
+        window = Window(
+            top=max(top, 0),
+            left=max(left, 0),
+            bottom=min(top + height, full_height),
+            right=min(left + width, full_width),
+        )
         return {
             "window": window,
             # Left, right, top, bottom: pixels of the drawn window outside the image
