@@ -20,6 +20,7 @@ from PIL import Image
 
 from mcseg.data import (
     BDD100KData,
+    BenchmarkData,
     CamVidData,
     CityscapesData,
     CocoStuff10kData,
@@ -927,7 +928,14 @@ def test_mapillary_without_v2_labels(tmp_path, nested):
 
 
 def test_mapillary_unknown_version():
-    assert "v3.0" in error_of(lambda: MapillaryVistasData("anywhere", version="v3.0"))
+    assert "data.version: found v3.0" in error_of(lambda: MapillaryVistasData("anywhere", version="v3.0"))
+
+
+@pytest.mark.parametrize(
+    ("name", "labels"), [("mapillary_vistas", "v3.0"), ("mapillary_vistas", None), ("camvid", "classes")]
+)
+def test_unknown_label_set(name, labels):
+    assert f"data.labels: found {labels}" in error_of(lambda: BenchmarkData(name, "anywhere", labels=labels))
 
 
 # --- PASCAL VOC and COCO-Stuff -----------------------------------------------------------------------------------------

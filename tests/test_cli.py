@@ -20,12 +20,12 @@ import yaml
 from conftest import break_three, write_png
 from PIL import Image
 
-from mcseg.compare.study import _ParseOnly
 from mcseg.data import CamVidData
 from mcseg.evaluation.inference import Inference
 from mcseg.evaluation.metrics import score
 from mcseg.losses import DiceLoss, default_objective
 from mcseg.module import SegmentationModule
+from mcseg.run.cli import ParseOnlyCLI
 from mcseg.run.folder import run_folder as new_run_folder
 from mcseg.run.main import main
 from mcseg.run.recipes import RECIPES, find_recipes
@@ -269,7 +269,7 @@ def test_every_objective_on_a_data_recipe(name, device, precision, arguments, ca
 
 
 def test_a_recipe_of_an_objective_keeps_nothing_of_the_former_objective():
-    parser = _ParseOnly("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False).parser
+    parser = ParseOnlyCLI("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False).parser
     names = [f"objectives/{path.stem}" for path in (RECIPES / "objectives").glob("*.yaml")]
     below = ["power_dice", "iou_weighted", "logit_adjustment", "ldam", "tversky", "cross_entropy_weighted"]
     below += ["margin_calibration_warmup"]
@@ -289,7 +289,7 @@ def test_a_recipe_of_an_objective_keeps_nothing_of_the_former_objective():
 def test_the_default_objective_is_the_same_everywhere():
     recipe = yaml.safe_load((RECIPES / "objectives" / "default.yaml").read_text())["model"]["objective"]
     assert recipe == {"class_path": "mcseg.losses.DiceLoss", "init_args": {"power": 0.5, "classes": "all"}}
-    cli = _ParseOnly("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False)
+    cli = ParseOnlyCLI("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False)
     objective = cli.config.model.objective
     assert pkgutil.resolve_name(objective.class_path) is DiceLoss
     assert objective.init_args.as_dict().items() >= recipe["init_args"].items()
@@ -301,7 +301,7 @@ def test_the_default_objective_is_the_same_everywhere():
 
 def test_an_objective_by_its_name_keeps_nothing_of_the_default(tmp_path):
     (tmp_path / "own.yaml").write_text("model: {objective: {class_path: mcseg.losses.DiceLoss}}\n")
-    parser = _ParseOnly("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False).parser
+    parser = ParseOnlyCLI("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False).parser
     for words in (
         ["--model.objective=mcseg.losses.DiceLoss"],
         ["--model.objective", "mcseg.losses.DiceLoss"],
@@ -335,7 +335,7 @@ def test_an_objective_by_its_name_keeps_nothing_of_the_default(tmp_path):
 def test_another_architecture_keeps_no_options_of_the_former_one(words, arch, options):
     """A DeepLab refuses the decoder's channels of a U-Net."""
     Path("own.yaml").write_text("model: {arch: linknet}\n")
-    parser = _ParseOnly("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False).parser
+    parser = ParseOnlyCLI("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False).parser
     _, found = find_recipes(["fit", *words])
     model = parser.parse_args(found[1:]).model
     assert (model.arch, model.network_options) == (arch, options)

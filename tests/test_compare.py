@@ -37,7 +37,6 @@ from mcseg.compare.shifts import _GRID, _miou_on_grid, fit_shifts, shifted_miou
 from mcseg.compare.statistics import class_iou, measures, paired_intervals
 from mcseg.compare.study import (
     StudySettings,
-    _ParseOnly,
     _parser,
     explicit_settings,
     make_study,
@@ -46,6 +45,7 @@ from mcseg.compare.study import (
 )
 from mcseg.evaluation.metrics import Scores, image_counts, rarest_third
 from mcseg.palette import distinct_colors
+from mcseg.run.cli import ParseOnlyCLI
 from mcseg.run.main import main
 from mcseg.run.recipes import RECIPES
 
@@ -976,7 +976,7 @@ def test_study_file_and_command_line_override_the_recipe(tmp_path, monkeypatch):
 
 
 def _parsed(study):
-    return _ParseOnly(study.recipe, [*study.arguments, *study.objectives[1].arguments], run=False).config
+    return ParseOnlyCLI(study.recipe, [*study.arguments, *study.objectives[1].arguments], run=False).config
 
 
 STUDIES = [Path(__file__).parents[1] / "benchmarks" / "study" / f"{name}.yaml" for name in ("finetune", "scratch")]

@@ -401,8 +401,8 @@ def test_check_reads_images_without_public_labels(tmp_path):
     assert report.pixels["test"].sum() == 0
     problems = "\n".join(report.problems)
     assert "ac6d4f42-00000000.jpg: cannot be read" in problems
-    assert "left out 1 images without a mask: 3d581db5-2564fb7e" in problems
-    assert "left out 1 masks without an image: fee92217-63b3f87f" in problems
+    assert "skipped 1 images without a mask: 3d581db5-2564fb7e" in problems
+    assert "skipped 1 masks without an image: fee92217-63b3f87f" in problems
     assert "has no mask" not in problems
 
 

@@ -102,9 +102,9 @@ def test_architecture_page_names_every_part_of_the_package():
     assert missing == ["py.typed"]
 
 
-def test_architecture_page_shows_who_may_import_whom():
+def test_architecture_page_shows_the_allowed_imports():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    table = text.split("## Who may import whom")[1].split("\n## ")[0]
+    table = text.split("## Allowed imports")[1].split("\n## ")[0]
     shown = {}
     for left, right in re.findall(r"^\| (`.*?) \| (.*?) \|$", table, flags=re.MULTILINE):
         shown |= {part: set(re.findall(r"`(\w+)`", right)) for part in re.findall(r"`(\w+)`", left)}

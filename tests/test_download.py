@@ -526,7 +526,7 @@ def test_only_and_into(server, root, file, only):
 
 
 def test_nothing_below_only_is_an_error(server, root):
-    with pytest.raises(DataError, match="holds no file below Elsewhere/"):
+    with pytest.raises(DataError, match="contains no file below Elsewhere/"):
         fetch(offer(server, "s.zip", make_zip(), only="Elsewhere/"), root)
     assert work_files(root) == []
 
@@ -616,7 +616,7 @@ def test_benchmark_that_needs_an_account(server, root, capsys):
         "download by hand, with an account (start at https://streets.example/):\n"
         f"  images.zip, 11 GB, images of train and val, {server.address}/images.zip\n"
         "  masks.zip, fine masks\n"
-        f"unpack them, so that {root} holds\n"
+        f"unpack them, so that {root} contains\n"
         "  Set/images/<id>.jpg\n"
         "  Set/list.txt\n"
         f"then: mcseg fit --config streets --data.root {root}\n"

@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from mcseg.data import SegmentationData
-from mcseg.run.cli import SegmentationCLI
+from mcseg.run.cli import ParseOnlyCLI
 from mcseg.run.recipes import RECIPES
 
 Arguments = tuple[str, ...]
@@ -229,20 +229,10 @@ def setting_arguments(settings: Mapping[str, Any]) -> Arguments:
     )
 
 
-class _ParseOnly(SegmentationCLI):
-    """Parse a command without instantiating its classes."""
-
-    def before_instantiate_classes(self) -> None:
-        pass
-
-    def instantiate_classes(self) -> None:
-        pass
-
-
 @cache
 def _parser() -> ArgumentParser:
     """Return the parser of ``mcseg fit``."""
-    return _ParseOnly("compare", ["--config", str(RECIPES / "synthetic.yaml")], run=False).parser
+    return ParseOnlyCLI("compare", ["--config", str(RECIPES / "synthetic.yaml")], run=False).parser
 
 
 def explicit_settings(arguments: Arguments) -> dict[str, Any]:

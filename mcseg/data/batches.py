@@ -73,7 +73,7 @@ class TrainingCrops(Dataset[Batch]):
 class WholeImages(Dataset[Batch]):
     """Whole images resized by ``image_scale``, with masks at their stored size, or without masks for prediction.
 
-    With ``skip``, an unusable image gives an item without ``image`` whose ``skipped`` holds the reason.
+    With ``skip``, an unusable image gives an item without ``image`` whose ``skipped`` is the reason.
     """
 
     def __init__(
@@ -141,12 +141,12 @@ def collate(items: Sequence[Batch]) -> Batch:
     """Stack items to a batch.
 
     Returns:
-        A batch as :class:`~mcseg.data.datamodule.SegmentationData` describes it; without images if no item has one. If
+        A batch as `~mcseg.data.datamodule.SegmentationData` describes it; without images if no item has one. If
         samples were skipped, ``skipped`` maps their names to the reasons and ``dropped`` lists the positions of the items
         without an image.
 
     Raises:
-        DataError: images of different sizes.
+        DataError: The images have different sizes.
     """
     report: Batch = {}
     if skipped := {name: reason for item in items for name, reason in item.get("skipped", {}).items()}:

@@ -4,11 +4,11 @@ import itertools
 import json
 import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mcseg.benchmarks import benchmark_names, facts_file
 from mcseg.data.classlist import table_from_toml
@@ -18,7 +18,7 @@ from mcseg.data.labels import DataError, LabelTable
 from mcseg.data.layout import fill, find, fixed_folder, readable
 from mcseg.data.matlab import MatReader
 
-_FILES = ("images", "masks", "list")  # keys of a source that hold path templates
+_FILES = ("images", "masks", "list")  # keys of a source whose values are path templates
 
 
 @cache
@@ -31,14 +31,14 @@ def benchmark_facts(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Submission:
-    """File format of a benchmark's evaluation server, which :class:`~mcseg.callbacks.PredictionWriter` writes.
+    """File format of a benchmark's evaluation server, which `~mcseg.callbacks.PredictionWriter` writes.
 
     Args:
-        benchmark: name of the benchmark.
-        file: path of a label map in the archive, with ``{name}`` for the sample's name.
+        benchmark: Name of the benchmark.
+        file: Path of a label map in the archive, with ``{name}`` for the sample's name.
         archive: ``zip`` or ``tar.gz``.
         values: (C,) value of each train id in the label map.
-        palette: write palette PNGs in the class colours instead of grey PNGs.
+        palette: Write palette PNGs in the class colours instead of grey PNGs.
     """
 
     benchmark: str
@@ -48,18 +48,33 @@ class Submission:
     palette: bool
 
 
+class Listing(NamedTuple):
+    """Samples of a split, sorted by name, and remarks about skipped files."""
+
+    samples: list[Sample]
+    remarks: list[str]
+
+
 class BenchmarkData(SegmentationData):
     """A benchmark in its official layout.
 
+    The facts give the files of a split as path templates, for example those of CamVid::
+
+        [splits.train]
+        count = 367  # images in the official split
+        from = [{ images = "train/{id}.png", masks = "trainannot/{id}.png" }]
+
+    An image and its mask have the same ``{fields}``: ``train/0001TP_006690.png`` and ``trainannot/0001TP_006690.png``.
+
     Args:
-        name: name of the benchmark, see ``mcseg.benchmarks.benchmark_names``.
-        root: folder into which the archives were unpacked, or one of its subfolders down to the data set's own folder.
-        labels: name of the label set, for a benchmark with several.
-        table: label table to use instead of the one in the facts.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        name: Name of the benchmark, see ``mcseg.benchmarks.benchmark_names``.
+        root: Folder into which the archives were unpacked, or one of its subfolders down to the data set's own folder.
+        labels: Name of the label set; only for a benchmark with several.
+        table: Label table to use instead of the one in the facts.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
 
     Raises:
-        DataError: an unknown benchmark or label set.
+        DataError: The benchmark or the label set is unknown.
     """
 
     def __init__(
@@ -75,13 +90,17 @@ class BenchmarkData(SegmentationData):
         self.facts = benchmark_facts(name)
         self.labels = labels
         sets: dict[str, Any] = self.facts["labels"]
-        if labels is not None:
-            check_choice("version", labels, sets)
-        self.label_facts: dict[str, Any] = sets if labels is None else sets[labels]
+        # Empty for a benchmark with one label set, which has no name.
+        choices = [key for key, value in sets.items() if isinstance(value, dict)]
+        if choices:
+            check_choice("labels", labels, choices)
+        elif labels is not None:
+            raise DataError(f"data.labels: found {labels}, but {name} has only one label set; remove the setting")
+        self.label_facts: dict[str, Any] = sets[labels] if labels is not None else sets
         super().__init__(table or table_from_toml(self.label_facts, f"{name}.toml", void=()), root, **options)
         self.reader = MatReader(self.reader.table)
         self.official = {split: facts.get("count") for split, facts in self.facts["splits"].items()}
-        self._listings: dict[str, tuple[list[Sample], list[str]]] = {}  # split -> samples, remarks
+        self._listings: dict[str, Listing] = {}  # by split
 
     @property
     def submission(self) -> Submission | None:
@@ -91,7 +110,13 @@ class BenchmarkData(SegmentationData):
             return None
         raw = {train: value for value, train in self.reader.table.raw_ids.items()}
         values = tuple(raw[train] for train in range(self.num_classes))
-        return Submission(self.benchmark, facts["file"], facts["archive"], values, facts.get("palette", False))
+        return Submission(
+            benchmark=self.benchmark,
+            file=facts["file"],
+            archive=facts["archive"],
+            values=values,
+            palette=facts.get("palette", False),
+        )
 
     @property
     def withheld(self) -> tuple[str, ...]:
@@ -107,7 +132,7 @@ class BenchmarkData(SegmentationData):
         """Folder that the paths in the facts are relative to: the root or a folder below it.
 
         Raises:
-            DataError: ``root`` is not given, or holds no file of the data set.
+            DataError: ``root`` is not given, or contains no file of the data set.
         """
         if self.root is None:
             raise DataError(f"data.root is not set: {self.expected()}")
@@ -125,13 +150,13 @@ class BenchmarkData(SegmentationData):
         return self.listed(split)
 
     def remarks(self, split: str) -> list[str]:
-        """List differences from the official split: another number of images, images or masks without a partner."""
+        """List differences from the official split: a different number of images, images or masks without a counterpart."""
         samples, official = self.samples(split), self.official.get(split)
-        remarks = list(self._listings[split][1]) if split in self._listings else []
+        remarks = list(self._listings[split].remarks) if split in self._listings else []
         if samples and official and len(samples) != official:
             remarks.append(
                 f"{self.facts['title']}: found {len(samples)} images in the {split} split, the official one has {official}; "
-                "check that all archives are there and completely unpacked"
+                "check that all archives were unpacked completely"
             )
         return remarks
 
@@ -147,20 +172,20 @@ class BenchmarkData(SegmentationData):
         """List a split as the facts describe it.
 
         Args:
-            split: key of ``splits`` in the facts.
-            home: folder that the paths in the facts are relative to; the default is ``self.home``.
-            **fields: values for some fields of the path templates.
+            split: Key of ``splits`` in the facts.
+            home: Folder that the paths in the facts are relative to; the default is ``self.home``.
+            **fields: Values for some fields of the path templates.
 
         Raises:
-            DataError: images but no masks; a train or val split without images.
+            DataError: There are images but no masks, or the train or val split has no images.
         """
         if split not in self._listings:
-            self._listings[split] = self._list(self.facts["splits"].get(split, {}), home, fields)
-            if not self._listings[split][0] and split in ("train", "val"):
+            self._listings[split] = self._find_listing(self.facts["splits"].get(split, {}), home, fields)
+            if not self._listings[split].samples and split in ("train", "val"):
                 raise DataError(f"{self.root}: the {split} split of {self.facts['title']} is empty; {self.expected(split)}")
-        return self._listings[split][0]
+        return self._listings[split].samples
 
-    def _list(self, facts: dict[str, Any], home: Path | None, fields: dict[str, str]) -> tuple[list[Sample], list[str]]:
+    def _find_listing(self, facts: dict[str, Any], home: Path | None, fields: dict[str, str]) -> Listing:
         folder = home or self.home
         sources = [
             {key: _fill_fields(value, fields) for key, value in source.items()}
@@ -171,27 +196,27 @@ class BenchmarkData(SegmentationData):
         present = [source for source in sources if _exists(folder, source)]
         for source in present:
             if "masks" not in source or next(find(folder, source["masks"]), None):
-                return self._pair(folder, source, skip=facts.get("skip", ()))
+                return self._pair_files(folder, source, skip=facts.get("skip", ()))
         if present:
             masks = present[0]["masks"]
             raise DataError(
                 f"{fixed_folder(folder, masks)}: no masks of {self.facts['title']}; expected {readable(masks)}; "
                 f"{self._download_hint()}"
             )
-        return [], []
+        return Listing([], [])
 
-    def _pair(self, folder: Path, source: dict[str, str], *, skip: Iterable[str]) -> tuple[list[Sample], list[str]]:
-        """Pair the images of a source with their masks; returns samples and remarks."""
+    def _pair_files(self, folder: Path, source: dict[str, str], *, skip: Iterable[str]) -> Listing:
+        """Pair the images of a source with their masks."""
         layout = self.facts.get("layout", {})
         name, masks = layout.get("name", "{id}"), source.get("masks")
         images = {name.format_map(fields): (fields, path) for fields, path in _images(folder, source)}
         names = [key for key in sorted(images) if key not in set(skip)]
         samples = [Sample(key, images[key][1], fill(folder, masks, images[key][0]) if masks else None) for key in names]
         if not masks or not layout.get("leave_out_orphans"):
-            return samples, []
+            return Listing(samples, [])
         partners = {name.format_map(fields): path for fields, path in find(folder, masks)}
-        return [sample for sample in samples if sample.name in partners], [
-            f"{self.facts['title']}: left out {len(orphans)} {kind}: {', '.join(orphans[:6])}"
+        remarks = [
+            f"{self.facts['title']}: skipped {len(orphans)} {kind}: {', '.join(orphans[:6])}"
             f"{', ...' if len(orphans) > 6 else ''}"
             for kind, orphans in (
                 ("images without a mask", [key for key in names if key not in partners]),
@@ -199,13 +224,14 @@ class BenchmarkData(SegmentationData):
             )
             if orphans
         ]
+        return Listing([sample for sample in samples if sample.name in partners], remarks)
 
     def _download_hint(self) -> str:
         effect = "explains how to get them" if self.facts["download"]["login"] else "downloads them"
         return f"`mcseg download {self.benchmark} --root DIR` {effect}"
 
 
-def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
+def check_choice(option: str, value: str | None, choices: Collection[str]) -> None:
     """Raise DataError if the value of a data option is not one of its choices."""
     if value not in choices:
         raise DataError(f"data.{option}: found {value}, expected one of {', '.join(choices)}")
@@ -240,9 +266,9 @@ class CamVidData(BenchmarkData):
     Source: Brostow et al., ECCV 2008; 11-class version of Badrinarayanan, Kendall, Cipolla (SegNet).
 
     Args:
-        root: folder with ``train``, ``trainannot``, ``val``, ``valannot`` and, optionally, ``test``, ``testannot``. Images
+        root: Folder with ``train``, ``trainannot``, ``val``, ``valannot`` and, optionally, ``test``, ``testannot``. Images
             may be .png or .jpg.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
     """
 
     def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
@@ -255,9 +281,9 @@ class CityscapesData(BenchmarkData):
     Source: Cordts et al., CVPR 2016.
 
     Args:
-        root: folder with ``leftImg8bit`` and ``gtFine``, and ``gtCoarse`` for ``coarse``.
-        coarse: also train on the 19997 coarsely labelled images of ``train_extra``.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        root: Folder with ``leftImg8bit`` and ``gtFine``, and ``gtCoarse`` for ``coarse``.
+        coarse: Also train on the 19997 coarsely labelled images of ``train_extra``.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
     """
 
     def __init__(self, root: str | os.PathLike[str] | None = None, *, coarse: bool = False, **options: Any) -> None:
@@ -279,12 +305,13 @@ class CityscapesData(BenchmarkData):
 class BDD100KData(BenchmarkData):
     """BDD100K semantic segmentation: 7000 / 1000 / 2000 images of 1280x720, the 19 classes of Cityscapes.
 
-    Images and masks are paired by name. Packages from before June 2021 hold some without a partner; those are left out with
-    a warning. Source: Yu et al., CVPR 2020.
+    Images and masks are paired by name. Packages from before June 2021 contain images or masks without a counterpart, which
+    are skipped with a warning. Source: Yu et al., CVPR 2020.
 
     Args:
-        root: folder with ``bdd100k``, or that folder itself; the layout from before June 2021 (``seg``) is read too.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        root: Folder with ``bdd100k``, or that folder itself; the layout from before June 2021 (``seg``) is also
+            supported.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
     """
 
     def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
@@ -298,19 +325,20 @@ class MapillaryVistasData(BenchmarkData):
     ICCV 2017.
 
     Args:
-        root: folder with ``training``, ``validation`` and ``testing``, in the nested layout of the v2.0 archive or the flat
+        root: Folder with ``training``, ``validation`` and ``testing``, in the nested layout of the v2.0 archive or the flat
             layout of v1.x.
-        version: version of the labels.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`; ``max_side`` limits memory and time.
+        version: Version of the labels.
+        **options: See `~mcseg.data.datamodule.SegmentationData`; ``max_side`` limits memory and time.
     """
 
     def __init__(
         self, root: str | os.PathLike[str] | None = None, *, version: Literal["v1.2", "v2.0"] = "v1.2", **options: Any
     ) -> None:
+        check_choice("version", version, benchmark_facts("mapillary_vistas")["labels"])
         super().__init__("mapillary_vistas", root, labels=version, **options)
 
     def samples(self, split: str) -> list[Sample]:
-        """List the images of a split. Raises DataError if the config file names other labels than the facts."""
+        """List the images of a split. Raises DataError if the config file has labels different from the facts."""
         candidates = [self.home / f"config_{self.labels}.json"]
         if self.labels == "v1.2":
             candidates.append(self.home / "config.json")  # name in the v1.x archives
@@ -324,14 +352,14 @@ class MapillaryVistasData(BenchmarkData):
             config_names = [label["name"] for label in json.loads(path.read_text(encoding="utf-8"))["labels"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{path}: cannot be read ({error}); expected the config file of Mapillary Vistas, unpack the archive again"
+                f"{path}: cannot be read ({error}); expected the config file of Mapillary Vistas; unpack the archive again"
             ) from None
-        pairs = itertools.zip_longest(config_names, self.label_facts["config"], fillvalue="nothing")
+        pairs = itertools.zip_longest(config_names, self.label_facts["config"], fillvalue="missing")
         for index, (name, expected) in enumerate(pairs):
             if name != expected:
                 raise DataError(
-                    f"{path}: label {index} is {name}, expected {expected} of {self.labels}; the masks may hold other "
-                    "labels, set data.version or download the archive again"
+                    f"{path}: label {index} is {name}, expected {expected} of {self.labels}; the masks may contain "
+                    "other labels; set data.version or download the archive again"
                 )
 
 
@@ -341,8 +369,8 @@ class SceneParse150Data(BenchmarkData):
     Source: Zhou et al., CVPR 2017.
 
     Args:
-        root: folder with ``ADEChallengeData2016`` and, optionally, ``release_test``; or ``ADEChallengeData2016`` itself.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        root: Folder with ``ADEChallengeData2016`` and, optionally, ``release_test``; or ``ADEChallengeData2016`` itself.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
     """
 
     def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
@@ -355,8 +383,8 @@ class CocoStuff10kData(BenchmarkData):
     Source: Caesar, Uijlings, Ferrari, CVPR 2018.
 
     Args:
-        root: folder with ``images``, ``annotations`` and ``imageLists``.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        root: Folder with ``images``, ``annotations`` and ``imageLists``.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
     """
 
     def __init__(self, root: str | os.PathLike[str] | None = None, **options: Any) -> None:
@@ -369,10 +397,10 @@ class PascalVOCData(BenchmarkData):
     Source: Everingham et al., IJCV 2015; Hariharan et al., ICCV 2011 (SBD).
 
     Args:
-        root: folder with ``VOCdevkit`` (and ``benchmark_RELEASE`` for ``train_aug``), or its subfolder ``VOC2012``.
+        root: Folder with ``VOCdevkit`` (and ``benchmark_RELEASE`` for ``train_aug``), or its subfolder ``VOC2012``.
         train_set: ``train``, or ``train_aug``: the images of VOC train, SBD train and SBD val that are not in VOC val. An
             image with a mask of VOC and one of SBD gets the mask of VOC.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
     """
 
     def __init__(
@@ -388,7 +416,7 @@ class PascalVOCData(BenchmarkData):
         self.official["train"] = self.official[train_set]
 
     def samples(self, split: str) -> list[Sample]:
-        """List the images of a split; ``train_set`` decides about ``train``."""
+        """List the images of a split; ``train_set`` selects the training images."""
         voc = super().samples(split)
         if split != "train" or self.train_set == "train":
             return voc

@@ -81,16 +81,16 @@ class Scene:
     World coordinates are in metres: ``x`` to the right of the camera, ``y`` above the ground, ``z`` ahead.
 
     Args:
-        rng: source of all random numbers.
-        height: rows H of the final image.
-        width: columns W of the final image.
+        rng: Source of all random numbers.
+        height: Rows H of the final image.
+        width: Columns W of the final image.
 
     Attributes:
-        mat: material of each pixel, (2H,2W) uint16.
-        shade: brightness factor of each pixel, (2H,2W) float32.
-        fog: share of the haze in each pixel, (2H,2W) float32 in [0, 1].
-        leaf: noise for ragged outlines, (2H,2W) float32 in [-1, 1).
-        grain: noise of the surfaces, in perspective on the ground, (2H,2W) float32 in about [-2, 2).
+        mat: Material of each pixel, (2H,2W) uint16.
+        shade: Brightness factor of each pixel, (2H,2W) float32.
+        fog: Share of the haze in each pixel, (2H,2W) float32 in [0, 1].
+        leaf: Noise for ragged outlines, (2H,2W) float32 in [-1, 1).
+        grain: Noise of the surfaces, in perspective on the ground, (2H,2W) float32 in about [-2, 2).
     """
 
     def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
@@ -155,13 +155,13 @@ class Scene:
         """Fill a trapezoid.
 
         Args:
-            span: first and last row, or column if ``upright``.
-            first: left and right end in the first row, or top and bottom in the first column if ``upright``.
-            last: the same in the last row or column.
-            mat: material, or ``SHADOW``.
-            z: distance in metres, for the haze.
-            shade: brightness factor.
-            upright: whether the two parallel edges are vertical.
+            span: First and last row, or column if ``upright``.
+            first: Left and right end in the first row, or top and bottom in the first column if ``upright``.
+            last: The same in the last row or column.
+            mat: Material, or ``SHADOW``.
+            z: Distance in metres, for the haze.
+            shade: Brightness factor.
+            upright: Whether the two parallel edges are vertical.
         """
         along, across = (self.cols, self.rows) if upright else (self.rows, self.cols)
         a, b = max(0, ceil(span[0] - 0.5)), min(len(along), ceil(span[1] - 0.5))

@@ -15,12 +15,12 @@ from mcseg.data.labels import DataError
 
 @dataclass(frozen=True)
 class Report:
-    """Result of :func:`check`.
+    """Result of `check`.
 
     Args:
-        images: split -> number of images.
-        pixels: split -> (C,) int64 labelled pixels of each class.
-        problems: one line per problem.
+        images: Split -> number of images.
+        pixels: Split -> (C,) int64 labelled pixels of each class.
+        problems: One line per problem.
     """
 
     images: dict[str, int]
@@ -36,8 +36,8 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
     ``remarks``.
 
     Args:
-        data: the data set.
-        progress: show progress bars.
+        data: The data set.
+        progress: Whether to show progress bars.
     """
     images: dict[str, int] = {}
     pixels: dict[str, Tensor] = {}

@@ -10,13 +10,13 @@ from mcseg.palette import Color, distinct_colors
 
 
 def table_from_names(names: Sequence[str]) -> LabelTable:
-    """Build the table for masks that hold the class indices 0..C-1 and 255 for void.
+    """Build the table for masks with the class indices 0..C-1 and 255 for void.
 
     Args:
-        names: class names in the order of their indices.
+        names: Class names in the order of their indices.
 
     Raises:
-        DataError: fewer than 2 or more than 254 names, or a repeated name.
+        DataError: There are fewer than 2 or more than 254 names, or a name is repeated.
 
     Example:
         >>> from mcseg.data.classlist import table_from_names
@@ -43,14 +43,14 @@ def table_from_file(path: Path, by_color: bool) -> LabelTable:
     with ``#`` are skipped.
 
     Args:
-        path: path of the class list.
-        by_color: whether colours stand for classes in the masks; each class needs a colour then.
+        path: Path of the class list.
+        by_color: Whether colours stand for classes in the masks; each class needs a colour then.
 
     Returns:
         The label table; classes without a colour get one.
 
     Raises:
-        DataError: the file is missing or malformed, or a class has no colour although ``by_color`` is set.
+        DataError: The file is missing or malformed, or a class has no colour although ``by_color`` is set.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -72,17 +72,17 @@ def table_from_file(path: Path, by_color: bool) -> LabelTable:
 def table_from_toml(
     content: Mapping[str, Any], where: str, by_color: bool = False, void: Sequence[int] = (IGNORE_INDEX,)
 ) -> LabelTable:
-    """Build the table from the content of a TOML class list, see :func:`table_from_file`.
+    """Build the table from the content of a TOML class list, see `table_from_file`.
 
     Args:
-        content: mapping with ``classes`` and, optionally, ``void``.
-        where: name of the source, for error messages.
-        by_color: whether colours stand for classes in the masks.
-        void: mask values that are void even if ``content`` does not list them, unless a class has them; not used if
+        content: Mapping with ``classes`` and, optionally, ``void``.
+        where: Name of the source, for error messages.
+        by_color: Whether colours stand for classes in the masks.
+        void: Mask values that are void even if ``content`` does not list them, unless a class has them; not used if
             ``by_color`` is set.
 
     Raises:
-        DataError: malformed content, or a class without a colour although ``by_color`` is set.
+        DataError: The content is malformed, or a class has no colour although ``by_color`` is set.
     """
     classes = content.get("classes")
     if not isinstance(classes, list) or not all(isinstance(entry, dict) and "name" in entry for entry in classes):
@@ -123,7 +123,7 @@ def table_from_toml(
     raw_ids = dict.fromkeys([*void_values, *(() if by_color else void)], IGNORE_INDEX)
     raw_ids |= {value: train for train, values in enumerate(raw) for value in values}
     try:
-        return LabelTable(names, palette, raw_ids, by_color)
+        return LabelTable(names, palette, raw_ids, by_color=by_color)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
 

@@ -28,7 +28,7 @@ SPLITS = ("train", "val", "test")
 class SegmentationData(pl.LightningDataModule):
     """Images and masks as batches for training, validation, test and prediction.
 
-    To add a data set, write a subclass that passes its label table and lists its samples in :meth:`samples`. A batch is a
+    To add a data set, write a subclass that passes its label table and lists its samples in `samples`. A batch is a
     dict:
 
     - ``image``: (N,3,h,w) uint8 RGB;
@@ -40,36 +40,36 @@ class SegmentationData(pl.LightningDataModule):
     and the mask keeps its stored size, at which predictions are scored.
 
     Args:
-        table: names, palette and raw ids of the classes.
-        root: folder of the data set.
-        batch_size: training images per process and step.
-        total_batch_size: training images per step over all processes, instead of ``batch_size``; 1 and 8 GPUs then take
+        table: Names, palette and raw ids of the classes.
+        root: Folder of the data set.
+        batch_size: Training images per process and step.
+        total_batch_size: Training images per step over all processes, instead of ``batch_size``; 1 and 8 GPUs then take
             the same steps.
-        eval_batch_size: validation and test images per step; more than 1 needs images of equal size.
-        num_workers: number of loader processes; -1 uses one per core, at most 8.
+        eval_batch_size: Validation and test images per step; more than 1 needs images of equal size.
+        num_workers: Number of loader processes; -1 uses one per core, at most 8.
         crop_size: (height, width) of the training crop in pixels of the network's input.
-        image_scale: factor by which images are resized for the network.
+        image_scale: Factor by which images are resized for the network.
         scale_range: (smallest, largest) further random scale factor of training images.
-        max_class_share: a training crop is drawn again if one class covers more than this share of its labelled pixels.
-        flip: flip half of the training images horizontally.
-        color_jitter: strength of brightness, contrast and saturation jitter, 0 to 1; 0 disables it.
-        rare_crop_share: probability that a training crop is centred on a pixel of a random class of the image, drawn with
+        max_class_share: A training crop is drawn again if one class covers more than this share of its labelled pixels.
+        flip: Whether to flip half of the training images horizontally.
+        color_jitter: Strength of brightness, contrast and saturation jitter, 0 to 1; 0 disables it.
+        rare_crop_share: Probability that a training crop is centred on a pixel of a random class of the image, drawn with
             the inverse of the classes' training pixels as weights; 0 draws all crops uniformly.
-        max_side: images with a longer side above this are first shrunk to it; for data sets with very large images.
+        max_side: Images with a longer side above this are first shrunk to it; for data sets with very large images.
             Predictions are still scored at the mask's stored size.
-        predict_root: image file, or folder that is searched with its subfolders, for ``predict``; None predicts the images
+        predict_root: Image file, or folder that is searched with its subfolders, for ``predict``; None predicts the images
             of ``predict_split``.
-        predict_split: split to predict if ``predict_root`` is not given; a missing test split is replaced by the
+        predict_split: Split to predict if ``predict_root`` is not given; a missing test split is replaced by the
             validation split.
-        held_out: glob patterns of names of training images, for example ``0006R0_*`` for one of CamVid's sequences. Matching
+        held_out: Glob patterns of names of training images, for example ``0006R0_*`` for one of CamVid's sequences. Matching
             images are removed from training and replace the validation split, so that settings can be tuned without using
             that split.
-        on_error: how to handle an unusable image or mask: ``"stop"`` stops the run and names the file; ``"skip"`` uses the
-            next image in training, leaves the image out in evaluation, and lists all skipped images at the end.
-        cache_dir: folder for the cached counts of label pixels; None uses the user's cache folder.
+        on_error: How to handle an unusable image or mask: ``"stop"`` stops the run and names the file; ``"skip"`` uses the
+            next image in training, skips the image in evaluation, and lists all skipped images at the end.
+        cache_dir: Folder for the cached counts of label pixels; None uses the user's cache folder.
 
     Raises:
-        DataError: a setting outside its range.
+        DataError: A setting is out of range.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class SegmentationData(pl.LightningDataModule):
     def samples(self, split: str) -> list[Sample]:
         """List the samples of ``train``, ``val`` or ``test``, sorted; empty if the data set has no such split.
 
-        Files are listed but not opened: an image without a mask has ``mask=None``, and :meth:`setup` finds broken files.
+        Files are listed but not opened: an image without a mask has ``mask=None``, and `setup` finds broken files.
         """
         raise NotImplementedError
 
@@ -203,7 +203,7 @@ class SegmentationData(pl.LightningDataModule):
             source, samples = "val", self._samples_in_use("val")
         if not samples:
             raise DataError(
-                f"{type(self).__name__}: the {split} split of {self.root} is empty, expected at least one image; run mcseg "
+                f"{type(self).__name__}: the {split} split of {self.root} is empty; expected at least one image; run mcseg "
                 "check"
             )
         for remark in self.remarks(source):
@@ -266,7 +266,11 @@ class SegmentationData(pl.LightningDataModule):
         """
         if self._class_pixels is None:  # called several times, and each look-up in the cache stats every file
             self._class_pixels = count_class_pixels(
-                self.reader, self._prepared("train"), self.num_workers, self.cache_dir, skip=self.skips
+                self.reader,
+                self._prepared("train"),
+                num_workers=self.num_workers,
+                cache_dir=self.cache_dir,
+                skip=self.skips,
             )
         return self._class_pixels.clone()
 

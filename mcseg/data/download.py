@@ -48,14 +48,14 @@ def download(name: str, facts: Mapping[str, Any], root: Path, *, keep_archives: 
     downloading it; one in ``root`` is never deleted.
 
     Args:
-        name: name of the benchmark on the command line.
-        facts: facts of the benchmark: ``title``, ``homepage``, ``license`` and the table ``download``.
-        root: folder for the data; created if missing.
-        keep_archives: keep the downloaded archives in ``root/.download``.
-        progress: show progress bars.
+        name: Name of the benchmark on the command line.
+        facts: Facts of the benchmark: ``title``, ``homepage``, ``license`` and the table ``download``.
+        root: Folder for the data; created if missing.
+        keep_archives: Whether to keep the downloaded archives in ``root/.download``.
+        progress: Whether to show progress bars.
 
     Raises:
-        DataError: an unreachable address, a connection that keeps breaking, a wrong or damaged archive, one that would write
+        DataError: An unreachable address, a connection that keeps breaking, a wrong or damaged archive, one that would write
             outside its folder, a folder that cannot be written to, or a full disk.
     """
     source, homepage = facts["download"], facts["homepage"]
@@ -70,13 +70,13 @@ def download(name: str, facts: Mapping[str, Any], root: Path, *, keep_archives: 
             except OSError as error:
                 raise DataError(
                     f"{error.filename or root}: {error.strerror or error}; expected a writable folder with enough free "
-                    "space, change that and run the command again"
+                    "space; change that and run the command again"
                 ) from error
     if by_hand:
         print(f"download by hand, with an account (start at {homepage}):")
         for archive in by_hand:
             print(f"  {', '.join(archive[key] for key in ('file', 'size', 'content', 'url') if key in archive)}")
-        print(f"unpack them, so that {root} holds\n{textwrap.indent(source['tree'].strip(), '  ')}")
+        print(f"unpack them, so that {root} contains\n{textwrap.indent(source['tree'].strip(), '  ')}")
     print(f"{'then' if source['login'] else 'ready'}: mcseg fit --config {name} --data.root {root}")
 
 
@@ -93,7 +93,7 @@ def _provide(archive: Mapping[str, Any], root: Path, *, homepage: str, keep: boo
         print(f"{file}: using {path}")
     else:
         part = work / f"{file}.part"
-        _fetch(archive["url"], part, homepage, progress)
+        _fetch(archive["url"], part, homepage=homepage, progress=progress)
         part.replace(path)
     # Nothing is moved into the root before the whole archive has been unpacked without an error.
     staging = work / f"{file}.unpacking"
@@ -122,8 +122,8 @@ def _provide(archive: Mapping[str, Any], root: Path, *, homepage: str, keep: boo
     print(f"{file}: {count} file{'s' * (count != 1)} in {target}")
 
 
-def _fetch(url: str, part: Path, homepage: str, progress: bool) -> None:
-    """Download ``url`` into ``part``, starting after the bytes that it already holds."""
+def _fetch(url: str, part: Path, *, homepage: str, progress: bool) -> None:
+    """Download ``url`` into ``part``, starting after the bytes that it already contains."""
     failures, best, total = 0, _size(part), None
     while failures < _ATTEMPTS:
         time.sleep(_PAUSE * failures)
@@ -154,7 +154,7 @@ def _fetch(url: str, part: Path, homepage: str, progress: bool) -> None:
         failures = 0 if _size(part) > best else failures + 1
         best = max(best, _size(part))
     raise DataError(
-        f"{url}: download failed ({reason}); {_size(part)} of {'unknown' if total is None else total} bytes are in {part}, "
+        f"{url}: download failed ({reason}); {_size(part)} of {'unknown' if total is None else total} bytes are in {part}; "
         "run the command again to resume"
     )
 
@@ -217,7 +217,7 @@ def _unpack(path: Path, folder: Path, *, only: str, progress: bool) -> int:
         for name, opener in entries:
             parts = PureWindowsPath(name)  # parses both separators and drive letters
             if parts.anchor or ".." in parts.parts:
-                raise _RejectedArchive(f"holds {name!r}, which is outside its folder")
+                raise _RejectedArchive(f"contains {name!r}, which is outside its folder")
             inside = f"{parts.as_posix()}/"
             if not inside.startswith(prefix):
                 continue
@@ -228,12 +228,12 @@ def _unpack(path: Path, folder: Path, *, only: str, progress: bool) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             stream = opener()
             if stream is None:
-                raise _RejectedArchive(f"holds {name!r}, a link to something other than a file")
+                raise _RejectedArchive(f"contains {name!r}, a link to something other than a file")
             with stream, target.open("wb") as copy:
                 shutil.copyfileobj(stream, copy, 1 << 20)
             count += 1
     if not count:
-        raise _RejectedArchive(f"holds no file below {only}" if only else "holds no file")
+        raise _RejectedArchive(f"contains no file below {only}" if only else "contains no file")
     return count
 
 
@@ -241,7 +241,7 @@ def _zip_entries(path: Path, bar: Callable[[Iterable[Any]], Iterable[Any]]) -> G
     with zipfile.ZipFile(path) as archive:
         for info in bar(archive.infolist()):
             if stat.S_ISLNK(info.external_attr >> 16):
-                raise _RejectedArchive(f"holds {info.filename!r}, which is a link; expected files and folders only")
+                raise _RejectedArchive(f"contains {info.filename!r}, which is a link; expected files and folders only")
             yield info.filename, None if info.is_dir() else partial(archive.open, info)
 
 
@@ -251,7 +251,7 @@ def _tar_entries(path: Path, bar: Callable[[Iterable[Any]], Iterable[Any]]) -> G
             # A hard link refers to an earlier file of the archive; extractfile reads that file's content.
             if not (member.isfile() or member.isdir() or member.islnk()):
                 raise _RejectedArchive(
-                    f"holds {member.name!r}, which is a link or a device; expected files and folders only"
+                    f"contains {member.name!r}, which is a link or a device; expected files and folders only"
                 )
             yield member.name, None if member.isdir() else partial(archive.extractfile, member)
         # tarfile treats a damaged header as the end of the archive. The real end is a block of zeros; reading the rest

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mcseg.data.benchmark import BenchmarkData, benchmark_facts, check_choice
+from mcseg.data.benchmark import BenchmarkData, Listing, benchmark_facts, check_choice
 from mcseg.data.classlist import table_from_toml
 from mcseg.data.files import Choice, FileReader, Sample, Window, count_labels, image_size, mask_path
 from mcseg.data.labels import DataError, LabelTable
@@ -26,12 +26,12 @@ class EndoVisReader(FileReader):
     type with the larger id. Stored values are not added, because shaft (10) plus wrist (20) would read as claspers (30).
 
     Args:
-        table: label table of the task.
-        instruments: label table of the instruments' masks: classes of the task or, with ``types``, parts.
-        test_table: label table of the official test maps, which are already merged.
-        test_folder: name of the folders with the official test maps.
+        table: Label table of the task.
+        instruments: Label table of the instruments' masks: classes of the task or, with ``types``, parts.
+        test_table: Label table of the official test maps, which are already merged.
+        test_folder: Name of the folders with the official test maps.
         types: (keyword in the name of an instrument's folder, id of its type) for the type task; None for other tasks.
-        window: position of the camera's picture in a frame of 1920x1080; None keeps the whole frame.
+        window: Position of the camera's picture in a frame of 1920x1080; None keeps the whole frame.
     """
 
     instruments: LabelTable
@@ -116,19 +116,19 @@ class EndoVis2017Data(BenchmarkData):
     Source: Allan et al., arXiv:1902.06426; frame ranges: Yu et al., IJCV 2022; folds: Shvets et al., ICMLA 2018.
 
     Args:
-        root: folder with ``instrument_dataset_1`` to ``instrument_dataset_8`` of the training archives.
+        root: Folder with ``instrument_dataset_1`` to ``instrument_dataset_8`` of the training archives.
         task: ``binary`` (instrument or not), ``parts`` (shaft, wrist, claspers, probe) or ``type`` (seven instruments).
-        other: whether to use the objects in ``Other_labels`` (the ultrasound probe). If not, they are background, and
+        other: Whether to use the objects in ``Other_labels`` (the ultrasound probe). If not, they are background, and
             ``parts`` and ``type`` have one class less.
-        crop_to_camera: crop the 1920x1080 frames to the camera's 1280x1024 pixels.
+        crop_to_camera: Whether to crop the 1920x1080 frames to the camera's 1280x1024 pixels.
         split: ``frames``, the paper's: frames 0-149 of each sequence for training, 150-174 for validation, 175-224 for test;
             ``fold0`` to ``fold3``: two sequences for validation, six for training.
-        test_root: folder of the official test set, which then is the test split.
-        test_sequences: sequences of the official test set to use, 1 to 10; None uses all.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        test_root: Folder of the official test set, which then is the test split.
+        test_sequences: Sequences of the official test set to use, 1 to 10; None uses all.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
 
     Raises:
-        DataError: an unknown task, split or test sequence.
+        DataError: The task, the split or a test sequence is unknown.
     """
 
     def __init__(
@@ -159,7 +159,14 @@ class EndoVis2017Data(BenchmarkData):
         window = Window(**layout["camera"]) if crop_to_camera else None
         self.types = tuple(layout["types"].items())
         types = self.types if task == "type" else None
-        self.reader = EndoVisReader(table, instruments, test_table, labels["folder"], types, window)
+        self.reader = EndoVisReader(
+            table,
+            instruments=instruments,
+            test_table=test_table,
+            test_folder=labels["folder"],
+            types=types,
+            window=window,
+        )
         self.other = other
         self.split = split
         self.test_root = Path(test_root).expanduser() if test_root is not None else None
@@ -192,9 +199,9 @@ class EndoVis2017Data(BenchmarkData):
                 if labels not in folders:
                     folders[labels] = self._instrument_folders(labels)
                 masks = tuple(folder / path.name for folder in folders[labels])
-                samples.append(Sample(name.format_map(fields), path, masks[0], masks[1:]))
-            self._listings["all"] = (sorted(samples, key=lambda sample: sample.name), [])
-        return self._listings["all"][0]
+                samples.append(Sample(name.format_map(fields), path, mask=masks[0], more_masks=masks[1:]))
+            self._listings["all"] = Listing(sorted(samples, key=lambda sample: sample.name), [])
+        return self._listings["all"].samples
 
     def _instrument_folders(self, labels: Path) -> list[Path]:
         """List the folders of the instruments in use below a sequence's folder of labels."""

@@ -24,7 +24,7 @@ from mcseg.data.labels import IGNORE_INDEX, DataError, LabelTable, MissingFileEr
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _ORIENTATION = 0x0112  # EXIF tag
 _TRANSPOSING = (5, 6, 7, 8)  # orientations that swap height and width
-# Formats of 8- or 16-bit images. Pillow reads more, but some of them run other programs (EPS) or hold other data.
+# Formats of 8- or 16-bit images. Pillow reads more, but some of them run other programs (EPS) or contain other data.
 _FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
 
 
@@ -33,10 +33,10 @@ class Sample:
     """One image of a data set.
 
     Args:
-        name: unique name within the split; may contain ``/``.
-        image: path of the image file.
-        mask: path of the mask file; None if there is no mask (prediction) or no file (drawn scenes).
-        more_masks: further mask files to merge with ``mask``.
+        name: Unique name within the split; may contain ``/``.
+        image: Path of the image file.
+        mask: Path of the mask file; None if there is no mask (prediction) or no file (drawn scenes).
+        more_masks: Further mask files to merge with ``mask``.
     """
 
     name: str
@@ -62,9 +62,9 @@ Choice = Callable[[Tensor], Window]  # chooses the window to cut, given the mask
 
 
 class Reader(Protocol):
-    """Reads samples as tensors. Readers are pickled for worker processes, so they hold settings but no open files.
+    """Reads samples as tensors. Readers are pickled for worker processes, so they have settings but no open files.
 
-    All methods raise :class:`~mcseg.data.labels.DataError` for a sample that cannot be used.
+    All methods raise `~mcseg.data.labels.DataError` for a sample that cannot be used.
     """
 
     @property
@@ -147,7 +147,7 @@ class FileReader:
         if image != mask:
             raise DataError(
                 f"{sample.mask}: the mask is {mask[1]}x{mask[0]} pixels but {sample.image} is "
-                f"{image[1]}x{image[0]}; expected equal sizes, save the mask at the image's size"
+                f"{image[1]}x{image[0]}; expected equal sizes; save the mask at the image's size"
             )
 
 
@@ -168,12 +168,12 @@ def _open(path: Path) -> Iterator[ImageFile.ImageFile]:
     """Open a file with Pillow; any error while it is open becomes a DataError of one line that names the file."""
     try:
         if not path.is_file() and path.exists():  # opening a pipe would block
-            raise DataError(f"{path}: is not a file; expected an image, remove or rename it")
+            raise DataError(f"{path}: is not a file; expected an image; remove or rename it")
         # str, because Pillow before 11 resolves a Path, which raises another type of error for a link to itself.
         with Image.open(str(path), formats=_readable_formats()) as file:
             images = getattr(file, "n_frames", 1)
             if images > 1 and file.format != "MPO":  # MPO: a photo with previews or other views of itself
-                raise DataError(f"{path}: holds {images} images; expected one, save each in a separate file")
+                raise DataError(f"{path}: contains {images} images; expected one; save each in a separate file")
             yield file
     except FileNotFoundError:
         raise MissingFileError(f"{path}: no such file") from None
@@ -215,13 +215,13 @@ def read_image(path: Path) -> Tensor:
     """Read an image, rotated upright by its EXIF orientation.
 
     Args:
-        path: image file of 8 or 16 bits per channel; 16-bit grey values are divided by 257.
+        path: Image file of 8 or 16 bits per channel; 16-bit grey values are divided by 257.
 
     Returns:
         (3,H,W) uint8 RGB; transparency is dropped.
 
     Raises:
-        DataError: a file that cannot be read; 32-bit integers or floating-point values, whose range is not defined.
+        DataError: The file cannot be read, or has 32-bit integers or floating-point values, whose range is not defined.
     """
     with _open_upright(path) as file:
         return _pixels(_to_8_bits(file, path))
@@ -250,7 +250,7 @@ def _to_8_bits(file: Image.Image, path: Path) -> Image.Image:
         return Image.fromarray((np.array(file) // 257).astype(np.uint8))
     if file.mode in ("I", "F"):
         kind = "integers" if file.mode == "I" else "floating-point values"
-        raise DataError(f"{path}: an image of 32-bit {kind}; expected 8 or 16 bits, convert it")
+        raise DataError(f"{path}: an image of 32-bit {kind}; expected 8 or 16 bits; convert it")
     return file
 
 
@@ -258,22 +258,22 @@ def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
     """Read the stored values of a mask.
 
     Args:
-        path: a lossless file: a palette or grey PNG of 1, 8 or 16 bits, or RGB if colours stand for classes.
-        by_color: read the colours of a palette file instead of its indices.
+        path: A lossless file: a palette or grey PNG of 1, 8 or 16 bits, or RGB if colours stand for classes.
+        by_color: Whether to read the colours of a palette file instead of its indices.
 
     Returns:
         (H,W) integers, or (H,W,3) uint8 for colour files.
 
     Raises:
-        DataError: a file that cannot be read, is lossy (JPEG) or has other values than integer indices or 8-bit colours.
+        DataError: The file cannot be read, is lossy (JPEG), or has values other than integer indices or 8-bit colours.
     """
     with _open_upright(path) as file:
         if "JPEG" in (file.format, str(file.info.get("compression")).upper()):
-            raise DataError(f"{path}: JPEG changes label values; expected a lossless mask, export it again as PNG")
+            raise DataError(f"{path}: JPEG changes label values; expected a lossless mask; export it again as PNG")
         if file.mode in ("F", "CMYK", "YCbCr", "LAB", "HSV"):
-            raise DataError(f"{path}: mask of mode {file.mode}; expected integer indices or RGB colours, convert it")
+            raise DataError(f"{path}: mask of mode {file.mode}; expected integer indices or RGB colours; convert it")
         if any(";16" in str(tile[3]) for tile in file.tile) and file.mode in ("RGB", "RGBA", "LA"):
-            raise DataError(f"{path}: a 16-bit mask of several channels; expected one channel or 8-bit colours, convert it")
+            raise DataError(f"{path}: a 16-bit mask of several channels; expected one channel or 8-bit colours; convert it")
         if by_color or file.mode in ("RGB", "RGBA"):
             return np.array(file.convert("RGB"))
         if file.mode in ("LA", "PA"):
@@ -322,7 +322,7 @@ def image_files(folder: Path) -> list[Path]:
     """List the files directly in ``folder`` with the extension of an image, sorted by name, without hidden files.
 
     Raises:
-        DataError: the folder cannot be listed, or a name holds control characters or is not valid UTF-8.
+        DataError: The folder cannot be listed, or a name contains control characters or is not valid UTF-8.
     """
     try:
         entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -331,7 +331,7 @@ def image_files(folder: Path) -> list[Path]:
     files = [path for path in entries if path.suffix.lower() in image_extensions()]
     for path in files:
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path.name):
-            raise DataError(f"{folder}: a file is named {path.name!r}; expected UTF-8 without control characters, rename it")
+            raise DataError(f"{folder}: a file is named {path.name!r}; expected UTF-8 without control characters; rename it")
     return files
 
 
@@ -339,7 +339,7 @@ def images_below(root: Path) -> list[Sample]:
     """List an image file, or all image files in a folder and its subfolders, as samples named by their relative path.
 
     Raises:
-        DataError: no such file or folder, or no readable image in it.
+        DataError: The file or folder does not exist, or contains no readable image.
     """
     if root.is_file():
         return [Sample(root.stem, root)]

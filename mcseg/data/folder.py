@@ -20,7 +20,7 @@ Split = Literal["auto", "folder", "list", "fraction"]
 class FolderData(SegmentationData):
     """A folder of images and masks; each mask is named like its image.
 
-    ``split`` says how to divide ``root/images`` and ``root/masks``:
+    ``split`` sets how to divide ``root/images`` and ``root/masks``:
 
     - ``folder``: by subfolders, ``root/images/train`` and ``root/masks/train`` or ``root/train/images`` and
       ``root/train/masks``, likewise for ``val`` and ``test``;
@@ -29,24 +29,24 @@ class FolderData(SegmentationData):
     - ``fraction``: at random, with ``split_seed``;
     - ``auto``: ``list`` if ``root/train.txt`` exists, else ``folder`` if there is a ``train`` folder, else ``fraction``.
 
-    Masks hold class indices (8- or 16-bit grey or palette files; 255 is void), or RGB colours if the class list gives each
-    class a colour.
+    Masks contain class indices (8- or 16-bit grey or palette files; 255 is void), or RGB colours if the class list gives
+    each class a colour.
 
     Args:
-        root: path of the folder.
-        classes: class names in the order of their indices, or the path of a class list (see
-            :func:`~mcseg.data.classlist.table_from_file`); None looks for ``classes.toml`` or ``classes.txt`` in the root.
+        root: Path of the folder.
+        classes: Class names in the order of their indices, or the path of a class list (see
+            `~mcseg.data.classlist.table_from_file`); None looks for ``classes.toml`` or ``classes.txt`` in the root.
         split: ``auto``, ``folder``, ``list`` or ``fraction``, see above.
-        val_fraction: share of the images for validation, above 0 and below 1; for ``fraction``.
-        test_fraction: share of the images for test, 0 or more; for ``fraction``.
-        split_seed: seed of the random split; for ``fraction``.
-        images_dir: name of the image folder.
-        masks_dir: name of the mask folder.
-        mask_suffix: suffix of the masks' names after the images' names, such as ``_mask``.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        val_fraction: Share of the images for validation, above 0 and below 1; for ``fraction``.
+        test_fraction: Share of the images for test, 0 or more; for ``fraction``.
+        split_seed: Seed of the random split; for ``fraction``.
+        images_dir: Name of the image folder.
+        masks_dir: Name of the mask folder.
+        mask_suffix: Suffix of the masks' names after the images' names, such as ``_mask``.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
 
     Raises:
-        DataError: no such folder, impossible fractions, or no usable class list.
+        DataError: The folder does not exist, the fractions are impossible, or there is no usable class list.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class FolderData(SegmentationData):
             if shared := [sample.name for sample in self.samples(split) if sample.name in train_names]:
                 lines.append(
                     f"{self.folder / split}.txt: {_abbreviate(shared)} also in train.txt; scores on training images are too "
-                    "high, list each image in one file only"
+                    "high; list each image in one file only"
                 )
         return lines
 
@@ -126,14 +126,14 @@ class FolderData(SegmentationData):
         lines = []
         if orphans := [path.name for stem, path in _by_stem(masks).items() if stem not in expected_stems]:
             lines.append(
-                f"{masks}: {_abbreviate(orphans)} without an image of this name; expected the image's name in the same "
-                f"upper and lower case, followed by data.mask_suffix ({self.mask_suffix!r})"
+                f"{masks}: no image for {_abbreviate(orphans)}; expected names of images, which are case-sensitive, "
+                f"followed by data.mask_suffix ({self.mask_suffix!r}); rename or remove the masks"
             )
         for folder in (images, masks):
             readable = set(image_files(folder))
             if other := sorted(path.name for path in folder.iterdir() if path not in readable and _is_user_file(path)):
                 lines.append(
-                    f"{folder}: {_abbreviate(other)} not used; expected images such as .jpg, .png or .tif, convert them"
+                    f"{folder}: {_abbreviate(other)} not used; expected images such as .jpg, .png or .tif; convert them"
                 )
         return lines
 
@@ -152,11 +152,11 @@ class FolderData(SegmentationData):
         if missing:
             raise DataError(
                 f"{path}: lists {missing[0]} ({len(missing)} such names), which is not in "
-                f"{self.folder / self.images_dir}; expected names of images in this folder, correct the list"
+                f"{self.folder / self.images_dir}; expected names of images in this folder; correct the list"
             )
         listed = [by_name[name] for name in names]
         if repeated := [sample.name for sample, count in Counter(listed).items() if count > 1]:
-            raise DataError(f"{path}: {_abbreviate(repeated)} more than once; expected each image once, correct the list")
+            raise DataError(f"{path}: lists {_abbreviate(repeated)} more than once; list each image once")
         return listed
 
     def _split_at_random(self, pairs: list[Sample], split: str) -> list[Sample]:
@@ -208,7 +208,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
         stem = _normalized(path.stem)
         if stem in files:
             both = f"{files[stem].name} and {path.name}"
-            raise DataError(f"{folder}: {both} have the same name; expected different names, rename or remove one file")
+            raise DataError(f"{folder}: {both} have the same name; rename or remove one")
         files[stem] = path
     return files
 

@@ -27,7 +27,7 @@ def pack_color(color: Iterable[int]) -> int:
     """Pack an RGB colour, three values 0..255, into the number r * 65536 + g * 256 + b.
 
     Raises:
-        DataError: a value outside 0..255.
+        DataError: A value is outside 0..255.
     """
     r, g, b = (int(v) for v in color)
     if not all(0 <= v <= 255 for v in (r, g, b)):
@@ -40,16 +40,16 @@ class LabelTable:
     """Map from the values of mask files to classes.
 
     Args:
-        names: names of the C classes, 2 to 254 different ones; the position of a name is its train id.
+        names: Names of the C classes, 2 to 254 different ones; the position of a name is its train id.
         palette: RGB colour of each class, for pictures and palette PNGs.
-        raw_ids: value in the mask file -> train id, 0..C-1 or 255 for void. Values are below 65536, or colours packed by
-            :func:`pack_color` if ``by_color`` is set.
-        by_color: whether the masks are RGB images whose colours stand for classes.
-        unlisted: train id, or 255, of all values without an entry in ``raw_ids``; None makes such values an error.
+        raw_ids: Value in the mask file -> train id, 0..C-1 or 255 for void. Values are below 65536, or colours packed by
+            `pack_color` if ``by_color`` is set.
+        by_color: Whether the masks are RGB images whose colours stand for classes.
+        unlisted: Train id, or 255, of all values without an entry in ``raw_ids``; None makes such values an error.
 
     Raises:
-        DataError: fewer than 2 or more than 254 classes, a repeated name, a palette of another length than ``names``, a
-            mask value or a train id out of range.
+        DataError: There are fewer than 2 or more than 254 classes, a name is repeated, ``palette`` and ``names`` differ in
+            length, or a mask value or a train id is out of range.
     """
 
     names: tuple[str, ...]
@@ -101,14 +101,14 @@ class LabelTable:
 
         Args:
             raw: (H,W) integers, or (H,W,3) uint8 for an RGB mask. An RGB mask with three equal channels counts as grey.
-            where: path or name of the mask, for error messages.
+            where: Path or name of the mask, for error messages.
 
         Returns:
             (H,W) uint8 train ids, 0..C-1 and void 255.
 
         Raises:
-            DataError: an RGB mask for a table of indices, a mask with one channel for a table of colours, or a value
-                without an entry.
+            DataError: The mask is coloured but the table has indices, the mask has one channel but the table has colours,
+                or a value has no entry.
         """
         if raw.ndim == 3 and not self.by_color:
             # Grey masks saved as RGB are common and unambiguous.
@@ -121,7 +121,7 @@ class LabelTable:
             raw = raw[..., 0]
         if raw.ndim == 2 and self.by_color:
             raise DataError(
-                f"{where}: the mask has one channel, expected RGB colours; if the masks hold class indices, remove the "
+                f"{where}: the mask has one channel, expected RGB colours; if the masks contain class indices, remove the "
                 "colours from the class list"
             )
         mapped = self._by_color(raw) if self.by_color else self._by_index(raw)
@@ -138,7 +138,7 @@ class LabelTable:
             histogram: (256,) int64, number of pixels of each mask value.
 
         Returns:
-            (C,) int64, or None if the mask holds a value without an entry and ``unlisted`` is None.
+            (C,) int64, or None if the mask contains a value without an entry and ``unlisted`` is None.
         """
         train = self._values[: len(histogram)]
         if self.unlisted is None and (histogram[train == _UNKNOWN] > 0).any():

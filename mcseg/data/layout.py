@@ -11,8 +11,8 @@ def find(folder: Path, template: str) -> Iterator[tuple[dict[str, str], Path]]:
     """Find the files below ``folder`` that match a template, in no particular order.
 
     Args:
-        folder: folder that the template is relative to.
-        template: path with ``{field}`` for each varying part; a field does not match ``/``. A name that starts with a field
+        folder: Folder that the template is relative to.
+        template: Path with ``{field}`` for each varying part; a field does not match ``/``. A name that starts with a field
             does not match hidden files.
 
     Yields:

@@ -14,7 +14,7 @@ from mcseg.messages import one_line
 
 @dataclass(frozen=True)
 class MatReader(FileReader):
-    """Reader of masks in ``.mat`` files; all other files are read as by :class:`~mcseg.data.files.FileReader`."""
+    """Reader of masks in ``.mat`` files; all `~mcseg.data.files.FileReader` reads all other files."""
 
     def _stored(self, path: Path) -> NDArray[np.integer[Any]]:
         return read_mat(path) if path.suffix == ".mat" else super()._stored(path)
@@ -37,7 +37,7 @@ def read_mat(path: Path) -> NDArray[np.integer[Any]]:
         (H,W) integers as stored.
 
     Raises:
-        DataError: the file cannot be read, or holds neither of the two.
+        DataError: The file cannot be read, or contains neither variable.
     """
     from scipy.io import loadmat
 

@@ -22,12 +22,14 @@ class TrainingOrder(DistributedSampler[Any]):
     """Sampler that shuffles the images for each epoch and divides them among the processes.
 
     Order and seeds depend only on the run's seed and the epoch, so a run resumed in the middle of an epoch gets the batches
-    of an uninterrupted run, whatever its loader had prefetched. Without a running Trainer, each iteration is an epoch.
+    of an uninterrupted run, regardless of what its loader had prefetched. Without a running Trainer, each iteration is
+    an epoch.
 
     Args:
-        dataset: the training images.
-        batch_size: images per step and process.
-        trainer: gives the number of processes, the epoch and the number of finished batches; None is a single process.
+        dataset: The training images.
+        batch_size: Images per step and process.
+        trainer: Source of the number of processes, the epoch and the number of finished batches; None is a single
+            process.
     """
 
     def __init__(self, dataset: Dataset[Any], batch_size: int, trainer: Trainer | None) -> None:

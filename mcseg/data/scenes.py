@@ -131,14 +131,23 @@ def _block(s: Scene, tone: float) -> _Block:
     wall = pick(rng, _FOLIAGE) if planted else mix(pick(rng, _FACADES), (150, 148, 144), between(rng, 0, 0.5))
     first = s.material(label, wall, 0.3 if planted else 0.07)
     if planted:
-        return _Block(first, between(rng, 2.5, 8), 3, 3, -1, 0.3, 1.2, tone)
+        return _Block(first, top=between(rng, 2.5, 8), storey=3, bay=3, wide=-1, tall=0.3, ragged=1.2, tone=tone)
     s.material(label, mix(wall, pick(rng, ((225, 222, 214), (90, 88, 86))), 0.6))  # frames, cornices, downpipes
     s.material(label, (58, 64, 74))  # dark panes
     s.material(label, mix(s.weather.zenith, (60, 64, 70), 0.5), glow=True)  # panes that reflect the sky
     s.material(label, mix((255, 214, 140), wall, between(rng, 0, 0.4)), glow=True)  # lit panes
     s.material(label, pick(rng, _SIGNALS + _PAINTS), glow=True)  # letters of a shop sign, similar to a traffic light
     wide, tall = between(rng, 0.2, 0.34), between(rng, 0.22, 0.34)
-    return _Block(first, between(rng, 6, 15), between(rng, 2.8, 3.5), between(rng, 1.9, 3.4), wide, tall, 0, tone)
+    return _Block(
+        first,
+        top=between(rng, 6, 15),
+        storey=between(rng, 2.8, 3.5),
+        bay=between(rng, 1.9, 3.4),
+        wide=wide,
+        tall=tall,
+        ragged=0,
+        tone=tone,
+    )
 
 
 def _draw_walls(s: Scene) -> None:
@@ -177,10 +186,10 @@ def _draw_facades(s: Scene, z: Floats, along: Floats, table: Floats) -> None:
     """Draw walls, windows, shops and cornices of all columns at once.
 
     Args:
-        s: the scene.
-        z: distance of the wall in each column, (2W,).
-        along: metres along the wall, (2W,).
-        table: fields of :class:`_Block` in each column, (8,2W).
+        s: The scene.
+        z: Distance of the wall in each column, (2W,).
+        along: Metres along the wall, (2W,).
+        table: Fields of `_Block` in each column, (8,2W).
     """
     first, top, storey, bay, wide, tall, ragged, tone = table
     rows = min(s.height, ceil(s.horizon + s.focal * s.eye / float(z.min())) + 1)
@@ -406,13 +415,13 @@ def draw_scene(seed: Sequence[int], height: int = 128, width: int = 192) -> tupl
     """Draw one street scene.
 
     Args:
-        seed: non-negative integers; the same integers give the same bytes on every machine. Use tuples of equal length:
+        seed: Non-negative integers; the same integers give the same bytes on every machine. Use tuples of equal length:
             NumPy's SeedSequence ignores zeros at the end, so (1,) and (1, 0) are the same seed.
-        height: rows of the image, about 32 or more.
-        width: columns of the image, about 32 or more.
+        height: Rows of the image, about 32 or more.
+        width: Columns of the image, about 32 or more.
 
     Returns:
-        The image, (height,width,3) uint8 RGB, and its labels, (height,width) uint8: indices into :data:`SCENE_CLASSES`, or
+        The image, (height,width,3) uint8 RGB, and its labels, (height,width) uint8: indices into `SCENE_CLASSES`, or
         void 255 (outlines of vehicles, clutter).
     """
     scene = Scene(np.random.Generator(np.random.PCG64(np.random.SeedSequence(list(seed)))), height, width)

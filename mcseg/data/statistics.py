@@ -37,18 +37,18 @@ def count_class_pixels(
     time. If the cache file cannot be read, the masks are counted again. In a process group each rank counts its share.
 
     Args:
-        reader: reads the masks.
-        samples: the training samples.
-        num_workers: number of worker processes; 0 counts in this process.
-        cache_dir: folder of the cache; None disables the cache.
-        progress: show a progress bar (on rank 0).
-        skip: leave out unusable masks without a warning; the training loader warns about them.
+        reader: Reader of the masks.
+        samples: The training samples.
+        num_workers: Number of worker processes; 0 counts in this process.
+        cache_dir: Folder of the cache; None disables the cache.
+        progress: Whether to show a progress bar (on rank 0).
+        skip: Whether to skip unusable masks; the training loader warns about them.
 
     Returns:
         (C,) int64 pixel counts without void.
 
     Raises:
-        DataError: an unusable mask, unless ``skip`` is set; a mask file that does not exist.
+        DataError: A mask is unusable and ``skip`` is not set, or a mask file does not exist.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
@@ -68,7 +68,7 @@ def count_class_pixels(
     # finds the counts in the cache.
     generator = torch.Generator()
     workers = min(num_workers, len(share))
-    # A worker's message costs as much as counting a small mask, so each holds several masks; few enough to keep all
+    # A worker's message costs as much as counting a small mask, so each covers several masks, few enough to keep all
     # workers busy.
     masks_per_message = max(1, min(16, len(share) // (8 * max(1, workers))))
     loader = DataLoader(

@@ -51,12 +51,12 @@ class SyntheticData(SegmentationData):
     """Street scenes of 8 classes with pixel shares from over 50 % down to about 0.1 %, drawn from a seed; no files needed.
 
     Args:
-        train_scenes: number of training scenes.
-        val_scenes: number of validation scenes.
-        test_scenes: number of test scenes.
+        train_scenes: Number of training scenes.
+        val_scenes: Number of validation scenes.
+        test_scenes: Number of test scenes.
         size: (height, width) of a scene in pixels.
-        seed: seed of all scenes; the splits differ for every seed.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+        seed: Seed of all scenes; the splits differ for every seed.
+        **options: See `~mcseg.data.datamodule.SegmentationData`.
 
     Example:
         >>> from mcseg.data import SyntheticData

@@ -32,12 +32,13 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
     Args:
         crop_size: (height, width) of the result in pixels.
         scale_range: (smallest, largest) scale, drawn uniformly; 1 keeps the file's resolution, 0.5 halves it.
-        max_class_share: a window is drawn again, up to 10 times, if one class has more than this share of its labelled
-            pixels or if it has no labelled pixel; 1 disables this.
-        flip: flip horizontally with probability 1/2.
-        color_jitter: b, c and s are drawn uniformly from [1 - color_jitter, 1 + color_jitter].
-        max_side: an image with a longer side above this is first shrunk to it; ``scale_range`` applies to the result.
-        rare_crop_share: probability that a window is centred on a pixel of a random class of the mask, drawn with
+        max_class_share: A window is drawn again, up to 10 times, if one class has more than this share of its labelled
+            pixels, or if it has no labelled pixel; 1 disables this.
+        flip: Flip horizontally with probability 1/2.
+        color_jitter: Brightness b, contrast c and saturation s are drawn uniformly from [1 - color_jitter,
+            1 + color_jitter].
+        max_side: An image with a longer side above this is first shrunk to it; ``scale_range`` applies to the result.
+        rare_crop_share: Probability that a window is centred on a pixel of a random class of the mask, drawn with
             ``class_weights``; pixels are searched in every fourth row and column only.
         class_weights: (C,) weights of the classes for ``rare_crop_share``.
     """
@@ -64,11 +65,11 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         self.class_weights = class_weights
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
-        """Draw the parameters for a pair of Image and Mask; see :meth:`draw`."""
+        """Draw the parameters for a pair of Image and Mask; see `draw`."""
         return self.draw(next(value for value in flat_inputs if isinstance(value, tv_tensors.Mask)).as_subclass(Tensor))
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Transform the image (3,H,W) uint8 or the mask (H,W) uint8 with parameters from :meth:`draw`."""
+        """Transform the image (3,H,W) uint8 or the mask (H,W) uint8 with parameters from `draw`."""
         pixels = inpt.as_subclass(Tensor)  # an operation on a tv_tensor costs as much as a small resize
         cut = params["window"].cut(pixels)
         return tv_tensors.wrap(
@@ -79,8 +80,8 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         """Draw window, flip and colour factors for a mask (H,W) with torch's global generator.
 
         Returns:
-            ``window``, the part of image and mask to cut, and further parameters of :meth:`finish_image` and
-            :meth:`finish_mask`.
+            ``window``, the part of image and mask to cut, and further parameters of `finish_image` and
+            `finish_mask`.
         """
         (scale, flip, *positions), factors = torch.rand(2 + 2 * _TRIES).tolist(), 2 * torch.rand(3) - 1
         low, high = self.scale_range
@@ -94,7 +95,12 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         if self.rare_crop_share and float(torch.rand(())) < self.rare_crop_share:
             top, left = self._around_a_rare_class(mask, height, width) or (top, left)
         full_height, full_width = mask.shape
-        window = Window(max(top, 0), max(left, 0), min(top + height, full_height), min(left + width, full_width))
+        window = Window(
+            top=max(top, 0),
+            left=max(left, 0),
+            bottom=min(top + height, full_height),
+            right=min(left + width, full_width),
+        )
         return {
             "window": window,
             # Left, right, top, bottom: pixels of the drawn window outside the image
@@ -170,7 +176,7 @@ def _clamp_start(full: int, part: int, start: int) -> int:
 
 
 def _scale_color(image: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
-    """Apply the affine colour map of :class:`TrainingTransform` to (3,H,W) uint8."""
+    """Apply the affine colour map of `TrainingTransform` to (3,H,W) uint8."""
     pixels = image.flatten(1).float()  # (3, H*W)
     matrix = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * _GREY.expand(3, 3))
     offset = (1 - contrast) * brightness * (_GREY @ pixels.mean(1))

@@ -64,13 +64,13 @@ class SegmentationCLI(CheckpointSettingsCLI):
     """LightningCLI for one module class and any data module, with mcseg's callbacks and run folder.
 
     Args:
-        recipe: name of the recipe, a part of the run folder's path.
-        args: verb and arguments, as :func:`~mcseg.run.recipes.find_recipes` returns them.
-        run: whether to run the verb; False only parses, and ``args`` then hold no verb.
-        resume: folder of the run to resume.
+        recipe: Name of the recipe, a part of the run folder's path.
+        args: Verb and arguments, as returned by `~mcseg.run.recipes.find_recipes`.
+        run: Whether to run the verb; False only parses, and ``args`` then contain no verb.
+        resume: Folder of the run to resume.
 
     Raises:
-        ValueError, OSError, jsonargparse.ArgumentError: the settings are wrong; the message names the setting.
+        ValueError, OSError, jsonargparse.ArgumentError: The settings are wrong; the message names the setting.
     """
 
     def __init__(self, recipe: str, args: Sequence[str], run: bool = True, resume: Path | None = None) -> None:
@@ -122,32 +122,35 @@ class SegmentationCLI(CheckpointSettingsCLI):
 
     @property
     def verb(self) -> str:
-        """The verb on the command line."""
+        """The verb on the command line, which names the run folder.
+
+        Equals Lightning's ``subcommand``, except for ``mcseg bound``, which runs ``validate`` or ``test``.
+        """
         return str(self.config.get("subcommand") or "")
 
     @property
     def verb_config(self) -> Namespace:
-        """The verb's settings."""
+        """The settings of the subcommand."""
         config: Namespace = self.config[self.subcommand] if self.subcommand else self.config
         return config
 
     @property
     def _objects(self) -> Namespace:
-        """The verb's settings, with objects in place of class paths."""
+        """The settings of the subcommand, with objects in place of class paths."""
         objects: Namespace = self.config_init[self.subcommand] if self.subcommand else self.config_init
         return objects
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, then check ``--ckpt_path``, which validate, test and predict need."""
         super().parse_arguments(parser, args)
-        verb = self.config.get("subcommand")
-        if verb and self.config[verb].ckpt_path:
-            _check_checkpoint(Path(self.config[verb].ckpt_path))
-        elif verb in ("validate", "test", "predict"):
+        subcommand = self.config.get("subcommand")  # self.subcommand is set after parsing
+        if subcommand and self.config[subcommand].ckpt_path:
+            _check_checkpoint(Path(self.config[subcommand].ckpt_path))
+        elif subcommand in ("validate", "test", "predict"):
             raise ValueError(f"mcseg {self.verb} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt")
 
     def take_checkpoint_settings(self, verb: str, path: Path) -> None:
-        """Put the checkpoint's settings over those of recipe and command line.
+        """Override the settings of recipe and command line with the checkpoint's.
 
         Arguments of the objective that the checkpoint does not name get the class's defaults, not the recipe's values.
         """
@@ -171,7 +174,19 @@ class SegmentationCLI(CheckpointSettingsCLI):
                     objective.init_args[name] = parameter.default
 
     def before_instantiate_classes(self) -> None:
-        """Check class paths; set run folder, loggers and precision."""
+        """Check class paths; set run folder, loggers, precision and what Lightning prints."""
+        self._check_class_paths()
+        self._set_run_folder()
+        self._set_loggers()
+        config = self.verb_config
+        if config.trainer.precision is None:
+            config.trainer.precision = _default_precision(config.trainer.accelerator)
+        if self.subcommand in ("validate", "test"):
+            config.verbose = False  # JaccardCallback prints a table
+        if self.subcommand == "predict":
+            config.return_predictions = False  # they would fill the memory; PredictionWriter writes them
+
+    def _check_class_paths(self) -> None:
         config = self.verb_config
         examples = {
             "objective": "mcseg.losses.MarginCalibrationLoss",
@@ -184,24 +199,25 @@ class SegmentationCLI(CheckpointSettingsCLI):
             path = config.get(f"model.{name}.class_path")
             if path and not inspect.isclass(pkgutil.resolve_name(path)):  # the parser would call any function
                 raise ValueError(f"model.{name}: found {path}, expected a class such as {example}")
-        if self.subcommand in ("validate", "test"):
-            config.verbose = False  # JaccardCallback prints a table
-        if self.subcommand == "predict":
-            config.return_predictions = False  # they would fill the memory; PredictionWriter writes them
-        trainer = config.trainer
-        if trainer.default_root_dir is None:
-            trainer.default_root_dir = str(run_folder(self.recipe, self.verb))
-        self.save_config_kwargs["run_folder"] = trainer.default_root_dir
+
+    def _set_run_folder(self) -> None:
+        """Set the folder of checkpoints and other results; create it unless the user chose one."""
+        config = self.verb_config
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = str(run_folder(self.recipe, self.verb))
+        self.save_config_kwargs["run_folder"] = config.trainer.default_root_dir
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(Path(config.trainer.default_root_dir) / "checkpoints")
+
+    def _set_loggers(self) -> None:
+        """Make the loggers write into the run folder and, in a resumed run, append."""
+        config = self.verb_config
         step = steps_done(Path(config.ckpt_path)) if self.resume and config.ckpt_path else 0
         for logger in _loggers(config):
             if logger.get("init_args.save_dir", "") in (None, "."):
-                logger.init_args.save_dir = trainer.default_root_dir
+                logger.init_args.save_dir = config.trainer.default_root_dir
             if self.resume:
                 resume_logger(logger, step)
-        if config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
-        if trainer.precision is None:
-            trainer.precision = _default_precision(trainer.accelerator)
 
     def instantiate_classes(self) -> None:
         """Create all objects, and set how the module labels whole images."""
@@ -213,13 +229,13 @@ class SegmentationCLI(CheckpointSettingsCLI):
         if classes not in (None, self.datamodule.num_classes) and not self.verb_config.ckpt_path:
             raise ValueError(
                 f"model.objective.init_args.num_classes: found {classes}, but the data have {self.datamodule.num_classes} "
-                "classes; leave the setting out, it follows from the data"
+                "classes; remove the setting; it is taken from the data"
             )
         if self.subcommand == "fit":
             self._check_monitors()
 
     def _check_monitors(self) -> None:
-        """Refuse to monitor a score that is not logged; Lightning would fail only after the first epoch."""
+        """Raise ValueError if a score to monitor is not logged; Lightning would fail only after the first epoch."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if any(not type(callback).__module__.startswith(("mcseg.", "pytorch_lightning.")) for callback in callbacks):
             return  # a user's callback may log any score
@@ -251,7 +267,7 @@ class SegmentationCLI(CheckpointSettingsCLI):
         return trainer
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
-        """Train, while a lock keeps other trainings out of the run folder."""
+        """Train while holding the lock of the run folder."""
         folder = self.trainer.default_root_dir
         needs_lock = self.trainer.is_global_zero and "://" not in folder
         with exclusive_lock(Path(folder), "fit") if needs_lock else nullcontext():
@@ -261,6 +277,16 @@ class SegmentationCLI(CheckpointSettingsCLI):
         """Print the run folder and the best checkpoint."""
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         rank_zero_info(f"run folder: {self.trainer.default_root_dir}" + (f"\nbest checkpoint: {best}" if best else ""))
+
+
+class ParseOnlyCLI(SegmentationCLI):
+    """Parse the settings, but create no objects and no run folder; use with ``run=False``."""
+
+    def before_instantiate_classes(self) -> None:
+        """Do nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Do nothing."""
 
 
 def _check_checkpoint(path: Path) -> None:

@@ -23,10 +23,10 @@ def run(words: Sequence[str]) -> None:
     """Run a verb.
 
     Args:
-        words: verb and arguments.
+        words: Verb and arguments.
 
     Raises:
-        SystemExit: as for :func:`mcseg.run.main.main`.
+        SystemExit: As for `mcseg.run.main.main`.
     """
     words = list(words)
     if isinstance(sys.__stdout__, io.TextIOWrapper):  # sys.stdout may be a library's wrapper around it
@@ -50,7 +50,7 @@ def run(words: Sequence[str]) -> None:
                 SegmentationCLI(recipe, words, resume=resume)
     except KeyboardInterrupt:
         _fail("stopped by Ctrl-C", 128 + signal.SIGINT)
-    except SIGTERMException as error:  # CheckpointOnSignal sets the code, but only in a training
+    except SIGTERMException as error:  # CheckpointOnSignal sets the code, but only in training
         sys.exit(error.code or 128 + signal.SIGTERM)
     except ArgumentError as error:
         _fail(one_line(error), 2)

@@ -1,4 +1,4 @@
-"""The folder of a run: its name, its lock, and its removal if it holds no results."""
+"""The folder of a run: its name, its lock, and its removal if it contains no results."""
 
 import errno
 import itertools
@@ -20,11 +20,11 @@ def exclusive_lock(folder: Path, verb: str) -> Iterator[None]:
     without locks, nothing is locked.
 
     Args:
-        folder: created if it is missing.
+        folder: Folder to lock; created if it is missing.
         verb: ``fit`` or ``compare``, for the message.
 
     Raises:
-        RuntimeError: another process holds the lock.
+        RuntimeError: Another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
@@ -42,7 +42,7 @@ def exclusive_lock(folder: Path, verb: str) -> Iterator[None]:
         yield
 
 
-# Environment variable by which the DDP processes that Lightning starts find the folder
+# Environment variable that passes the folder to Lightning's DDP processes
 RUN_FOLDER = "MCSEG_RUN_FOLDER"
 
 
@@ -52,8 +52,8 @@ def run_folder(recipe: str, verb: str) -> Path:
     It is created immediately, so that two runs started in the same second get different folders.
 
     Args:
-        recipe: name of the recipe.
-        verb: added to the name unless it is ``fit``.
+        recipe: Name of the recipe.
+        verb: Verb on the command line, added to the folder's name unless it is ``fit``.
     """
     if "LOCAL_RANK" in os.environ and RUN_FOLDER in os.environ:
         return Path(os.environ[RUN_FOLDER])
@@ -71,7 +71,7 @@ def run_folder(recipe: str, verb: str) -> Path:
 
 @contextmanager
 def run_folder_tidied() -> Iterator[None]:
-    """Remove the folder that :func:`run_folder` created if the run fails before it has a result, or writes nothing."""
+    """Remove the folder that `run_folder` created if the run fails before it has a result, or writes nothing."""
     settings = {"config.yaml", "hparams.yaml", LOCK}  # written before the first result
     try:
         yield
@@ -86,5 +86,5 @@ def _remove_if_only(names: set[str]) -> None:
     if RUN_FOLDER in os.environ and all(path.is_dir() or path.name in names for path in folder.rglob("*")):
         shutil.rmtree(folder, ignore_errors=True)
         for parent in list(folder.parents)[:2]:
-            with suppress(OSError):  # holds other runs
+            with suppress(OSError):  # it contains other runs
                 parent.rmdir()

@@ -20,7 +20,7 @@ _HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE .
   compare   train objectives with several seeds and compare them: tables, intervals, a report
             (--objectives NAME ... --seeds 0 1 2; `mcseg compare --help` lists its options)
   show      contact sheet of images and labels               (--images 12 --split train)
-  check     open every file of the data set and list what is wrong with it
+  check     open every file of the data set and list all problems
   stats     pixel shares and margin offsets of the classes, as table and picture
 
 recipes that come with mcseg: {recipes}
@@ -35,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Args:
-        args: the arguments after ``mcseg``; by default those of the process.
+        args: Arguments after ``mcseg``; None uses those of the process.
 
     Raises:
         SystemExit: 1 after an error, reported in one line; 2 if the arguments cannot be parsed; 143 after SIGTERM, 130 after

@@ -1,7 +1,7 @@
 """Recipes, the YAML files that come with mcseg, and short forms of command-line arguments."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import yaml
 from mcseg.messages import one_line
 
 RECIPES = Path(__file__).parents[1] / "configs"
+_CONFIG = ("--config", "-c")
 _NO_OBJECTIVE = "--model.objective=null"
 _NO_OPTIONS = "--model.network_options=null"
 
@@ -41,35 +42,29 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
     """Replace the names of recipes by their paths.
 
     Args:
-        words: verb and arguments, short forms expanded. Without a recipe and data, ``synthetic`` is added.
+        words: Verb and arguments, short forms expanded. Without a recipe and data, ``synthetic`` is added.
 
     Returns:
         The name of the first recipe, for the run folder, and the arguments for the parser.
 
     Raises:
-        FileNotFoundError: a recipe is neither a file nor a packaged recipe.
-        ValueError: a recipe is not a YAML mapping.
+        FileNotFoundError: A recipe is neither a file nor a packaged recipe.
+        ValueError: A recipe is not a YAML mapping.
     """
     expanded: list[str] = []
     names: list[str] = []
     recipes_end = 1  # index after the last recipe in `expanded`
-    after_config = False
-    for before, word in zip(["", *words], words, strict=False):
-        flag, _, value = word.partition("=")
-        if before == "--model.objective":
-            expanded.append(_full_name(word))
-        elif after_config or (flag in ("--config", "-c") and value):
-            names.append(word if after_config else value)
-            expanded += _layer(recipe_path(names[-1]), first=len(names) == 1)
+    for flag, value in _flags_and_values(words):
+        if flag in _CONFIG and value:
+            names.append(value)
+            expanded += _layer(recipe_path(value), first=len(names) == 1)
             recipes_end = len(expanded)
-        elif word not in ("--config", "-c"):
-            word = f"{flag}={_full_name(value)}" if flag == "--model.objective" and value else word
-            expanded += [_NO_OBJECTIVE, word] if flag == "--model.objective" else [word]
-            if flag == "--model.arch":  # drops the recipe's options, but not those on the command line
-                expanded.insert(recipes_end, _NO_OPTIONS)
-        after_config = word in ("--config", "-c")
-    if after_config:
-        expanded.append("--config")  # the parser reports the missing value
+        elif flag == "--model.objective" and value:
+            expanded += [_NO_OBJECTIVE, f"{flag}={_full_name(value)}"]
+        else:  # the parser reports missing values
+            expanded.append(flag if value is None else f"{flag}={value}")
+        if flag == "--model.arch":  # replaces the recipe's options, but not those on the command line
+            expanded.insert(recipes_end, _NO_OPTIONS)
     asks_help = any(word in ("-h", "--help") for word in words)
     if (
         not names
@@ -81,8 +76,25 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
     return Path(names[0]).stem if names else "custom", expanded
 
 
+def _flags_and_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
+    """Yield flag and value of ``--flag value`` and ``--flag=value`` for the flags that `find_recipes` replaces.
+
+    All other words are yielded unchanged, with the value None.
+    """
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, value = word.partition("=")
+        if flag not in (*_CONFIG, "--model.objective", "--model.arch"):
+            yield word, None
+        elif equals:
+            yield flag, value
+        else:
+            yield flag, rest.pop(0) if rest and not rest[0].startswith("-") else None
+
+
 def _full_name(objective: str) -> str:
-    """Return the class path of an objective of mcseg by its name; other libraries have classes of the same names."""
+    """Return the class path of an objective of mcseg by its name; a bare name would be ambiguous."""
     from mcseg import losses
 
     return f"mcseg.losses.{objective}" if objective in losses.__all__ else objective
@@ -92,10 +104,10 @@ def recipe_path(name: str) -> Path:
     """Return the path of a recipe.
 
     Args:
-        name: path of a file, or name of a packaged recipe.
+        name: Path of a file, or name of a packaged recipe.
 
     Raises:
-        FileNotFoundError: neither exists.
+        FileNotFoundError: Neither exists.
     """
     if Path(name).is_file():
         return Path(name)
@@ -107,7 +119,7 @@ def recipe_path(name: str) -> Path:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """Read a recipe here, as the parser's errors do not name the file."""
+    """Read a recipe; the parser's errors would not name the file."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -118,11 +130,11 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _layer(recipe: Path, first: bool) -> list[str]:
-    """Return the arguments that put a recipe over those before it, or over the defaults if it is the ``first``.
+    """Return the arguments that layer a recipe on the previous ones, or on the defaults if it is the ``first``.
 
     A recipe with the class of an objective replaces the objective: without the null, the parser would keep arguments of the
-    former objective that the new class accepts as well. A recipe with an architecture replaces the network's options. The
-    settings of an earlier version are translated, and given to the parser as text in place of the path.
+    previous objective that the new class accepts as well. A recipe with an architecture replaces the network's options. The
+    settings of an earlier version are translated, and passed to the parser as text instead of the path.
     """
     content, source = _translated(recipe)
     model = content.get("model")
@@ -133,7 +145,7 @@ def _layer(recipe: Path, first: bool) -> list[str]:
 
 
 def _translated(recipe: Path) -> tuple[dict[str, Any], str]:
-    """Return a recipe's content in the names of this version, and its path or, after a translation, its text."""
+    """Return a recipe's content, translated to this version's names, and its path or, if translated, its text."""
     from pytorch_lightning.utilities import rank_zero_info
 
     from mcseg.checkpoints.translate import translate_config

@@ -17,9 +17,9 @@ class ContinuedCSVLogger(CSVLogger):
     """Lightning's CSV logger, which appends to an existing file instead of deleting it.
 
     Args:
-        step: completed training steps; rows of later steps are dropped, as the resumed run writes them again.
-        save_dir: folder of ``metrics.csv``.
-        **options: of the CSV logger.
+        step: Completed training steps; rows of later steps are dropped, because the resumed run writes them again.
+        save_dir: Folder of ``metrics.csv``.
+        **options: Options of the CSV logger.
     """
 
     def __init__(self, step: int, save_dir: str | Path, **options: Any) -> None:
@@ -57,9 +57,9 @@ def resume_logger(logger: Namespace, step: int) -> None:
     """Make a logger append to the run's records and drop rows after the checkpoint's step.
 
     Args:
-        logger: class path and arguments of the logger; modified. Loggers other than the CSV logger, TensorBoard and W&B stay
-            as they are.
-        step: completed training steps of the checkpoint, 0 without one.
+        logger: Class path and arguments of the logger; modified. Loggers other than the CSV logger, TensorBoard and W&B are
+            unchanged.
+        step: Completed training steps of the checkpoint; 0 without one.
     """
     kind, settings = logger.class_path.rpartition(".")[2], logger.init_args
     folder = Path(settings.get("save_dir") or ".")
@@ -72,8 +72,8 @@ def resume_logger(logger: Namespace, step: int) -> None:
             settings.version = max((int(version) for version in versions if version.isdigit()), default=0)
         settings.purge_step = step
     elif kind == "WandbLogger":
-        # run-<time>-<id>. Not offline-run-...: W&B's server does not have such a run yet, and syncing a resumed part would
-        # replace the first one.
+        # run-<time>-<id>. Ignore offline-run-...: W&B's server does not have such a run yet, and syncing a resumed part
+        # would replace the first one.
         ids = [path.name.split("-", 2)[2] for path in sorted(folder.glob("wandb/run-*-*"))]
         if ids and settings.id is None and "WANDB_RUN_ID" not in os.environ:
             settings.id = ids[-1]
@@ -85,14 +85,14 @@ def expand_resume(words: list[str]) -> tuple[list[str], Path | None]:
     """Replace ``fit --resume RUN_FOLDER`` by the run's settings, its folder and its last checkpoint, if there is one.
 
     Args:
-        words: verb and arguments.
+        words: Verb and arguments.
 
     Returns:
         The arguments, and the run folder; the same arguments and None without ``--resume``.
 
     Raises:
-        FileNotFoundError: the folder has no ``config.yaml``.
-        ValueError: the verb is not ``fit``.
+        FileNotFoundError: The folder has no ``config.yaml``.
+        ValueError: The verb is not ``fit``.
     """
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     options.add_argument("--resume")

@@ -15,9 +15,9 @@ from mcseg.lightning_internals import accumulates_gradient, request_stop, restar
 
 
 class CheckpointOnSignal(Callback):
-    """Saves a checkpoint and stops the training after SIGTERM or Ctrl-C to any of its processes.
+    """Saves a checkpoint and stops training after SIGTERM or Ctrl-C to any of its processes.
 
-    Training stops when no gradient is partly accumulated: after an optimiser step, or, with one process, between two
+    Training stops when no gradient accumulation is in progress: after an optimiser step, or, with one process, between two
     batches of a validation. Several processes stop after the same step and finish a validation first. A second Ctrl-C stops
     immediately.
 
@@ -25,13 +25,13 @@ class CheckpointOnSignal(Callback):
     collective at that time.
 
     Args:
-        path: file of the checkpoint. A run resumed from it continues with the next batch, and repeats a validation that
+        path: File of the checkpoint. A run resumed from it continues with the next batch, and repeats a validation that
             was interrupted.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._signal = 0  # its number, 0 before one arrives
+        self._signal = 0  # its number; 0 if none
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget the signal of an earlier run."""
@@ -70,12 +70,12 @@ class CheckpointOnSignal(Callback):
                         b"without saving\n",
                     )
 
-        if threading.current_thread() is threading.main_thread():  # Python allows no other thread to do so
+        if threading.current_thread() is threading.main_thread():  # only the main thread may install handlers
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, handle)  # the Trainer restores the former handlers at its end
+                signal.signal(number, handle)  # the Trainer restores the previous handlers at its end
 
     def _stop_after_signal(self, trainer: pl.Trainer) -> None:
-        if accumulates_gradient(trainer):  # a checkpoint holds no gradient
+        if accumulates_gradient(trainer):  # a checkpoint contains no gradient
             return
         stop = bool(self._signal)
         if trainer.world_size > 1:

@@ -1,7 +1,7 @@
 """The verbs of ``mcseg`` that are not Lightning's: download, show, bound, stats, check, compare.
 
-Each takes the name of the recipe and the arguments of :func:`~mcseg.run.recipes.find_recipes` without the verb; ``download``
-takes only the arguments.
+Each function takes the name of the recipe and the arguments that `~mcseg.run.recipes.find_recipes` returns, without the
+verb. ``download`` takes only arguments.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from mcseg.data.benchmark import benchmark_facts
 from mcseg.data.datamodule import SPLITS
 from mcseg.data.files import Sample
 from mcseg.losses import offered
-from mcseg.run.cli import SegmentationCLI
+from mcseg.run.cli import ParseOnlyCLI, SegmentationCLI
 
 
 def download(args: Sequence[str]) -> None:
@@ -105,20 +105,16 @@ def stats(recipe: str, args: Sequence[str]) -> None:
     config, data = _data(recipe, args)
     pixels = data.class_pixels()
     share = pixels.double() / pixels.sum()
-    constants = _class_constants(config.model.objective, pixels)
-    titles = [name.replace("_", " ") for name in constants]
+    constants = {name.replace("_", " "): values for name, values in _class_constants(config.model.objective, pixels).items()}
     width = max(len("class"), *map(len, data.class_names))
-    print(f"{'class':<{width}}  {'pixels':>14}  {'share %':>8}" + "".join(f"  {title:>17}" for title in titles))
+    print(f"{'class':<{width}}  {'pixels':>14}  {'share %':>8}" + "".join(f"  {title:>17}" for title in constants))
     for index in share.argsort(descending=True).tolist():
-        derived = "".join(
-            f"  {float(values[index]):>{max(17, len(title))}.4g}"
-            for title, values in zip(titles, constants.values(), strict=True)
-        )
+        derived = "".join(f"  {float(values[index]):>{max(17, len(title))}.4g}" for title, values in constants.items())
         print(f"{data.class_names[index]:<{width}}  {int(pixels[index]):>14,}  {100 * float(share[index]):>8.3f}{derived}")
     from mcseg.pictures import save_class_shares
 
     path = Path(config.trainer.default_root_dir or Path("runs") / recipe) / "class_shares.png"
-    save_class_shares(data.class_names, share, dict(zip(titles, constants.values(), strict=True)), path, data.palette)
+    save_class_shares(data.class_names, share, constants, path=path, palette=data.palette)
     print(f"picture: {path}")
 
 
@@ -149,27 +145,21 @@ def _data(recipe: str, args: Sequence[str], **options: Any) -> tuple[Namespace, 
     """Parse as for a run and create only the data module.
 
     Args:
-        recipe: name of the recipe.
-        args: arguments without the verb.
-        **options: further options of the verb, with their defaults.
+        recipe: Name of the recipe.
+        args: Arguments without the verb.
+        **options: Additional options of the verb, with their defaults.
 
     Returns:
         The settings and the data module.
     """
 
-    class DataOnly(SegmentationCLI):
+    class DataCLI(ParseOnlyCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
             super().add_arguments_to_parser(parser)
             for name, default in options.items():
                 parser.add_argument(f"--{name}", type=type(default), default=default)
 
-        def before_instantiate_classes(self) -> None:
-            pass
-
-        def instantiate_classes(self) -> None:
-            pass
-
-    config = DataOnly(recipe, args, run=False).config
+    config = DataCLI(recipe, args, run=False).config
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(SegmentationData, "data")
     return config, parser.instantiate_classes(parser.parse_object({"data": config.data.as_dict()})).data
