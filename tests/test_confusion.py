@@ -24,7 +24,7 @@ def on_gpu():
 
 def kernel_predictions(logits, size=None, upsampling=None):
     shape = size if upsampling else logits.shape[2:]
-    return on_gpu().predicted_classes(logits.to(DEVICE), list(shape), *(upsampling or ())).cpu()
+    return on_gpu().predicted_classes(logits.to(DEVICE), list(shape), *(upsampling or (0, 0, False))).cpu()
 
 
 def kernel_counts(preds, target, classes, ignore_index=255):
@@ -155,7 +155,7 @@ def test_what_is_no_class_is_never_counted(preds, target):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own check
 def test_registered_operators_keep_their_promises():
     gpu = on_gpu()
-    torch.library.opcheck(gpu.predicted_classes, (torch.randn(1, 3, 2, 3, device=DEVICE), [2, 3]))
+    torch.library.opcheck(gpu.predicted_classes, (torch.randn(1, 3, 2, 3, device=DEVICE), [2, 3], 0, 0, False))
     ids = torch.randint(3, (2, 5), device=DEVICE)
     torch.library.opcheck(gpu.confusion_counts, (ids[0], ids[1], 3, 255))
 

@@ -21,6 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton")
 assert DEVICE == "cuda" or os.environ["TRITON_INTERPRET"] == "1"
 
+NO_UPSAMPLING = (0, 0, False)
 POWERS = [1.0, 0.5, 0.3]
 SHAPES = [(2, 5, 3, 7), (1, 2, 1, 1), (3, 4, 7), (9, 6), (1, 4, 2, 3, 5), (2, 19, 9, 15), (1, 150, 5, 4), (1, 256, 2, 3)]
 SHAPES += [(1, 257, 3, 3), (1, 1000, 2, 2)]  # more classes than a tile holds
@@ -186,10 +187,14 @@ def test_label_that_is_no_class_is_not_counted_silently():
     logits, target, vectors = draw((1, 3, 2, 2), void=0.0)
     target[0, 1, 1] = 3
     vectors = [vector.float() for vector in vectors]
-    loss = gpu.weighted_pixel_loss(logits, target, *vectors, 255)
+    z = logits.requires_grad_()
+    loss, *_ = gpu.margin_loss(z, target, *vectors, 0.0, 255, *NO_UPSAMPLING, True)
     assert loss.isnan().tolist() == [[[False, False], [False, True]]]
-    assert gpu.soft_counts(logits, target, 0.5, 255)[1:].isnan().any()
-    gradient = gpu.error_gradient(logits, target, *vectors, None, 1.0, 255)
+    (gradient,) = torch.autograd.grad(loss.sum(), z)
+    assert gradient.isnan().any(1).tolist() == [[[False, False], [False, True]]]
+    counts, *_ = gpu.soft_counts(z, target, 0.5, 255, *NO_UPSAMPLING, True)
+    assert counts[1:].isnan().any()
+    (gradient,) = torch.autograd.grad(counts[1:].sum(), z)
     assert gradient.isnan().any(1).tolist() == [[[False, False], [False, True]]]
 
 

@@ -86,7 +86,7 @@ def pixel_loss(
             ``ignore_index``. Labels are checked on the CPU only, and not in compiled code: elsewhere the check would make
             the host wait for the device, and such a label gives NaN from the kernels.
     """
-    if _chosen("pixel_loss", backend, logits) == "fused":
+    if _chosen("pixel_loss", backend, logits) != "reference":
         offsets = (foreground, background)
         return _run("pixel_loss", logits, target, offsets, (foreground_weight, ignore_index), backend, upsampling)
     num_classes = logits.shape[1]
@@ -194,7 +194,7 @@ def predicted_classes(logits: Tensor, size: tuple[int, ...] | None = None, upsam
     if upsampling is not None and torch.compiler.is_compiling() and not z.is_cuda:
         z, upsampling = _interpolated(z, spatial, upsampling), None
     if z.is_cuda and _runs_triton(z):
-        found: Tensor = _gpu().predicted_classes(z, list(spatial), *(upsampling or ()))
+        found: Tensor = _gpu().predicted_classes(z, list(spatial), *(upsampling or (0, 0, False)))
     else:
         found = confusion.predicted(z, spatial, upsampling)
     return found.view(len(logits), *shape)
@@ -261,14 +261,49 @@ class _Operation(NamedTuple):
     triton: Callable[..., Tensor] | None
 
 
+def _triton_pixel_loss(
+    logits: Tensor,
+    target: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    foreground_weight: float,
+    ignore_index: int,
+    *upsampling: int,
+) -> Tensor:
+    num_classes = logits.shape[1]
+    misses = torch.full_like(foreground, foreground_weight / num_classes)
+    vectors = (foreground, background, misses, None, 1 / num_classes)
+    return _on_gpu("margin_loss", logits, target, *vectors, ignore_index, upsampling=upsampling)
+
+
+def _triton_weighted_pixel_loss(
+    logits: Tensor,
+    target: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    misses: Tensor,
+    false_alarms: Tensor,
+    ignore_index: int,
+    *upsampling: int,
+) -> Tensor:
+    vectors = (foreground, background, misses, false_alarms, 0.0)
+    return _on_gpu("margin_loss", logits, target, *vectors, ignore_index, upsampling=upsampling)
+
+
+def _triton_soft_counts(logits: Tensor, target: Tensor, power: float, ignore_index: int, *upsampling: int) -> Tensor:
+    return _on_gpu("soft_counts", logits, target, power, ignore_index, upsampling=upsampling)
+
+
+def _on_gpu(name: str, logits: Tensor, *given: Any, upsampling: tuple[int, ...]) -> Tensor:
+    differentiable = torch.is_grad_enabled() and logits.requires_grad
+    found: Tensor = getattr(_gpu(), name)(logits, *given, *(upsampling or (0, 0, False)), differentiable)[0]
+    return found
+
+
 _OPERATIONS = {
-    "pixel_loss": _Operation(True, None, fused_loss.pixel_loss, None),
-    "weighted_pixel_loss": _Operation(
-        True, reference.weighted_pixel_loss, None, lambda *given: _gpu().weighted_pixel_loss(*given)
-    ),
-    "soft_counts": _Operation(
-        False, reference.soft_counts, fused_counts.soft_counts, lambda *given: _gpu().soft_counts(*given)
-    ),
+    "pixel_loss": _Operation(True, None, fused_loss.pixel_loss, _triton_pixel_loss),
+    "weighted_pixel_loss": _Operation(True, reference.weighted_pixel_loss, None, _triton_weighted_pixel_loss),
+    "soft_counts": _Operation(False, reference.soft_counts, fused_counts.soft_counts, _triton_soft_counts),
 }
 
 

@@ -26,10 +26,10 @@ def predict(
         tl.program_id(0), blocks, z_ptr, rows_ptr, down_ptr, columns_ptr, across_ptr,
         pixels, width, coarse_height, zn, zc, zp, zh, zw, UP, R, BP,
     )  # fmt: skip
-    top = read(place, 0, classes, UP)
+    top = read(place, 0, UP)
     first = tl.zeros_like(top).to(tl.int32)
     for c in range(1, classes):
-        z = read(place, c, classes, UP)
+        z = read(place, c, UP)
         first = tl.where(z > top, c, first)
         top = tl.maximum(top, z)
     tl.store(preds_ptr + sample * pixels + pixel, first, mask=inside)

@@ -47,8 +47,8 @@ _TINY = tl.constexpr(2.0**-125)  # its reciprocal is finite
 
 
 @triton.jit
-def read(place, c, classes, UP: tl.constexpr):
-    """Read the logits of class c in float32: -inf beyond the last class and outside the image."""
+def read(place, c, UP: tl.constexpr):
+    """Read the logits of class c in float32, 0 outside the image."""
     if UP:
         z_ptr, zc, first, second, third, column, step, across, mix, mask = place
         z_ptr += tl.cast(c, tl.int64) * zc
@@ -58,7 +58,7 @@ def read(place, c, classes, UP: tl.constexpr):
     else:
         z_ptr, zc, offset, mask = place
         z_ptr += tl.cast(c, tl.int64) * zc
-        z = tl.load(z_ptr + offset, mask=mask & (c < classes), other=float("-inf")).to(tl.float32)
+        z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     return z
 
 
@@ -69,11 +69,17 @@ def _between(row_ptr, column, step, across, mask):
 
 
 @triton.jit
-def read_chunk(place, start, classes, UP: tl.constexpr, U: tl.constexpr):
-    """Read U classes from ``start`` as a tuple."""
+def read_chunk(place, start, classes, UP: tl.constexpr, ONE: tl.constexpr, U: tl.constexpr):
+    """Read U classes from ``start`` as a tuple; -inf beyond the last class."""
     chunk = ()
     for k in tl.static_range(U):
-        chunk = chunk + (read(place, start + k, classes, UP),)
+        if UP or ONE:  # there is none beyond
+            z = read(place, start + k, UP)
+        else:
+            z_ptr, zc, offset, mask = place
+            exists = start + k < classes
+            z = tl.where(exists, read((z_ptr, zc, offset, mask & exists), start + k, UP), float("-inf"))
+        chunk = chunk + (z,)
     return chunk
 
 
@@ -144,7 +150,7 @@ def two_largest(z, place, classes, UP: tl.constexpr, ONE: tl.constexpr, U: tl.co
     other = first
     for start in range(0, U if ONE else classes, U):
         if not ONE:
-            z = read_chunk(place, start, classes, UP, U)
+            z = read_chunk(place, start, classes, UP, ONE, U)
         for k in tl.static_range(U):
             wins = z[k] > top
             follows = z[k] > second
@@ -163,8 +169,14 @@ def softplus(t):
 
 
 @triton.jit
-def _constant(ptr, c, classes, otherwise):
-    return otherwise if ptr is None else tl.load(ptr + c, mask=c < classes, other=0.0)
+def _constant(ptr, c, classes, otherwise, ONE: tl.constexpr):
+    if ptr is None:
+        value = otherwise
+    elif ONE:
+        value = tl.load(ptr + c)
+    else:
+        value = tl.load(ptr + c, mask=c < classes, other=0.0)
+    return value
 
 
 @triton.jit
@@ -185,13 +197,13 @@ def margin_sums(
     slopes = tl.where(is_right, 0.0, slope_label)
     for start in range(0, U if ONE else classes, U):
         if not ONE:
-            z = read_chunk(place, start, classes, UP, U)
+            z = read_chunk(place, start, classes, UP, ONE, U)
         linear = tl.zeros_like(top)
         product = tl.zeros_like(top)  # of 1 + e, minus 1
         for k in tl.static_range(U):
             is_done = (first == start + k) | (y == start + k)
-            t = _constant(bg_ptr, start + k, classes, 0.0) + (z[k] - top)
-            v = _constant(v_ptr, start + k, classes, weight)
+            t = _constant(bg_ptr, start + k, classes, 0.0, ONE) + (z[k] - top)
+            v = _constant(v_ptr, start + k, classes, weight, ONE)
             e = tl.exp2(-tl.abs(t) * _LOG2E)
             slopes += tl.where(is_done, 0.0, v * (tl.where(t > 0, 1.0, e) / (1.0 + e)))
             if v_ptr is None:
@@ -219,7 +231,7 @@ def margin_forward(
     )  # fmt: skip
     start = sample * pixels
     y, valid, factor = read_labels(y_ptr + start, pixel, inside, classes, ignore)
-    z = read_chunk(place, 0, classes, UP, U)
+    z = read_chunk(place, 0, classes, UP, ONE, U)
     top, first, second, other = two_largest(z, place, classes, UP, ONE, U)
     of_label = _at_label(z, place, y, classes, UP, ONE, U)
     loss, slopes, slope_first, _ = margin_sums(
@@ -240,7 +252,7 @@ def _at_label(z, place, y, classes, UP: tl.constexpr, ONE: tl.constexpr, U: tl.c
     if UP:
         found = z[0]
         for c in range(1, classes):
-            found = tl.where(y == c, read(place, c, classes, UP), found)
+            found = tl.where(y == c, read(place, c, UP), found)
     elif ONE:
         found = z[0]
         for k in tl.static_range(1, U):
@@ -266,7 +278,7 @@ def margin_backward(
     factor *= tl.load(upstream_ptr + (start + pixel) * upstream_step, mask=valid, other=0.0)
     z = ()
     if ONE:
-        z = read_chunk(place, 0, classes, False, U)
+        z = read_chunk(place, 0, classes, False, ONE, U)
         top, first, second, other = two_largest(z, place, classes, False, ONE, U)
         of_label = _at_label(z, place, y, classes, False, ONE, U)
         _, slopes, slope_first, slope_label = margin_sums(
@@ -284,19 +296,19 @@ def margin_backward(
     gradient_ptr += sample * gn
     for begin in range(0, U if ONE else classes, U):
         if not ONE:
-            z = read_chunk(place, begin, classes, False, U)
+            z = read_chunk(place, begin, classes, False, ONE, U)
         found = ()  # stored last, so that no store stands between a class's passes
         for k in tl.static_range(U):
             c = begin + k
-            v = _constant(v_ptr, c, classes, weight)
-            g = v * softplus(_constant(bg_ptr, c, classes, 0.0) + (z[k] - top))[1]
+            v = _constant(v_ptr, c, classes, weight, ONE)
+            g = v * softplus(_constant(bg_ptr, c, classes, 0.0, ONE) + (z[k] - top))[1]
             g = tl.where(y == c, slope_label, g)
             g = tl.where(first == c, slope_first - slopes, g)
             g = tl.where(other == c, g - slope_first, g)
             found = found + (tl.where(valid, g * factor, 0.0),)
         for k in tl.static_range(U):
             at = gradient_ptr + tl.cast(begin + k, tl.int64) * gc + pixel * gp
-            tl.store(at, found[k], mask=inside & (begin + k < classes))
+            tl.store(at, found[k], mask=inside if ONE else inside & (begin + k < classes))
 
 
 @triton.jit
@@ -307,13 +319,12 @@ def largest(z, place, classes, UP: tl.constexpr, ONE: tl.constexpr, U: tl.conste
     rest = tl.zeros(z[0].shape, tl.float32)
     for start in range(0, U if ONE else classes, U):
         if not ONE:
-            z = read_chunk(place, start, classes, UP, U)
+            z = read_chunk(place, start, classes, UP, ONE, U)
         for k in tl.static_range(U):
             wins = z[k] > top
             if not ONE:
-                d = tl.abs(z[k] - top)
-                e = tl.exp2(100.0 - d * _LOG2E)
-                rest = tl.where(wins, e * (1.0 + rest * _SCALE), rest + tl.where(start + k < classes, e, 0.0))
+                e = scaled(-tl.abs(z[k] - top), 0.0)
+                rest = tl.where(wins, e * (1.0 + rest * _SCALE), rest + e)
             top = tl.where(wins, z[k], top)
             first = tl.where(wins, start + k, first)
     if ONE:  # all logits are at hand: their exponentials can wait for the largest, and serve the next pass as well
@@ -325,7 +336,9 @@ def largest(z, place, classes, UP: tl.constexpr, ONE: tl.constexpr, U: tl.conste
 @triton.jit
 def scaled(z, top):
     """Compute exp(z - top) times 2^100."""
-    return tl.exp2((z - top) * _LOG2E + 100.0)
+    t = (z - top) * _LOG2E
+    is_tiny = t < -60.0  # added to others, 100 would cost them their last digits
+    return tl.exp2(tl.where(is_tiny, t + 100.0, t)) * tl.where(is_tiny, 1.0, 2.0**100)
 
 
 @triton.jit
@@ -378,7 +391,9 @@ def errors_of_largest(rest, power, KIND: tl.constexpr):
 @triton.jit
 def rest_power(rest, inverse, power):
     """Compute (1 - p)^power of the largest logit: in logarithms, as the power of a number too small for a float need not be."""
-    return tl.where(rest > 0, tl.exp2(power * (tl.log2(tl.maximum(rest, _TINY)) - 100.0 + tl.log2(inverse))), 0.0)
+    is_tiny = rest < 1.0  # below, 1 - p is no float; above, a logarithm near 100 would lose its last digits
+    log2_rest = tl.log2(tl.maximum(tl.where(is_tiny, rest, rest * _SCALE), _TINY)) - tl.where(is_tiny, 100.0, 0.0)
+    return tl.where(rest > 0, tl.exp2(power * (log2_rest + tl.log2(inverse))), 0.0)
 
 
 @triton.jit
@@ -407,7 +422,7 @@ def soft_forward(
         )  # fmt: skip
         start = sample * pixels
         y, valid, factor = read_labels(y_ptr + start, pixel, inside, classes, ignore)
-        z = read_chunk(place, 0, classes, UP, U)
+        z = read_chunk(place, 0, classes, UP, ONE, U)
         top, first, rest = largest(z, place, classes, UP, ONE, U)
         of_label = _at_label(z, place, y, classes, UP, ONE, U)
         inverse, _, miss, alarm_first = errors_of_largest(rest, power, KIND)
@@ -420,7 +435,7 @@ def soft_forward(
         labels += tl.histogram(tl.reshape(tl.where(valid, y, classes), [R * BP]), BINS)
         for begin in range(0, U if ONE else classes, U):
             if not ONE:
-                z = read_chunk(place, begin, classes, UP, U)
+                z = read_chunk(place, begin, classes, UP, ONE, U)
             for k in tl.static_range(U):
                 c = begin + k
                 alarm = false_alarm(scaled(z[k], top) * (inverse * _SCALE), power, KIND)
@@ -471,9 +486,9 @@ def soft_sums(
     s = h_label
     for start in range(0, U if ONE else classes, U):
         if not ONE:
-            z = read_chunk(place, start, classes, UP, U)
+            z = read_chunk(place, start, classes, UP, ONE, U)
         for k in tl.static_range(U):
-            v = power * _constant(v_ptr, start + k, classes, 0.0)
+            v = power * _constant(v_ptr, start + k, classes, 0.0, ONE)
             h = false_alarm_slope(scaled(z[k], top) * (inverse * _SCALE), v, power, KIND)
             s += tl.where((y == start + k) | (first == start + k), 0.0, h)
     return a - inverse * s, remainder * s + a, h_label
@@ -493,7 +508,7 @@ def soft_backward(
     y, valid, factor = read_labels(y_ptr + start, pixel, inside, classes, ignore)
     z = ()
     if ONE:
-        z = read_chunk(place, 0, classes, False, U)
+        z = read_chunk(place, 0, classes, False, ONE, U)
         top, first, rest = largest(z, place, classes, False, ONE, U)
     else:
         numbers_ptr += start
@@ -509,15 +524,15 @@ def soft_backward(
     gradient_ptr += sample * gn
     for begin in range(0, U if ONE else classes, U):
         if not ONE:
-            z = read_chunk(place, begin, classes, False, U)
+            z = read_chunk(place, begin, classes, False, ONE, U)
         found = ()
         for k in tl.static_range(U):
             c = begin + k
             e = scaled(z[k], top)
-            g = false_alarm_slope(e * probability, power * _constant(v_ptr, c, classes, 0.0), power, KIND)
-            g = tl.where(y == c, h_label, g) - e * of_rest * share
+            g = false_alarm_slope(e * probability, power * _constant(v_ptr, c, classes, 0.0, ONE), power, KIND)
+            g = tl.where(y == c, h_label, g) - tl.minimum(e, rest) * of_rest * share
             g = tl.where(first == c, at_first, g)
             found = found + (tl.where(valid, g * factor, 0.0),)
         for k in tl.static_range(U):
             at = gradient_ptr + tl.cast(begin + k, tl.int64) * gc + pixel * gp
-            tl.store(at, found[k], mask=inside & (begin + k < classes))
+            tl.store(at, found[k], mask=inside if ONE else inside & (begin + k < classes))

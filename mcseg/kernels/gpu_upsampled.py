@@ -35,7 +35,7 @@ def soft_statistics(
     top = tl.load(numbers_ptr + start + pixel, mask=inside, other=0.0)
     rest = tl.load(numbers_ptr + start + total + pixel, mask=inside, other=0.0)
     first = tl.load(classes_ptr + start + pixel, mask=inside, other=0)
-    z = read_chunk(place, 0, classes, True, 1)
+    z = read_chunk(place, 0, classes, True, False, 1)
     of_label = _at_label(z, place, y, classes, True, False, 1)
     at_first, share, h_label = soft_sums(
         z, place, y, top, first, rest, of_label, u_ptr, v_ptr, classes, power, KIND, True, False, 1
@@ -132,7 +132,7 @@ def fold(
                 probability = tl.where(valid, _SCALE / (1.0 + rest * _SCALE), 0.0)
                 g = false_alarm_slope(e * probability[None, :], v, power, KIND)
                 g = tl.where(c[:, None] == y[None, :], h_label[None, :], g)
-                g -= e * (1.0 / tl.maximum(rest, _TINY))[None, :] * share[None, :]
+                g -= tl.minimum(e, rest[None, :]) * (1.0 / tl.maximum(rest, _TINY))[None, :] * share[None, :]
                 g = tl.where(c[:, None] == first[None, :], at_first[None, :], g)
                 g = tl.where(valid[None, :], g, 0.0)
             summed += tl.where(is_upper, 1.0 - down, down) * g
