@@ -149,14 +149,13 @@ def two_largest(z, place, classes, UP: tl.constexpr, ONE: tl.constexpr, U: tl.co
     first = tl.zeros(z[0].shape, tl.int32)
     other = first
     for start in range(0, U if ONE else classes, U):
-        if not ONE:
-            z = read_chunk(place, start, classes, UP, ONE, U)
+        chunk = z if ONE else read_chunk(place, start, classes, UP, ONE, U)
         for k in tl.static_range(U):
-            wins = z[k] > top
-            follows = z[k] > second
-            second = tl.where(wins, top, tl.where(follows, z[k], second))
+            wins = chunk[k] > top
+            follows = chunk[k] > second
+            second = tl.where(wins, top, tl.where(follows, chunk[k], second))
             other = tl.where(wins, first, tl.where(follows, start + k, other))
-            top = tl.where(wins, z[k], top)
+            top = tl.where(wins, chunk[k], top)
             first = tl.where(wins, start + k, first)
     return top, first, second, other
 
@@ -191,18 +190,17 @@ def margin_sums(
     u = tl.load(u_ptr + y)
     slope_label = -u * slope
     rival, slope = softplus(tl.load(bg_ptr + first) + gap)
-    v = weight if v_ptr is None else tl.load(v_ptr + first)
-    slope_first = tl.where(is_right, slope_label, v * slope)
-    loss = u * error + tl.where(is_right, 0.0, v * rival)
+    weight_first = weight if v_ptr is None else tl.load(v_ptr + first)
+    slope_first = tl.where(is_right, slope_label, weight_first * slope)
+    loss = u * error + tl.where(is_right, 0.0, weight_first * rival)
     slopes = tl.where(is_right, 0.0, slope_label)
     for start in range(0, U if ONE else classes, U):
-        if not ONE:
-            z = read_chunk(place, start, classes, UP, ONE, U)
+        chunk = z if ONE else read_chunk(place, start, classes, UP, ONE, U)
         linear = tl.zeros_like(top)
         product = tl.zeros_like(top)  # of 1 + e, minus 1
         for k in tl.static_range(U):
             is_done = (first == start + k) | (y == start + k)
-            t = _constant(bg_ptr, start + k, classes, 0.0, ONE) + (z[k] - top)
+            t = _constant(bg_ptr, start + k, classes, 0.0, ONE) + (chunk[k] - top)
             v = _constant(v_ptr, start + k, classes, weight, ONE)
             e = tl.exp2(-tl.abs(t) * _LOG2E)
             slopes += tl.where(is_done, 0.0, v * (tl.where(t > 0, 1.0, e) / (1.0 + e)))
@@ -295,13 +293,12 @@ def margin_backward(
         slope_label = -tl.load(u_ptr + y) * softplus(tl.load(fg_ptr + y) - (of_label - top))[1]
     gradient_ptr += sample * gn
     for begin in range(0, U if ONE else classes, U):
-        if not ONE:
-            z = read_chunk(place, begin, classes, False, ONE, U)
+        chunk = z if ONE else read_chunk(place, begin, classes, False, ONE, U)
         found = ()  # stored last, so that no store stands between a class's passes
         for k in tl.static_range(U):
             c = begin + k
             v = _constant(v_ptr, c, classes, weight, ONE)
-            g = v * softplus(_constant(bg_ptr, c, classes, 0.0, ONE) + (z[k] - top))[1]
+            g = v * softplus(_constant(bg_ptr, c, classes, 0.0, ONE) + (chunk[k] - top))[1]
             g = tl.where(y == c, slope_label, g)
             g = tl.where(first == c, slope_first - slopes, g)
             g = tl.where(other == c, g - slope_first, g)
@@ -318,18 +315,17 @@ def largest(z, place, classes, UP: tl.constexpr, ONE: tl.constexpr, U: tl.conste
     first = tl.zeros(z[0].shape, tl.int32)
     rest = tl.zeros(z[0].shape, tl.float32)
     for start in range(0, U if ONE else classes, U):
-        if not ONE:
-            z = read_chunk(place, start, classes, UP, ONE, U)
+        chunk = z if ONE else read_chunk(place, start, classes, UP, ONE, U)
         for k in tl.static_range(U):
-            wins = z[k] > top
+            wins = chunk[k] > top
             if not ONE:
-                e = scaled(-tl.abs(z[k] - top), 0.0)
+                e = scaled(-tl.abs(chunk[k] - top), 0.0)
                 rest = tl.where(wins, e * (1.0 + rest * _SCALE), rest + e)
-            top = tl.where(wins, z[k], top)
+            top = tl.where(wins, chunk[k], top)
             first = tl.where(wins, start + k, first)
     if ONE:  # all logits are at hand: their exponentials can wait for the largest, and serve the next pass as well
         for k in tl.static_range(U):
-            rest += tl.where(first == k, 0.0, scaled(z[k], top))
+            rest += tl.where(first == k, 0.0, scaled(chunk[k], top))
     return top, first, rest
 
 
@@ -349,26 +345,25 @@ def kept(log2_p, power, KIND: tl.constexpr):
 
 @triton.jit
 def false_alarm(p, power, KIND: tl.constexpr):
-    """Compute 1 - (1 - p)^power for p <= 1/2 without cancellation."""
+    """Compute 1 - (1 - p)^power for p <= 1/2, without cancellation; any number for the larger p of the largest logit."""
     if KIND == "one":
         error = p
     elif KIND == "half":
-        error = p / (1.0 + tl.sqrt(1.0 - p))
+        error = p / (1.0 + tl.sqrt(1.0 - tl.minimum(p, 0.5)))
     else:
-        error = 1.0 - tl.exp2(power * tl.log2(1.0 - p))
+        error = 1.0 - tl.exp2(power * tl.log2(1.0 - tl.minimum(p, 0.5)))
         error = tl.where(p < 1e-3, power * p * (1.0 + 0.5 * (1.0 - power) * p), error)
     return error
 
 
 @triton.jit
 def false_alarm_slope(p, v, power, KIND: tl.constexpr):
-    """Compute v p d/dp [1 - (1 - p)^power] / power, for p <= 1/2."""
-    if KIND == "one":
-        slope = v * p
-    elif KIND == "half":
-        slope = v * p * tl.rsqrt(1.0 - p)
-    else:
-        slope = v * p * tl.exp2((power - 1.0) * tl.log2(1.0 - p))
+    """Compute v p (1 - p)^(power - 1), likewise for p <= 1/2."""
+    slope = v * p
+    if KIND == "half":
+        slope *= tl.rsqrt(1.0 - tl.minimum(p, 0.5))
+    elif KIND == "any":
+        slope *= tl.exp2((power - 1.0) * tl.log2(1.0 - tl.minimum(p, 0.5)))
     return slope
 
 
@@ -410,9 +405,10 @@ def soft_forward(
     counts_ptr += tl.cast(tl.program_id(0), tl.int64) * 3 * classes
     bins = tl.arange(0, BINS)
     labels = tl.zeros([BINS], tl.int32)
-    misses, alarms = (), ()
+    misses = ()
+    alarms = ()
     if ONE:  # each thread sums for itself until the end
-        for _ in tl.static_range(U):
+        for k in tl.static_range(U):
             misses = misses + (tl.zeros([BP], tl.float32),)
             alarms = alarms + (tl.zeros([BP], tl.float32),)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
@@ -425,7 +421,7 @@ def soft_forward(
         z = read_chunk(place, 0, classes, UP, ONE, U)
         top, first, rest = largest(z, place, classes, UP, ONE, U)
         of_label = _at_label(z, place, y, classes, UP, ONE, U)
-        inverse, _, miss, alarm_first = errors_of_largest(rest, power, KIND)
+        inverse, remainder, miss, alarm_first = errors_of_largest(rest, power, KIND)
         p_label = tl.exp2((of_label - top) * _LOG2E) * inverse
         if KIND == "half":
             miss_label = 1.0 - tl.sqrt(p_label)
@@ -434,11 +430,10 @@ def soft_forward(
         miss = tl.where(first == y, miss, miss_label) * factor
         labels += tl.histogram(tl.reshape(tl.where(valid, y, classes), [R * BP]), BINS)
         for begin in range(0, U if ONE else classes, U):
-            if not ONE:
-                z = read_chunk(place, begin, classes, UP, ONE, U)
+            chunk = z if ONE else read_chunk(place, begin, classes, UP, ONE, U)
             for k in tl.static_range(U):
                 c = begin + k
-                alarm = false_alarm(scaled(z[k], top) * (inverse * _SCALE), power, KIND)
+                alarm = false_alarm(scaled(chunk[k], top) * (inverse * _SCALE), power, KIND)
                 alarm = tl.where(first == c, alarm_first, alarm)
                 alarm = tl.where(valid & (y != c), alarm, 0.0)
                 if ONE:
@@ -485,11 +480,10 @@ def soft_sums(
     h_label = tl.where(first == y, 0.0, kept_label)
     s = h_label
     for start in range(0, U if ONE else classes, U):
-        if not ONE:
-            z = read_chunk(place, start, classes, UP, ONE, U)
+        chunk = z if ONE else read_chunk(place, start, classes, UP, ONE, U)
         for k in tl.static_range(U):
             v = power * _constant(v_ptr, start + k, classes, 0.0, ONE)
-            h = false_alarm_slope(scaled(z[k], top) * (inverse * _SCALE), v, power, KIND)
+            h = false_alarm_slope(scaled(chunk[k], top) * (inverse * _SCALE), v, power, KIND)
             s += tl.where((y == start + k) | (first == start + k), 0.0, h)
     return a - inverse * s, remainder * s + a, h_label
 
@@ -523,12 +517,11 @@ def soft_backward(
     of_rest = 1.0 / tl.maximum(rest, _TINY)
     gradient_ptr += sample * gn
     for begin in range(0, U if ONE else classes, U):
-        if not ONE:
-            z = read_chunk(place, begin, classes, False, ONE, U)
+        chunk = z if ONE else read_chunk(place, begin, classes, False, ONE, U)
         found = ()
         for k in tl.static_range(U):
             c = begin + k
-            e = scaled(z[k], top)
+            e = scaled(chunk[k], top)
             g = false_alarm_slope(e * probability, power * _constant(v_ptr, c, classes, 0.0, ONE), power, KIND)
             g = tl.where(y == c, h_label, g) - tl.minimum(e, rest) * of_rest * share
             g = tl.where(first == c, at_first, g)
