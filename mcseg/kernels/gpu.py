@@ -3,6 +3,7 @@
 Sizes of blocks are those of the prototypes that were measured on an H200, unless said otherwise.
 """
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,8 +22,7 @@ _PROGRAMS = 1024  # of a sum over pixels in registers: each goes through several
 _STRIDED = 16  # bytes: pixels no longer than this are read where they lie, one after the other
 _TILE = 128  # columns of a tile of upsampled pixels
 _LABELS = 1024  # pixels of a block that counts labels
-_FOLD_CLASSES = 16
-_FOLD_CELLS = 32  # most coarse cells of a program of the fold
+_FOLD = {"BC": 16, "BP": 64, "BX": 16}  # classes, columns of pixels and coarse cells of a program; with 128 columns it spills
 
 
 class _Grid(NamedTuple):
@@ -42,7 +42,7 @@ class _Table(NamedTuple):
     start: Tensor  # first pixel that a coarse cell has a part in
     end: Tensor  # the one after the last
     rows: int  # most rows of a tile that lie between three coarse ones: 4, 2 or 1
-    cells: int  # most cells that have a part in at most `_TILE` pixels
+    cells: int  # most cells of a program of the fold: together they have a part in as many pixels as it holds
 
 
 def _grid(logits: Tensor, pixels: torch.Size, upsampling: tuple[int, int, bool], block: int) -> _Grid:
@@ -94,9 +94,17 @@ def _table(coarse: int, full: int, align_corners: bool, kept: int, device: torch
     start = torch.searchsorted(lower, cells - 1)
     end = torch.searchsorted(lower, cells, right=True)
     rows = next(r for r in (4, 2, 1) if all(int(lower[i : i + r].max() - lower[i]) <= 1 for i in range(0, kept, r)))
-    fits = [int((end[k - 1 :] - start[: coarse - k + 1]).max()) <= _TILE for k in range(1, min(coarse, _FOLD_CELLS) + 1)]
+    runs = range(1, min(coarse, _FOLD["BX"]) + 1)
+    fits = [int((end[k - 1 :] - start[: coarse - k + 1]).max()) <= _FOLD["BP"] for k in runs]
     parts = (part.to(device) for part in (lower.int(), weight, start.int(), end.int()))
     return _Table(*parts, rows, max(1, sum(fits)))
+
+
+def _block(classes: int) -> int:
+    """Choose the pixels of a block of 128 threads: as many as keep up to `UNROLLED` logits of a thread in registers."""
+    if classes > UNROLLED:
+        return 256
+    return 128 * min(4, 2 ** int(math.log2(UNROLLED // classes)))
 
 
 def _kind(power: float) -> str:
@@ -167,7 +175,7 @@ def margin_loss(
     if total == 0:
         return loss, numbers, pair
     constants = _classes(logits, height > 0)
-    grid = _grid(logits, target.shape, upsampling, 256)
+    grid = _grid(logits, target.shape, upsampling, _block(logits.shape[1]))
     gpu_pixels.margin_forward[(grid.blocks * len(grid.z),)](
         z_ptr=grid.z,
         y_ptr=target.contiguous(),
@@ -223,7 +231,7 @@ def margin_loss_gradient(
     if height:
         return _folded(logits, target, (height, width, align_corners), "margin", ignore_index, **vectors, **given)
     gradient, written = _like(logits)
-    grid = _grid(logits, target.shape, (0, 0, False), 256)
+    grid = _grid(logits, target.shape, (0, 0, False), _block(logits.shape[1]))
     gn, gc, gp = written.stride()
     gpu_pixels.margin_backward[(grid.blocks * len(logits),)](
         z_ptr=grid.z,
@@ -266,7 +274,7 @@ def soft_counts(
     if total == 0:
         return numbers.new_zeros(3, classes), numbers, index
     constants = _classes(logits, height > 0)
-    grid = _grid(logits, target.shape, (height, width, align_corners), 256)
+    grid = _grid(logits, target.shape, (height, width, align_corners), _block(classes))
     num_blocks = grid.blocks * len(logits)
     programs = min(num_blocks, _PROGRAMS) if constants["ONE"] else num_blocks
     counts = torch.zeros(programs, 3, classes, dtype=torch.float32, device=logits.device)
@@ -340,7 +348,7 @@ def soft_counts_gradient(
         )
         return _folded(logits, target, upsampling, kind, ignore_index, statistics_ptr=statistics, **given)
     gradient, written = _like(logits)
-    grid = _grid(logits, target.shape, (0, 0, False), 256)
+    grid = _grid(logits, target.shape, (0, 0, False), _block(logits.shape[1]))
     gn, gc, gp = written.stride()
     gpu_pixels.soft_backward[(grid.blocks * len(logits),)](
         z_ptr=grid.z,
@@ -377,7 +385,7 @@ def _folded(
     gn, gc, gh, gw = written.stride()
     unused = dict.fromkeys(("fg_ptr", "bg_ptr", "upstream_ptr", "statistics_ptr")) | dict(upstream_step=0, weight=0.0, power=1.0)
     cells = columns.cells
-    grid = (len(z) * height * triton.cdiv(width, cells), triton.cdiv(z.shape[1], _FOLD_CLASSES))
+    grid = (len(z) * height * triton.cdiv(width, cells), triton.cdiv(z.shape[1], _FOLD["BC"]))
     gpu_upsampled.fold[grid](
         z_ptr=z,
         y_ptr=target.contiguous(),
@@ -408,11 +416,9 @@ def _folded(
         KIND=kind,
         # tensor cores round to 10 bits of mantissa, which bfloat16's 7 do not notice
         PRECISION="tf32" if logits.dtype == torch.bfloat16 else "ieee",
-        BC=_FOLD_CLASSES,
-        BP=_TILE,
         CELLS=cells,
-        BX=max(16, triton.next_power_of_2(cells)),
         num_warps=4,
+        **_FOLD,
         **unused | given,
     )
     return _in_format(gradient, written)

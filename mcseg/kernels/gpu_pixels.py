@@ -325,7 +325,7 @@ def largest(z, place, classes, UP: tl.constexpr, ONE: tl.constexpr, U: tl.conste
             first = tl.where(wins, start + k, first)
     if ONE:  # all logits are at hand: their exponentials can wait for the largest, and serve the next pass as well
         for k in tl.static_range(U):
-            rest += tl.where(first == k, 0.0, scaled(chunk[k], top))
+            rest += tl.where(first == k, 0.0, scaled(z[k], top))
     return top, first, rest
 
 
@@ -349,7 +349,7 @@ def false_alarm(p, power, KIND: tl.constexpr):
     if KIND == "one":
         error = p
     elif KIND == "half":
-        error = p / (1.0 + tl.sqrt(1.0 - tl.minimum(p, 0.5)))
+        error = tl.where(p < 1e-2, p * (0.5 + p * (0.125 + p * 0.0625)), 1.0 - tl.sqrt(1.0 - tl.minimum(p, 0.5)))
     else:
         error = 1.0 - tl.exp2(power * tl.log2(1.0 - tl.minimum(p, 0.5)))
         error = tl.where(p < 1e-3, power * p * (1.0 + 0.5 * (1.0 - power) * p), error)
