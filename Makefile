@@ -1,22 +1,22 @@
-# `make demo` and `make test` build their environment by themselves.
+# `make demo` and `make test` create their environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OLDEST := .venv-oldest
-# One process for each core, each with one thread; a file's tests stay together, as they share what they have trained.
+# One process per core with one thread each; the tests of a file share trained models, so they run in the same process.
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-fast test-oldest lint docs clean
 
-# Rebuilt when pyproject.toml is newer; a failed installation leaves no stamp behind.
+# Rebuilt if pyproject.toml is newer; a failed installation leaves no stamp.
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else "Python 3.11 or newer is needed, found %d.%d; set PYTHON=..." % v[:2])'
 	$(PYTHON) -m venv --upgrade-deps $(VENV)
-	@echo "Installing into $(VENV): PyTorch and the other libraries are several GB, this takes a few minutes"
+	@echo "Installing into $(VENV): PyTorch and the other libraries take several GB and a few minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	@touch $@
 
-# The oldest version that pyproject.toml allows of each library that the package needs
+# Environment with the oldest version of each dependency that pyproject.toml allows
 $(OLDEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv --upgrade-deps $(OLDEST)
 	$(PYTHON) -c 'import re, tomllib; print(*(re.sub(r"\[.*\]|,.*", "", line).replace(">=", "==") for line in tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]), sep="\n")' > $(OLDEST)/oldest.txt
@@ -32,7 +32,7 @@ test: $(VENV)/.installed
 test-fast: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow"
 
-# Old libraries beside new ones warn of what the new ones will drop.
+# Old libraries use deprecated parts of newer ones.
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -W ignore::DeprecationWarning -W ignore::FutureWarning
 
@@ -45,7 +45,7 @@ $(VENV)/.docs: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	@touch $@
 
-# -W makes a warning an error, -a and -E build everything again: an incremental build warns of changed pages only.
+# -W turns warnings into errors. -a and -E rebuild everything: an incremental build only warns about changed pages.
 docs: $(VENV)/.docs
 	$(BIN)/python -m sphinx -q -W --keep-going -a -E docs build/docs
 	@echo "built: build/docs/index.html"

@@ -1,10 +1,10 @@
-"""How often the held-out bounds of mIoU hold, over worlds drawn at random whose mIoU is known.
+"""Measure how often the held-out bounds of mIoU hold, over random simulated worlds with a known mIoU.
 
-A world is a source of images. It has 2 to 21 classes whose shares of an image span three powers of ten, and whose rarest is
-in one image out of 7 to 1000. Object sizes have heavy tails. Recall depends on the class, the image (hard images are hard
-for all classes), the object and its size; missed pixels become false alarms of few other classes. The world's mIoU is taken
-from 100,000 images. Held-out sets of several sizes are drawn from it and bounded. Two more sources show what is hard: images
-of two sizes, and a class that few images hold.
+A world is a source of images. It has 2 to 21 classes. Their shares of an image span three orders of magnitude, and the
+rarest class occurs in one of 7 to 1000 images. Object sizes have heavy tails. Recall depends on the class, the image (hard
+images are hard for all classes), the object and its size; missed pixels become false alarms of a few other classes. The
+world's mIoU is computed from 100,000 images. Held-out sets of several sizes are drawn from the world and bounded. Two more
+sources cover hard cases: images of two sizes, and a class in few images.
 
 python benchmarks/coverage.py                                       # 500 worlds, writes benchmarks/results/coverage.md
 python benchmarks/coverage.py --worlds 20 --images 50 --output ""
@@ -24,7 +24,7 @@ from scipy.stats import norm
 
 from mcseg.evaluation.bounds import Weight, miou_lower_bound
 
-PIXELS = 100_000  # of an image
+PIXELS = 100_000  # per image
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 Bound = Callable[[Counts, float], float]
@@ -32,7 +32,7 @@ Bound = Callable[[Counts, float], float]
 
 @dataclass(frozen=True)
 class World:
-    """A source of images, by the parameters of its distribution; arrays (C,)."""
+    """Source of images, given by the parameters of its distribution; arrays have shape (C,)."""
 
     share: Floats
     presence: Floats
@@ -44,7 +44,7 @@ class World:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "World":
-        """Draw a world."""
+        """Draw the parameters at random."""
         classes = int(rng.integers(2, 22))
         rarest = rng.uniform(-7, -2)
         presence = np.exp(rng.uniform(rarest, np.log(2), classes)).clip(max=1)
@@ -60,29 +60,29 @@ class World:
         )
 
     def images(self, number: int, rng: np.random.Generator) -> Counts:
-        """Draw images: (number, 3, C) hits, target and predicted pixels."""
+        """Draw images: hit, target and predicted pixels (number, 3, C)."""
         shape = (number, len(self.share))
         present = rng.random(shape) < self.presence
         target = np.exp(self.tail * rng.standard_normal(shape)) * self.share * present
         target /= target.sum(1, keepdims=True)
         ease = self.skill + self.common * rng.standard_normal((number, 1)) + self.noise * rng.standard_normal(shape)
         hits = target / (1 + np.exp(-ease - self.depth * np.log(target / self.share + 1e-3)))
-        # Few classes take most of an image's missed pixels, rather those that are there; none more than there is room for.
-        taking = rng.gamma(0.3, 1, shape) * self.share * (0.3 * self.presence + present) + 1e-30
-        alarms = (target - hits).sum(1, keepdims=True) * taking / taking.sum(1, keepdims=True)
+        # Few classes, mostly present ones, receive most of an image's missed pixels; none more than fit.
+        affinity = rng.gamma(0.3, 1, shape) * self.share * (0.3 * self.presence + present) + 1e-30
+        alarms = (target - hits).sum(1, keepdims=True) * affinity / affinity.sum(1, keepdims=True)
         counts = np.stack([hits, target, hits + np.minimum(alarms, 1 - target)], 1)
-        whole: Counts = np.rint(counts * PIXELS).astype(np.int64)
-        hits, target, predicted = whole.transpose(1, 0, 2)
-        np.minimum(predicted, target.sum(1, keepdims=True) - target + hits, out=predicted)  # after rounding, too
-        return whole
+        rounded: Counts = np.rint(counts * PIXELS).astype(np.int64)
+        hits, target, predicted = rounded.transpose(1, 0, 2)
+        np.minimum(predicted, target.sum(1, keepdims=True) - target + hits, out=predicted)  # rounding can exceed the room
+        return rounded
 
     def iou(self, rng: np.random.Generator, number: int) -> Floats:
-        """IoU (C,) over many images."""
+        """Return IoU (C,) over ``number`` images."""
         return iou_of(sum(self.images(number // 10, rng).sum(0) for _ in range(10)))
 
 
 def iou_of(counts: npt.ArrayLike) -> Floats:
-    """IoU (..., C) of summed counts (..., 3, C); NaN for a class that occurs nowhere."""
+    """Return IoU (..., C) of summed counts (..., 3, C); NaN for a class that does not occur."""
     hits, target, predicted = np.moveaxis(np.asarray(counts, dtype=np.float64), -2, 0)
     union = target + predicted - hits
     iou: Floats = np.divide(hits, union, out=np.full_like(hits, np.nan), where=union > 0)
@@ -91,9 +91,9 @@ def iou_of(counts: npt.ArrayLike) -> Floats:
 
 @dataclass(frozen=True)
 class TwoSizes:
-    """A source of 98 % small images, segmented well, and 2 % images of 80 times the pixels, segmented badly; two classes.
+    """Source of two classes: 98 % small images, segmented well, and 2 % images with 80 times the pixels, segmented badly.
 
-    A set often holds no large image, although these have most of the source's pixels.
+    A set often has no large image, although large images have most of the source's pixels.
     """
 
     small: int = 100_000
@@ -107,7 +107,7 @@ class TwoSizes:
         return self.small * int(self.factor[1])
 
     def images(self, number: int, rng: np.random.Generator) -> Counts:
-        """Draw images: (number, 3, 2) hits, target and predicted pixels; each class has half of an image."""
+        """Draw images: hit, target and predicted pixels (number, 3, 2); each class has half of an image."""
         size = rng.choice(2, number, p=self.chance)
         target = np.repeat(self.small * self.factor[size] // 2, 2).reshape(number, 2)
         hits = rng.binomial(target, (self.recall[size] + rng.uniform(-0.1, 0.1, number))[:, None])
@@ -122,7 +122,7 @@ class TwoSizes:
 
 @dataclass(frozen=True)
 class RareClass:
-    """A source of a common class and one that an image holds with some chance, then in a fiftieth of its pixels.
+    """Source of a common class and a rare one. An image has the rare class with a given chance, in a fiftieth of its pixels.
 
     The recall of the rare class is near 0 or near 1 in most images; missed pixels become false alarms of the common class.
     """
@@ -130,7 +130,7 @@ class RareClass:
     chance: float
 
     def images(self, number: int, rng: np.random.Generator) -> Counts:
-        """Draw images: (number, 3, 2) hits, target and predicted pixels."""
+        """Draw images: hit, target and predicted pixels (number, 3, 2)."""
         rare = PIXELS // 50 * (rng.random(number) < self.chance)
         hit = rng.binomial(rare, rng.beta(0.5, 0.5, number))
         return np.stack([[PIXELS - rare, hit], [PIXELS - rare, rare], [PIXELS - hit, hit]]).transpose(2, 0, 1)
@@ -142,29 +142,29 @@ class RareClass:
 
 
 def resampled(counts: Counts, resamples: int = 2000) -> Floats:
-    """Sorted mIoUs of bootstrap resamples of the images."""
+    """Return the sorted mIoUs of bootstrap resamples of the images."""
     images = len(counts)
     times = np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), resamples)
     sums = times.astype(np.float64) @ counts.reshape(images, -1)
-    found: Floats = np.sort(np.nanmean(iou_of(sums.reshape(resamples, *counts.shape[1:])), axis=1))
-    return found
+    mious: Floats = np.sort(np.nanmean(iou_of(sums.reshape(resamples, *counts.shape[1:])), axis=1))
+    return mious
 
 
 def percentile(counts: Counts, level: float) -> float:
-    """Textbook percentile interval, to compare with."""
+    """Return the bound of the textbook percentile interval, for comparison."""
     return float(np.quantile(resampled(counts), 1 - level))
 
 
 def bca(counts: Counts, level: float) -> float:
-    """Textbook bias-corrected and accelerated interval, to compare with."""
-    again, miou = resampled(counts), float(np.nanmean(iou_of(counts.sum(0))))
+    """Return the bound of the textbook bias-corrected and accelerated interval, for comparison."""
+    mious, miou = resampled(counts), float(np.nanmean(iou_of(counts.sum(0))))
     left_out = np.nanmean(iou_of(counts.sum(0) - counts), axis=1)
     skewed = left_out.mean() - left_out
     acceleration = (skewed**3).sum() / max(6 * (skewed**2).sum() ** 1.5, 1e-30)
-    below = ((again < miou).mean() + (again <= miou).mean()) / 2
+    below = ((mious < miou).mean() + (mious <= miou).mean()) / 2
     bias = norm.ppf(np.clip(below, 1e-4, 1 - 1e-4))
-    place = bias + norm.ppf(1 - level)
-    return float(np.quantile(again, norm.cdf(bias + place / (1 - acceleration * place))))
+    z = bias + norm.ppf(1 - level)
+    return float(np.quantile(mious, norm.cdf(bias + z / (1 - acceleration * z))))
 
 
 BOUNDS: dict[str, Bound] = {
@@ -204,11 +204,11 @@ def simulate(
     seed: int = 0,
     truth_images: int = 100_000,
 ) -> dict[int, dict[str, Floats]]:
-    """Bound one held-out set of each size from each world; the known mIoU is over the classes that occur in the set.
+    """Bound one held-out set of each size from each world. The known mIoU is over the classes that occur in the set.
 
     Returns:
         For each size, arrays (worlds,): ``truth``, ``estimate``, ``rarest`` (effective number of images with the rarest
-        class) and the bounds by their names.
+        class), and the bounds by name.
     """
     rows: dict[int, list[dict[str, float]]] = {size: [] for size in sizes}
     for index in range(worlds):
@@ -223,46 +223,46 @@ def simulate(
             known = {"truth": truth[occurs].mean(), "estimate": iou[occurs].mean()}
             known["rarest"] = (union.sum(0) ** 2 / (union**2).sum(0)).min()
             rows[size].append(known | {name: bound(counts, level) for name, bound in bounds.items()})
-    return {size: {key: np.array([row[key] for row in found]) for key in found[0]} for size, found in rows.items()}
+    return {size: {key: np.array([row[key] for row in part]) for key in part[0]} for size, part in rows.items()}
 
 
 def two_sizes(sets: int, sizes: Sequence[int], level: float) -> list[str]:
-    """Bound sets of images of two sizes; rows of a table."""
+    """Bound sets of images of two sizes and return the rows of a table."""
     source, rows = TwoSizes(), []
     for images in sizes:
         rng = np.random.default_rng([images, 1])
         drawn = [source.images(images, rng) for _ in range(sets)]
         without = np.mean([counts[:, 1].sum(1).max() < source.largest for counts in drawn])
         for name, (weight, bound) in OF_TWO_SIZES.items():
-            found = np.array([bound(counts, level) for counts in drawn])
-            holds = 100 * (found <= source.miou(weight)).mean()
-            rows.append(f"| {images} | {100 * without:.0f} | {name} | {holds:.1f} | {100 * found.mean():.1f} |")
+            values = np.array([bound(counts, level) for counts in drawn])
+            holds = 100 * (values <= source.miou(weight)).mean()
+            rows.append(f"| {images} | {100 * without:.0f} | {name} | {holds:.1f} | {100 * values.mean():.1f} |")
     return rows
 
 
 def rare_class(sets: int, images: int, level: float) -> list[str]:
-    """Bound sets in which few images hold a class; rows of a table."""
+    """Bound sets with a class in few images and return the rows of a table."""
     rows = []
     for expected in (4, 8, 15, 30, 60):
         source, rng = RareClass(expected / images), np.random.default_rng([expected, 2])
         drawn = [counts for counts in (source.images(images, rng) for _ in range(sets)) if counts[:, 1, 1].any()]
-        found = np.array([miou_lower_bound(counts, level) for counts in drawn])
+        values = np.array([miou_lower_bound(counts, level) for counts in drawn])
         estimate = np.array([iou_of(counts.sum(0)).mean() for counts in drawn])
-        holds = 100 * (found <= source.miou()).mean()
-        rows.append(f"| {expected} | {len(drawn)} | {holds:.1f} | {100 * (estimate - found).mean():.1f} |")
+        holds = 100 * (values <= source.miou()).mean()
+        rows.append(f"| {expected} | {len(drawn)} | {holds:.1f} | {100 * (estimate - values).mean():.1f} |")
     return rows
 
 
 def report(arguments: argparse.Namespace) -> str:
-    """Simulate and return the report in Markdown."""
+    """Run the simulations and return the report in Markdown."""
     rows = []
     simulated = simulate(arguments.worlds, arguments.images, arguments.level, BOUNDS)
-    for images, found in simulated.items():
-        rare = found["rarest"] < 3
+    for images, result in simulated.items():
+        rare = result["rarest"] < 3
         for name in BOUNDS:
-            holds = found[name] <= found["truth"]
+            holds = result[name] <= result["truth"]
             parts = [f"{100 * holds[part].mean():.1f} ({part.sum()})" if part.any() else "-" for part in (rare, ~rare)]
-            distance = 100 * (found["estimate"] - found[name]).mean()
+            distance = 100 * (result["estimate"] - result[name]).mean()
             rows.append(f"| {images} | {name} | {100 * holds.mean():.1f} | {parts[0]} | {parts[1]} | {distance:.1f} |")
     miou = 100 * simulated[arguments.images[-1]]["truth"].mean()
     git = ["git", "describe", "--always", "--dirty"]
@@ -273,10 +273,11 @@ def report(arguments: argparse.Namespace) -> str:
             f"# Lower bounds of mIoU at {100 * arguments.level:g} %: how often they hold",
             "",
             f"{arguments.worlds} worlds as described in `benchmarks/coverage.py` (mean mIoU {miou:.1f} %), one held-out",
-            "set of each size from each. *Holds*: the world's mIoU is at least the bound, in % of the sets; also for the",
-            "sets whose rarest class is in fewer than 3 images (effective number), in brackets how many. *Distance*: from",
-            "the mIoU of the set down to the bound, mean in points of mIoU. `bootstrap` and `concentration` are what",
-            "`mcseg bound` prints, the other two are the textbooks'. With 500 worlds, 95 % has a standard error of 1 point.",
+            "set of each size per world. *Holds*: percentage of sets for which the world's mIoU is at least the bound; also",
+            "for sets whose rarest class is in fewer than 3 images (effective number), with the number of sets in brackets.",
+            "*Distance*: mean distance from the mIoU of the set down to the bound, in points of mIoU. `bootstrap` and",
+            "`concentration` are the bounds of `mcseg bound`; the other two are textbook intervals. With 500 worlds, 95 %",
+            "has a standard error of 1 point.",
             "",
             "| images | bound | holds % | a class in fewer than 3 images | no such class | distance |",
             "|---:|---|---:|---:|---:|---:|",
@@ -284,10 +285,10 @@ def report(arguments: argparse.Namespace) -> str:
             "",
             "## Images of two sizes",
             "",
-            f"98 % of the images have {TwoSizes().small:,} pixels and are segmented well, 2 % have {LIMIT:,} and are",
-            f"segmented badly. mIoU of the source is {100 * TwoSizes().miou('pixel'):.1f} %, with equal weight per image",
-            f"{100 * TwoSizes().miou('image'):.1f} %. {arguments.worlds} sets of each size; *none*: % of the sets without a",
-            "large image, from which alone nothing can be known of large images.",
+            f"98 % of the images have {TwoSizes().small:,} pixels and are segmented well; 2 % have {LIMIT:,} and are",
+            f"segmented badly. The source's mIoU is {100 * TwoSizes().miou('pixel'):.1f} %, or with equal weight per image",
+            f"{100 * TwoSizes().miou('image'):.1f} %. {arguments.worlds} sets of each size. *None*: percentage of sets",
+            "without a large image; such a set alone says nothing about large images.",
             "",
             "| images | none | bound | holds % | mean of the bound |",
             "|---:|---:|---|---:|---:|",
@@ -295,7 +296,7 @@ def report(arguments: argparse.Namespace) -> str:
             "",
             "## A class in few images",
             "",
-            f"{arguments.images[-1]} images of a common class and a rare one with an IoU of 50 %, and the bootstrap.",
+            f"The bootstrap on {arguments.images[-1]} images of a common class and a rare one with an IoU of 50 %.",
             "",
             "| images with the class, expected | sets | holds % | distance |",
             "|---:|---:|---:|---:|",
@@ -309,7 +310,7 @@ def report(arguments: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    """Print the table, and write it to a file."""
+    """Print the report and write it to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, default=500)
     parser.add_argument("--images", type=int, nargs="+", default=[50, 100, 500])

@@ -1,15 +1,15 @@
-"""Measure how much the data pipeline costs on top of merely decoding the files, and how much memory it takes.
+"""Measure the time of the data pipeline relative to decoding the files alone, and its memory.
 
     python benchmarks/data.py cityscapes                 2048x1024 PNGs, crops of 768x768
     python benchmarks/data.py mapillary                  JPEGs and masks of 4000x3000
     python benchmarks/data.py camvid --root CAMVID       480x360
 
-``cityscapes`` and ``mapillary`` draw their files: scenes of mcseg with camera noise, in the benchmark's own layout.
+``cityscapes`` and ``mapillary`` generate their files: drawn scenes with camera noise, in the benchmark's layout.
 
-Loaders with the same workers, alternating: one decodes image and mask of a training sample with Pillow and drops them in the
-worker, one decodes and delivers them, and the last gives the training batches of the recipe. Then the same for masks alone:
-decoding them, and ``class_pixels``. Prints samples per second and ratios, and the memory of all processes together
-(proportional set size, so that what they share counts once).
+Three loaders with the same number of workers take turns. One decodes image and mask of a training sample with Pillow and
+drops them in the worker, one decodes and delivers them, and one delivers the recipe's training batches. The same is then
+measured for masks alone: decoding, and ``class_pixels``. Prints samples per second, ratios, and the memory of all processes
+together (proportional set size, which counts shared pages once).
 """
 
 import argparse
@@ -41,7 +41,7 @@ from mcseg.run.recipes import RECIPES
 
 
 class Decoded(Dataset[object]):
-    """Decodes the image (as RGB) and the mask with Pillow, and gives them on as tensors or drops them."""
+    """Decode the image (as RGB) and the mask with Pillow, and return them as tensors or drop them."""
 
     def __init__(self, samples: list[Sample], deliver: bool, images: bool = True) -> None:
         self.samples = samples
@@ -66,7 +66,7 @@ class Decoded(Dataset[object]):
 
 
 def rate(loader: Iterable[object], seconds: float) -> float:
-    """Samples per second over whole passes, after the workers have started."""
+    """Return samples per second over whole passes, after the workers have started."""
     for _ in loader:
         break
     count, start = 0, time.perf_counter()
@@ -78,14 +78,14 @@ def rate(loader: Iterable[object], seconds: float) -> float:
 
 
 def seconds_of(action: Callable[[], object]) -> float:
-    """Seconds that an action takes."""
+    """Return the seconds that an action takes."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
 class PeakMemory:
-    """Largest proportional set size, in GB, of this process and its children while the block runs."""
+    """Peak proportional set size, in GB, of this process and its children while the block runs."""
 
     def __enter__(self) -> "PeakMemory":
         self.peak, self._end = 0.0, threading.Event()
@@ -106,7 +106,7 @@ def _family(pid: int) -> list[int]:
     try:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
         children = {int(child) for task in tasks for child in (task / "children").read_text().split()}
-    except OSError:  # ended meanwhile
+    except OSError:  # the process ended
         return [pid]
     return [pid, *(member for child in children for member in _family(child))]
 
@@ -120,7 +120,7 @@ def _proportional_set(pid: int) -> float:
 
 
 def draw(root: Path, name: str, count: int) -> None:
-    """Write ``count`` training pairs and one for validation: real layout and size, drawn content."""
+    """Write ``count`` training pairs and one validation pair with drawn content, in the layout and size of the benchmark."""
     rng = np.random.default_rng(0)
     for index in range(count + 1):
         split = "train" if index < count else "val"
@@ -132,7 +132,7 @@ def draw(root: Path, name: str, count: int) -> None:
             )
             ids = np.append(np.array([7, 8, 11, 21, 23, 17, 26, 24], np.uint8), np.zeros(248, np.uint8))
         else:
-            # A drawn scene of 1000x750, four times as large
+            # A drawn scene of 1000x750, enlarged four times
             image, labels = (
                 np.kron(part, np.ones((4, 4, 1)[: part.ndim], np.uint8)) for part in draw_scene((index,), 750, 1000)
             )
@@ -157,14 +157,14 @@ CASES: dict[str, tuple[type[BenchmarkData], str]] = {
 
 
 def main() -> None:
-    """Run the comparison and print a line per loader."""
+    """Parse the options, generate the files and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("case", choices=CASES)
-    parser.add_argument("--root", type=Path, help="CamVid's folder; the others draw their files")
+    parser.add_argument("--root", type=Path, help="folder of CamVid; the other cases generate their files")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch_size", type=int, help="default: the recipe's, at most 8")
-    parser.add_argument("--images", type=int, default=32, help="number of drawn training images")
-    parser.add_argument("--epochs", type=int, default=4, help="how often the images are taken in one pass")
+    parser.add_argument("--images", type=int, default=32, help="number of generated training images")
+    parser.add_argument("--epochs", type=int, default=4, help="repetitions of the images in one pass")
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
@@ -178,19 +178,19 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, root: Path) -> None:
-    """Time and weigh the loaders on the files in ``root``."""
+    """Measure time and memory of the loaders on the files in ``root`` and print a line per loader."""
     kind, recipe = CASES[args.case]
     options = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())["data"]["init_args"]
     batch_size = args.batch_size or min(8, options.pop("total_batch_size", options.get("batch_size", 8)))
     options |= {"root": root, "num_workers": args.workers, "batch_size": batch_size, "total_batch_size": None}
     data = kind(**options)
-    # Batches as a Trainer gets them
+    # Attach a Trainer, so that the loaders give the batches of a training
     data.trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     data.trainer.state.status = TrainerStatus.RUNNING
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # there are fewer images than in the official split
+        warnings.simplefilter("ignore")  # about fewer images than in the official split
         data.setup("fit")
-    data._splits["train"] *= args.epochs  # an epoch of some length, as starting one takes time
+    data._splits["train"] *= args.epochs  # longer epochs, since starting one takes time
     samples = data._splits["train"]
 
     def decoding(deliver: bool, images: bool = True, **loading: Any) -> DataLoader[object]:
@@ -223,7 +223,7 @@ def measure(args: argparse.Namespace, root: Path) -> None:
         )
 
     del loader
-    loaders.clear()  # ends their workers
+    loaders.clear()  # stop their workers
 
     def count() -> None:
         count_class_pixels(data.reader, samples, args.workers, cache_dir=None, progress=False)
@@ -238,7 +238,7 @@ def measure(args: argparse.Namespace, root: Path) -> None:
     decoded, counted = (statistics.median(column) for column in zip(*times, strict=True))
     print(
         f"masks: decoding {len(samples) / decoded:.1f}/s, class_pixels {len(samples) / counted:.1f}/s: "
-        f"{decoded / counted:.2f}x (start of the workers included)"
+        f"{decoded / counted:.2f}x (including the start of the workers)"
     )
     print(
         f"memory of all processes: {training_memory.peak:.2f} GB with training batches, "

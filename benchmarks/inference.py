@@ -3,8 +3,8 @@
 python benchmarks/inference.py                      # 6000x4000, 19 classes, windows of 768x768, three scales and mirroring
 python benchmarks/inference.py --size 4000 6000 --window 512 512 --scales 1 --no-flip
 
-Memory is the growth of the process's peak resident size from before the image is made, so the image, the labels and what the
-libraries load at the first call are in it; CPU only.
+Memory is the growth of the process's peak resident size since before the image was created. It includes the image, the
+labels, and code that the libraries load at the first call. CPU only.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from mcseg.networks import SegmentationNetwork
 
 
 def peak_mib() -> float:
-    """Peak resident size of this process in MiB, as Linux knows it."""
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
+    """Return the peak resident size of this process in MiB (Linux only)."""
+    match = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) / 1024
 
 
 def main() -> None:
@@ -39,14 +39,15 @@ def main() -> None:
     options = parser.parse_args()
 
     network = SegmentationNetwork(options.arch, options.encoder, options.classes).eval()
-    inference = Inference((options.window[0], options.window[1]), options.overlap, tuple(options.scales), options.flip)
-    start, began = peak_mib(), time.perf_counter()
+    window = (options.window[0], options.window[1])
+    inference = Inference(window, overlap=options.overlap, scales=tuple(options.scales), flip=options.flip)
+    memory_before, start = peak_mib(), time.perf_counter()
     image = torch.randint(0, 256, (1, 3, *options.size), dtype=torch.uint8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         labels = inference(network, image, (options.size[0], options.size[1]))
     print(
         f"{options.size[1]}x{options.size[0]}, {options.classes} classes, {options.arch} {options.encoder}, {inference}: "
-        f"{peak_mib() - start:.0f} MiB, {time.perf_counter() - began:.0f} s, labels of {tuple(labels.shape)}"
+        f"{peak_mib() - memory_before:.0f} MiB, {time.perf_counter() - start:.0f} s, labels of {tuple(labels.shape)}"
     )
 
 

@@ -1,31 +1,33 @@
-"""Time, memory and bandwidth of the losses, forward and backward, side by side; on a GPU where there is one.
+"""Compare time, memory and bandwidth of losses, forward and backward, on a GPU if there is one.
 
 python benchmarks/kernels.py                     # every case; writes benchmarks/results/kernels-<device>.md
 python benchmarks/kernels.py --classes 19 --strides 1 --dtypes float32 --repeats 3 --output ""
 
-Needs torch and mcseg; segmentation-models-pytorch for its Lovasz and Dice, which are left out without it. A case is a number
-of classes x a size x a stride x a dtype: networks give logits at 1/stride of the size, and losses that do not upsample
-themselves get them from a bilinear interpolation, which belongs to their time. Every loss of ours is first compared with the
-reference in float64 on a small input of the case. `share` is the time of reading the logits twice and writing the gradient
-once at the speed of a copy on the device, over that of the loss. A second table has the counts behind a metric: predictions
-and confusion counts, checked to be the same up to ties of interpolated logits. On the CPU peaks of memory are measured in
-processes of their own, as that of a process never falls; there cases of over 4e7 logits at full size are left out.
+Needs torch and mcseg; segmentation-models-pytorch is optional, for its Lovasz and Dice. A case is a number of classes, a
+size, a stride and a dtype. Networks return logits at 1/stride of the size; for losses that do not upsample, the time
+includes a bilinear interpolation. Each loss of mcseg is first compared with the reference in float64 on a small input.
+`share` is the time to read the logits twice and write the gradient once at the speed of a copy on the device, divided by the
+time of the loss. A second table is about metrics: predictions and confusion counts, which must be equal up to ties of
+interpolated logits. On the CPU each memory peak is measured in a new process, since the peak of a process never decreases;
+cases with more than 4e7 logits at full size are left out.
 
-On a CPU the ratio to cross entropy depends on the process: cross entropy makes more new memory, which is quick where earlier
-calls have left some. 2x19x512x1024, two cores of an Intel Xeon: 77 and 180 ms here, 125 and 190 ms in a process of its own.
-Inductor, given forward and gradient as two functions that read the logits once each, takes 149 ms there where the fused loss
-takes 186, after 11 s of compiling, and shares out images only; so it is not used.
+On the CPU the ratio to cross entropy depends on the process: cross entropy allocates more memory, which is fast if earlier
+calls have freed some. 2x19x512x1024 on two cores of an Intel Xeon: 77 and 180 ms here, 125 and 190 ms in a new process.
+Inductor, given forward and gradient as two functions that read the logits once each, takes 149 ms there, and the fused loss
+186 ms. It needs 11 s to compile and parallelises over images only, so it is not used.
 
-Counts on paper, for a kernel of `mcseg.kernels.gpu` and logits of b bytes an element, C classes, P pixels (C up to 256):
-forward reads b C P bytes and 8 P of labels, and writes 4 P; backward reads b C P + 12 P and writes b C P. For C = 19 in
-bfloat16 that is 138 bytes a pixel, for 150 classes 924. Upsampled, backward keeps 28 bytes of each pixel, and the pixels of
-four coarse cells around it evaluate each class: 4 C evaluations a pixel, each of about 6 special functions. Predictions read
-b C P (coarse: b C P / stride^2) and write P bytes; counts read 9 P and add once or twice for each run of equal pixels.
+Theoretical traffic of the kernels in `mcseg.kernels.gpu`, for b bytes per logit, C classes (up to 256) and P pixels: forward
+reads b C P bytes and 8 P of labels, and writes 4 P; backward reads b C P + 12 P and writes b C P. For C = 19 in bfloat16
+this is 138 bytes per pixel, for 150 classes 924. With upsampling, backward keeps 28 bytes per pixel, and the pixels of the
+four surrounding coarse cells evaluate each class: 4 C evaluations per pixel, each with about 6 special functions.
+Predictions read b C P (coarse: b C P / stride^2) and write P bytes; counts read 9 P and add once or twice for each run of
+equal pixels.
 
-Registers of a thread by `cuobjdump --dump-resource-usage`, compiled by Triton 3.8 for compute capability 9.0, for 19 / 300
-classes (8 elements a thread, 256 threads a block; the 65536 registers of a multiprocessor let 3 blocks of up to 85 run, 2 of
-up to 128): forward 93 / 106, upsampled 115 / 113; backward 70 / 104, upsampled 76 / 108; gather 48; predictions 31 / 39,
-upsampled 64 / 75; counts 60. No stack, so nothing spills, and 1 KiB of shared memory at most.
+Registers per thread by `cuobjdump --dump-resource-usage`, compiled by Triton 3.8 for compute capability 9.0, for 19 / 300
+classes (8 elements per thread, 256 threads per block; the 65536 registers of a multiprocessor fit 3 blocks at up to 85
+registers per thread, 2 at up to 128): forward 93 / 106, upsampled 115 / 113; backward 70 / 104, upsampled 76 / 108; gather
+48; predictions 31 / 39, upsampled 64 / 75; counts 60. There is no stack, hence no spilling, and at most 1 KiB of shared
+memory.
 """
 
 import argparse
@@ -58,7 +60,7 @@ IGNORE_INDEX = 255
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: logits (batch, classes, height / stride, width / stride) of one dtype."""
+    """Case to measure: logits (batch, classes, height / stride, width / stride) of one dtype."""
 
     classes: int
     size: tuple[int, int, int]
@@ -66,7 +68,7 @@ class Case:
     dtype: torch.dtype
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        """Draw logits and labels; one pixel in ten is void."""
+        """Draw logits and labels; one in ten pixels is void."""
         batch, height, width = self.size
         generator = torch.Generator(DEVICE).manual_seed(0)
         shape = (batch, self.classes, height // self.stride, width // self.stride)
@@ -77,7 +79,7 @@ class Case:
 
     @property
     def ignore_index(self) -> int:
-        """Label of void pixels: 255 may be a class."""
+        """Label of void pixels; -1 if 255 is a class."""
         return -1 if self.classes > IGNORE_INDEX else IGNORE_INDEX
 
     def __str__(self) -> str:
@@ -86,7 +88,7 @@ class Case:
 
 
 def plain_autograd_loss(logits: Tensor, target: Tensor, offsets: MarginOffsets) -> Tensor:
-    """Write the paper's loss the usual way: pixels as rows, void rows dropped, one-hot labels, autograd for the rest."""
+    """Compute the paper's loss in the usual way: pixels as rows, void rows dropped, one-hot labels, gradient by autograd."""
     num_classes = logits.shape[1]
     pixels = logits.movedim(1, -1).reshape(-1, num_classes)  # (N H W, C)
     labels = target.reshape(-1)
@@ -103,7 +105,7 @@ def plain_autograd_loss(logits: Tensor, target: Tensor, offsets: MarginOffsets) 
 
 
 def contestants(case: Case) -> dict[str, tuple[Loss, Loss | None]]:
-    """Every loss by its name, with what it should equal."""
+    """Return each loss by name, with the reference that it should equal."""
     classes = case.classes
     pixels = [10.0 ** (8 - 4 * i / classes) for i in range(classes)]
     offsets = margin_offsets(pixels, "miou")
@@ -129,7 +131,7 @@ def contestants(case: Case) -> dict[str, tuple[Loss, Loss | None]]:
 
     fast = "triton" if DEVICE == "cuda" else "fused"
     compiled: Callable[[Loss], Loss] = torch.compile
-    found: dict[str, tuple[Loss, Loss | None]] = {
+    losses: dict[str, tuple[Loss, Loss | None]] = {
         "cross entropy": (up(cross_entropy), None),
         "cross entropy, compiled": (compiled(up(cross_entropy)), None),
         "plain formulation of the paper": (up(plain), up(margin("reference"))),
@@ -140,19 +142,19 @@ def contestants(case: Case) -> dict[str, tuple[Loss, Loss | None]]:
         f"power Dice, {fast}": (up(power(fast)), up(power("reference"))),
     }
     if case.stride > 1:
-        found[f"margin calibration, {fast}, fused upsampling"] = (margin(fast, True), up(margin("reference")))
-        found[f"power Dice, {fast}, fused upsampling"] = (power(fast, True), up(power("reference")))
+        losses[f"margin calibration, {fast}, fused upsampling"] = (margin(fast, True), up(margin("reference")))
+        losses[f"power Dice, {fast}, fused upsampling"] = (power(fast, True), up(power("reference")))
     try:
         from segmentation_models_pytorch import losses as smp
     except ImportError:
-        return found
-    found["Lovász softmax (SMP)"] = (up(smp.LovaszLoss(mode="multiclass", ignore_index=IGNORE_INDEX)), None)
-    found["Dice (SMP)"] = (up(smp.DiceLoss(mode="multiclass", ignore_index=IGNORE_INDEX)), None)
-    return found
+        return losses
+    losses["Lovász softmax (SMP)"] = (up(smp.LovaszLoss(mode="multiclass", ignore_index=IGNORE_INDEX)), None)
+    losses["Dice (SMP)"] = (up(smp.DiceLoss(mode="multiclass", ignore_index=IGNORE_INDEX)), None)
+    return losses
 
 
 def difference(case: Case, loss: Loss, reference: Loss) -> float:
-    """Largest difference of the gradient from the reference's in float64, in parts of its largest value."""
+    """Return the largest difference of the gradient from the reference's in float64, relative to its largest value."""
     small = Case(case.classes, (2, 4 * case.stride, 6 * case.stride), case.stride, case.dtype)
     gradients = []
     for function, dtype in ((loss, case.dtype), (reference, torch.float64)):
@@ -180,49 +182,49 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def step(loss: Loss, logits: Tensor, target: Tensor) -> None:
-    """Run forward and backward once and drop the gradient."""
+    """Run forward and backward once and discard the gradient."""
     loss(logits, target).backward()  # type: ignore[no-untyped-call]
     logits.grad = None
 
 
 def peak(run: Callable[[], None]) -> int:
-    """Bytes by which a call raises the memory in use."""
+    """Return the bytes by which a call raises the peak memory."""
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    before = _high_water()
+    before = _peak_resident()
     run()
-    return _high_water() - before
+    return _peak_resident() - before
 
 
-def _high_water() -> int:
-    """Largest resident memory of this process in bytes; getrusage() would give that of the process that started it."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return 1024 * int(found[1]) if found else 0
+def _peak_resident() -> int:
+    """Return the peak resident memory of this process in bytes; getrusage() may report the parent's."""
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(match[1]) if match else 0
 
 
 def peak_of(name: str, case: Case) -> float:
-    """Peak of memory of a loss beyond the logits, in multiples of these; on the CPU in a new process."""
+    """Return the peak memory of a loss beyond the logits, in multiples of their size; on the CPU from a new process."""
     if DEVICE == "cpu":
-        words = [sys.executable, __file__, "--peak-of", name, "--threads", str(torch.get_num_threads())]
-        words += ["--case", *map(str, (case.classes, *case.size, case.stride, str(case.dtype).removeprefix("torch.")))]
-        return float(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+        command = [sys.executable, __file__, "--peak-of", name, "--threads", str(torch.get_num_threads())]
+        command += ["--case", *map(str, (case.classes, *case.size, case.stride, str(case.dtype).removeprefix("torch.")))]
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return peak_here(name, case)
 
 
 def peak_here(name: str, case: Case) -> float:
-    """Measure `peak_of` in this process."""
+    """Measure ``peak_of`` in this process."""
     loss, _ = contestants(case)[name]
     small = Case(case.classes, (1, 8 * case.stride, 8 * case.stride), case.stride, case.dtype).inputs()
-    step(loss, *small)  # code and threads are there before
+    step(loss, *small)  # load code and start threads before the measurement
     logits, target = case.inputs()
     return peak(lambda: step(loss, logits, target)) / logits.nbytes
 
 
 def measure(case: Case, repeats: int) -> Iterator[str]:
-    """Rows of one case: median of interleaved repeats, and the peak of memory beyond the logits."""
+    """Yield the rows of one case: median of interleaved repeats, and peak memory beyond the logits."""
     losses = contestants(case)
     times: dict[str, list[float]] = {name: [] for name in losses}
     memory, wrong = dict.fromkeys(losses, "-"), dict.fromkeys(losses, "-")
@@ -231,9 +233,9 @@ def measure(case: Case, repeats: int) -> Iterator[str]:
         try:
             if reference is not None:
                 wrong[name] = f"{difference(case, loss, reference):.0e}"
-            if "compiled" not in name or DEVICE == "cuda":  # on the CPU the compiler's memory would be measured
+            if "compiled" not in name or DEVICE == "cuda":  # on the CPU this would measure the compiler's memory
                 memory[name] = f"{peak_of(name, case):.2f}"
-        except Exception as error:  # a compiler that is missing, or too little memory, is a result as well
+        except Exception as error:  # a missing compiler or too little memory is a result as well
             failed[name] = type(error).__name__
             if DEVICE == "cuda":
                 torch.cuda.empty_cache()
@@ -254,13 +256,13 @@ def measure(case: Case, repeats: int) -> Iterator[str]:
         if name in failed:
             yield f"| {name} | {failed[name]} | - | - | - | - |"
             continue
-        found = statistics.median(times[name])
-        share = 3 * logits.nbytes * per_byte / found
-        yield f"| {name} | {1000 * found:.2f} | {found / base:.2f} | {memory[name]} | {share:.0%} | {wrong[name]} |"
+        median = statistics.median(times[name])
+        share = 3 * logits.nbytes * per_byte / median
+        yield f"| {name} | {1000 * median:.2f} | {median / base:.2f} | {memory[name]} | {share:.0%} | {wrong[name]} |"
 
 
 def measure_counts(case: Case, repeats: int) -> Iterator[str]:
-    """Rows of one case: predictions and confusion counts of logits, and of labels alone."""
+    """Yield the rows of one case: predictions and confusion counts from logits, and from labels alone."""
     from torchmetrics.functional.classification import multiclass_confusion_matrix
 
     logits, target = case.inputs()
@@ -274,8 +276,8 @@ def measure_counts(case: Case, repeats: int) -> Iterator[str]:
             return logits
         return F.interpolate(logits, case.size[1:], mode="bilinear", align_corners=True)
 
-    def bincount(found: Tensor) -> Tensor:
-        cell = torch.where(target == void, classes * classes, target * classes + found)
+    def bincount(predicted: Tensor) -> Tensor:
+        cell = torch.where(target == void, classes * classes, target * classes + predicted)
         return torch.bincount(cell.flatten(), minlength=classes * classes + 1)[:-1].view(classes, classes)
 
     ways = {
@@ -298,13 +300,13 @@ def measure_counts(case: Case, repeats: int) -> Iterator[str]:
     for name, way in ways.items():
         moved = int((way() - expected).abs().sum()) / 2 / target.numel()
         if moved > 1e-5:
-            raise AssertionError(f"{name}: {moved:.1e} of the pixels are counted elsewhere")
-        found = statistics.median(times[name])
-        yield f"| {name} | {1000 * found:.2f} | {found / base:.2f} |"
+            raise AssertionError(f"{name}: {moved:.1e} of the pixels are in another cell, expected at most 1e-5")
+        median = statistics.median(times[name])
+        yield f"| {name} | {1000 * median:.2f} | {median / base:.2f} |"
 
 
 def machine() -> str:
-    """Describe what the numbers depend on."""
+    """Describe the device, the versions and the commit."""
     if DEVICE == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -328,7 +330,7 @@ def machine() -> str:
 
 
 def main() -> None:
-    """Measure all cases, print the tables, and write them to a file."""
+    """Measure all cases, print the tables and write them to a file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [2, 19, 65, 150, 171] if DEVICE == "cuda" else [2, 19, 150]
     parser.add_argument("--classes", type=int, nargs="+", default=default)
@@ -349,9 +351,9 @@ def main() -> None:
         return
     lines = ["# Losses, forward and backward", "", machine(), ""]
     lines += [
-        "Time in ms, over that of cross entropy; peak of memory beyond the logits, in multiples of these; share of the"
+        "Time in ms and relative to cross entropy; *extra*: peak memory beyond the logits, in multiples of their size;",
+        "*share* of a copy's bandwidth; *difference*: largest difference of the gradient from the reference in float64.",
     ]
-    lines += ["bandwidth of a copy; largest difference of the gradient from the reference in float64."]
     print("\n".join(lines), flush=True)
     for size in SIZES[DEVICE]:
         for classes in arguments.classes:
@@ -368,7 +370,7 @@ def main() -> None:
                     part += measure_counts(case, arguments.repeats)
                     print("\n".join(part), flush=True)
                     lines += part
-                    if arguments.output:  # after each case: a run that is cut off leaves what it has measured
+                    if arguments.output:  # after each case, to keep the results of a run that is stopped
                         Path(arguments.output).write_text("\n".join(lines) + "\n")
 
 

@@ -1,13 +1,13 @@
-"""End a training at random moments and compare what comes of it with one that was left alone.
+"""Stop a training at random moments, resume it, and compare the result with that of an uninterrupted training.
 
 python benchmarks/kills.py                                   # ten times, a few minutes on two cores
 python benchmarks/kills.py --kills 30 --seed 1 --signals KILL
 
-A run of drawn scenes gets a signal, with all its processes at once, after a time drawn evenly from 0 to 0.4 of that of a
-whole run, is then resumed, and so on; SIGKILL and SIGTERM in turn. The run has loaders, validation, checkpoints, a log,
-averaged weights, and gradients that are accumulated over two batches. What it ends with must be that of a run of the same
-settings that was never stopped, on the CPU bit by bit: weights, their average, optimiser, scores, rows of metrics.csv. Ends
-with status 1 where anything differs.
+A run on drawn scenes receives SIGKILL or SIGTERM, in turn, and is resumed, again and again. The signal goes to all its
+processes, after a random time between 0 and 0.4 of the duration of a whole run. The run has loader workers, validation,
+checkpoints, a log, averaged weights, and gradients accumulated over two batches. Its result on the CPU must equal that of an
+uninterrupted run with the same settings bit by bit: weights, averaged weights, optimiser, scores, rows of metrics.csv. Exits
+with status 1 if anything differs.
 """
 
 import argparse
@@ -45,62 +45,65 @@ SETTINGS = {
 }
 
 
-def fit(words: list[str], number: signal.Signals = signal.SIGKILL, seconds: float | None = None) -> bool:
-    """Run ``mcseg fit``; send it and its loaders a signal after some seconds. Whether it ended by itself."""
-    command = [sys.executable, "-W", "ignore", "-m", "mcseg", "fit", *words]
+def fit(arguments: list[str], number: signal.Signals = signal.SIGKILL, seconds: float | None = None) -> bool:
+    """Run ``mcseg fit``, send the signal to all its processes after ``seconds``, and return whether it finished before."""
+    command = [sys.executable, "-W", "ignore", "-m", "mcseg", "fit", *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True) as process:
         try:
-            _, said = process.communicate(timeout=seconds)
+            _, error = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, number)
-            process.communicate(timeout=60)  # longer it must not take
+            process.communicate(timeout=60)  # fail if it takes longer to stop
             return False
     if process.returncode:
-        sys.exit(said.decode())
+        sys.exit(error.decode())
     return True
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
-    """Rows of a run's log."""
+    """Read the rows of a run's metrics.csv."""
     with (folder / "metrics.csv").open() as file:
         return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def differences(whole: Path, killed: Path) -> list[str]:
-    """What differs between two runs."""
+    """Return the names of the parts in which two runs differ."""
     one, other = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, killed))
     parts = ("state_dict", "current_model_state")
-    found = [f"{part}.{name}" for part in parts for name in one[part] if not torch.equal(one[part][name], other[part][name])]
-    found += ["optimiser"] * (str(one["optimizer_states"]) != str(other["optimizer_states"]))
-    found += ["metrics.csv"] * (rows(whole) != rows(killed))
+    differing = [
+        f"{part}.{name}" for part in parts for name in one[part] if not torch.equal(one[part][name], other[part][name])
+    ]
+    differing += ["optimiser"] * (str(one["optimizer_states"]) != str(other["optimizer_states"]))
+    differing += ["metrics.csv"] * (rows(whole) != rows(killed))
     files = [{path.relative_to(folder) for path in folder.rglob("*") if path.is_file()} for folder in (whole, killed)]
-    return found + [str(path) for path in files[0] ^ files[1]]
+    return differing + [str(path) for path in files[0] ^ files[1]]
 
 
 def main() -> None:
-    """Train, kill, compare."""
+    """Train without and with interruptions, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signals", nargs="+", choices=("KILL", "TERM", "INT"), default=["KILL", "TERM"])
-    parser.add_argument("--folder", help="a new folder that is to keep both runs")
+    parser.add_argument("--folder", help="new folder in which to keep both runs")
     options = parser.parse_args()
-    words = ["synthetic", "--config", "options/ema", *(f"--{key}={value}" for key, value in SETTINGS.items())]
+    arguments = ["synthetic", "--config", "options/ema", *(f"--{key}={value}" for key, value in SETTINGS.items())]
     draw = random.Random(options.seed)
     with tempfile.TemporaryDirectory() if options.folder is None else nullcontext(options.folder) as parent:
         whole, killed = Path(parent, "whole"), Path(parent, "killed")
         start = time.perf_counter()
-        fit([*words, f"--trainer.default_root_dir={whole}"])
-        length = time.perf_counter() - start
-        print(f"torch {torch.__version__}; left alone: {length:.0f} s, {len(rows(whole))} rows", flush=True)
+        fit([*arguments, f"--trainer.default_root_dir={whole}"])
+        duration = time.perf_counter() - start
+        print(f"torch {torch.__version__}; uninterrupted: {duration:.0f} s, {len(rows(whole))} rows", flush=True)
         kills = 0
         while kills < options.kills:
-            going = ["--resume", str(killed)] if (killed / "config.yaml").is_file() else [
-                *words, f"--trainer.default_root_dir={killed}"
-            ]  # fmt: skip
-            seconds = draw.uniform(0, 0.4 * length)
+            if (killed / "config.yaml").is_file():
+                command = ["--resume", str(killed)]
+            else:
+                command = [*arguments, f"--trainer.default_root_dir={killed}"]
+            seconds = draw.uniform(0, 0.4 * duration)
             name = options.signals[kills % len(options.signals)]
-            if fit(going, signal.Signals[f"SIG{name}"], seconds):
+            if fit(command, signal.Signals[f"SIG{name}"], seconds):
                 break
             kills += 1
             checkpoint = killed / "checkpoints" / "last.ckpt"
@@ -109,9 +112,9 @@ def main() -> None:
             print(f"{name} after {seconds:.1f} s; step of the checkpoint: {step} {' '.join(left)}", flush=True)
         else:
             fit(["--resume", str(killed)])
-        found = differences(whole, killed)
-    print(f"{kills} times; differs: {', '.join(found) or 'nothing'}")
-    sys.exit(int(bool(found)))
+        differing = differences(whole, killed)
+    print(f"{kills} signals; differs: {', '.join(differing) or 'nothing'}")
+    sys.exit(int(bool(differing)))
 
 
 if __name__ == "__main__":

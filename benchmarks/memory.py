@@ -3,9 +3,9 @@
 python benchmarks/memory.py                              # resnet50, batch 4, 512x512
 python benchmarks/memory.py --batch 2 --size 256 --arch unet
 
-Saved: bytes of the distinct tensors that autograd keeps between forward and backward pass, parameters aside. Peak: the most
-bytes of tensors alive at once during forward and backward pass, parameters aside, gradients of the parameters included; on a
-GPU it is the allocator's own figure.
+Saved: bytes of the distinct tensors that autograd keeps between forward and backward pass, without parameters. Peak: largest
+number of bytes of live tensors during forward and backward pass, without parameters but with their gradients; on a GPU as
+reported by the allocator.
 """
 
 import argparse
@@ -24,22 +24,22 @@ from mcseg.networks import SegmentationNetwork
 
 
 class SavedBytes:
-    """Counts the distinct storages that autograd saves, those of a network's parameters and buffers aside."""
+    """Count the distinct storages that autograd saves, without those of the network's parameters and buffers."""
 
     def __init__(self, network: torch.nn.Module) -> None:
         self._own = {t.untyped_storage().data_ptr() for t in [*network.parameters(), *network.buffers()]}
-        # Keeping the tensors keeps their addresses from being given to others
+        # Keeping the tensors prevents their addresses from being reused
         self._saved: dict[int, Tensor] = {}
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Record what is saved within."""
+        """Record the tensors that are saved in this context."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
             yield
 
     @property
     def total(self) -> int:
-        """Bytes."""
+        """Total size in bytes."""
         return sum(tensor.untyped_storage().nbytes() for tensor in self._saved.values())
 
     def _pack(self, tensor: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class SavedBytes:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all storages that operators make, until they are freed."""
+    """Track the bytes of all storages created by operators until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -59,13 +59,13 @@ class LiveBytes(TorchDispatchMode):
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and note the storages of its outputs that are not its inputs'."""
+        """Run the operator and record storages of its outputs that do not belong to its inputs."""
         result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in given and storage not in self._known:
+                if storage._cdata not in inputs and storage not in self._known:
                     self._known.add(storage)
                     self._now += storage.nbytes()
                     weakref.finalize(storage, self._free, storage.nbytes())
@@ -80,7 +80,7 @@ def saved_bytes(network: torch.nn.Module, image: Tensor) -> int:
     """Return the bytes that autograd keeps after a forward pass.
 
     Args:
-        network: called with the image.
+        network: network to call with the image.
         image: (N,3,H,W), uint8 or floating point.
     """
     saved = SavedBytes(network)
@@ -90,10 +90,10 @@ def saved_bytes(network: torch.nn.Module, image: Tensor) -> int:
 
 
 def peak_bytes(network: torch.nn.Module, image: Tensor) -> tuple[int, float]:
-    """Return the peak of forward and backward pass in bytes, and the seconds that they took.
+    """Return the peak memory of forward and backward pass in bytes, and their time in seconds.
 
     Args:
-        network: called with the image.
+        network: network to call with the image.
         image: (N,3,H,W), uint8 or floating point.
     """
     network.zero_grad(set_to_none=True)
@@ -123,17 +123,17 @@ def main() -> None:
     image = torch.randint(0, 256, (options.batch, 3, options.size, options.size), dtype=torch.uint8, device=options.device)
     print(f"{options.encoder}, {options.batch} x 3 x {options.size} x {options.size}, float32, {options.device}")
     for arch in options.arch:
-        found = []
+        results = []
         for checkpointing in (False, True):
             torch.manual_seed(0)
             network = SegmentationNetwork(arch, options.encoder, options.classes, checkpointing=checkpointing)
             network.to(options.device).train()
             saved = saved_bytes(network, image)
             peak, seconds = peak_bytes(network, image)
-            found.append((saved, peak))
+            results.append((saved, peak))
             name = f"{arch}{' checkpointed' if checkpointing else ''}"
             print(f"{name:28} saved {saved / 2**20:8.0f} MiB   peak {peak / 2**20:8.0f} MiB   {seconds:6.1f} s", flush=True)
-        saved_ratio, peak_ratio = (after / before for before, after in zip(*found, strict=True))
+        saved_ratio, peak_ratio = (after / before for before, after in zip(*results, strict=True))
         print(f"{arch:28} saved {cast(float, saved_ratio):8.1%}       peak {cast(float, peak_ratio):8.1%}", flush=True)
 
 

@@ -1,15 +1,15 @@
-"""Train thousands of steps and watch memory, file handles, processes and threads.
+"""Train for thousands of steps and monitor memory, file handles, processes and threads.
 
-The run has what any has: loader processes, validation, pictures, checkpoints, log.
+The run has loader workers, validation, pictures, checkpoints and a log, as usual.
 
 python benchmarks/soak.py                    # 5000 steps in 100 epochs of drawn scenes, a few minutes on two cores
 python benchmarks/soak.py --steps 50000 --accelerator gpu
 
-Sampled in the middle of each epoch: resident memory of the training process by Linux' account, and that of it with its
-loader processes, in which a page that several share counts once; of the training process's memory what glibc has given out,
-and Python's objects, those in cycles included that it has not looked for yet. The loaders end and are made anew every
-five epochs. Growth is the median of the last fifth against that of the second fifth; the first is warm-up. Ends with status
-1 where the training process grew by 2 % or more, or handles, processes or threads by any.
+Each epoch is sampled once, in its middle: the resident memory of the training process; that of the training process and
+its loader workers together, with shared pages counted once; the memory that glibc has allocated for the training process;
+and the number of Python objects, including uncollected cycles. The loader workers are restarted every five epochs. Growth
+compares the median of the last fifth with that of the second fifth; the first fifth is warm-up. Exits with status 1 if the
+training process grew by 2 % or more, or the number of handles, processes or threads grew at all.
 """
 
 import argparse
@@ -32,7 +32,7 @@ COLUMNS = ("step", "training_mib", "all_mib", "allocated_mib", "objects", "handl
 
 
 class _Mallinfo(ctypes.Structure):
-    """What glibc's ``mallinfo2`` returns."""
+    """Result of glibc's ``mallinfo2``."""
 
     _fields_ = tuple(
         (name, ctypes.c_size_t)
@@ -44,27 +44,27 @@ class _Mallinfo(ctypes.Structure):
 
 
 def _allocated() -> int:
-    """Bytes that glibc has given out and not got back; 0 without glibc 2.33."""
+    """Return the bytes that glibc has allocated and not freed; 0 without glibc 2.33."""
     mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo is None:
         return 0
     mallinfo.restype = _Mallinfo
-    found = mallinfo()
-    return int(found.uordblks + found.hblkhd)
+    info = mallinfo()
+    return int(info.uordblks + info.hblkhd)
 
 
 def _number(file: str, key: str) -> int:
-    """Read a number of a file below ``/proc``."""
-    found = re.search(rf"^{key}:\s+(\d+)", Path("/proc", file).read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1])
+    """Read a number from a file in ``/proc``."""
+    match = re.search(rf"^{key}:\s+(\d+)", Path("/proc", file).read_text(), re.MULTILINE)
+    assert match is not None
+    return int(match[1])
 
 
 class Recorder(pl.Callback):
-    """Writes a row of `COLUMNS` in the middle of each epoch.
+    """Append a row of ``COLUMNS`` to a CSV file in the middle of each epoch.
 
     Args:
-        path: CSV file.
+        path: the CSV file.
     """
 
     def __init__(self, path: str) -> None:
@@ -73,12 +73,12 @@ class Recorder(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Lightning's hook."""
+        """Record a row after the middle batch."""
         if batch_idx == int(trainer.num_training_batches) // 2:
             children = [
                 child for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split()
             ]
-            handles = len(list(Path("/proc/self/fd").iterdir())) - 1  # the one that lists them
+            handles = len(list(Path("/proc/self/fd").iterdir())) - 1  # without the handle of the listing
             pages = sum(_number(f"{process}/smaps_rollup", "Pss") for process in ("self", *children)) / 1024
             row = (
                 _number("self/status", "VmRSS") / 1024,
@@ -94,7 +94,7 @@ class Recorder(pl.Callback):
 
 
 def main() -> None:
-    """Train, print the table, and judge."""
+    """Train, print the table, and check the growth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--workers", type=int, default=2)
@@ -112,15 +112,15 @@ def main() -> None:
             "panel": {"every_n_epochs": 1},
             "confusion": {"every_n_epochs": 1},
         }
-        words = [
-            f"--{room}.{key}={value if isinstance(value, str) else json.dumps(value)}"
-            for room, values in settings.items()
+        arguments = [
+            f"--{section}.{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for section, values in settings.items()
             for key, value in values.items()
         ]
-        mcseg(["fit", "synthetic", *words, "--trainer.callbacks+=soak.Recorder", f"--trainer.callbacks.path={path}"])
+        mcseg(["fit", "synthetic", *arguments, "--trainer.callbacks+=soak.Recorder", f"--trainer.callbacks.path={path}"])
         with path.open() as file:
             rows = [[float(value) for value in row] for row in csv.reader(file)]
-    print(f"torch {torch.__version__}, {options.accelerator}, {options.workers} loader processes")
+    print(f"torch {torch.__version__}, {options.accelerator}, {options.workers} loader workers")
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---:|" * len(COLUMNS))
     for row in rows[:: max(1, len(rows) // 10)]:
         print("| " + " | ".join(f"{value:.0f}" for value in row) + " |")

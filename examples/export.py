@@ -1,9 +1,9 @@
 """Export a trained network.
 
-    python examples/export.py                                             # trains for a moment first
+    python examples/export.py                                             # trains briefly first
     python examples/export.py runs/folder/<time>/checkpoints/best.ckpt
 
-The file needs PyTorch and nothing else.
+The exported file needs only PyTorch.
 """
 
 import sys
@@ -29,7 +29,7 @@ else:
 
 # Normalisation is part of the network: images are RGB, uint8 0..255 (as here) or floating point 0..1
 network = SegmentationModule.load_from_checkpoint(checkpoint, map_location="cpu").network.eval()
-example = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)  # height and width are fixed, the number of images is not
+example = torch.zeros(2, 3, 64, 96, dtype=torch.uint8)  # height and width are fixed, the number of images is free
 program = torch.export.export(network, (example,), dynamic_shapes=({0: Dim("images")},))
 torch.export.save(program, folder / "network.pt2")
 

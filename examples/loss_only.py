@@ -1,8 +1,8 @@
-"""Take only the loss, in a training loop of plain PyTorch.
+"""Use only a loss of mcseg, in a training loop of plain PyTorch.
 
     python examples/loss_only.py
 
-Trains the same small network with three losses and prints the IoU of each class, the most frequent class first.
+Trains the same small network with three losses and prints the IoU of each class.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from mcseg import DiceLoss, MarginCalibrationLoss, SyntheticData, score
 
-# In place of your own data: drawn street scenes as images (N,3,H,W) and class indices (N,H,W), 255 where unlabelled
+# Replace by your own data: drawn street scenes as images (N,3,H,W) and class indices (N,H,W), 255 for unlabelled pixels
 data = SyntheticData(val_scenes=64, size=(48, 72))
 images, masks = (torch.stack(parts) for parts in zip(*map(data.reader.pair, data.samples("val")), strict=True))
 images, masks = images / 255, masks.long()
@@ -21,7 +21,7 @@ class_pixels = torch.bincount(masks[:48].flatten(), minlength=256)[: data.num_cl
 losses = {
     "cross entropy": nn.CrossEntropyLoss(ignore_index=255),
     "power Dice": DiceLoss(power=0.5, classes="all"),  # the default of mcseg
-    "margin calibration": MarginCalibrationLoss(data.num_classes).calibrate(class_pixels),  # the paper's
+    "margin calibration": MarginCalibrationLoss(data.num_classes).calibrate(class_pixels),  # the paper's loss
 }
 print(f"{'':<20}{'mIoU':>6}", *(f"{name[:8]:>8}" for name in data.class_names))
 for name, loss in losses.items():

@@ -1,9 +1,9 @@
-"""Read a data set of your own layout: a subclass that names the classes and lists the samples.
+"""Read a data set with its own layout: a subclass names the classes and lists the samples.
 
     python examples/own_data.py
 
 On the command line: ``PYTHONPATH=examples mcseg fit --data own_data.ScansData --data.root scans``.
-Folders ``images`` and ``masks`` with equal file names need no class of their own: ``own_folder.py``.
+Folders ``images`` and ``masks`` with equal file names need no subclass: see ``own_folder.py``.
 """
 
 import tempfile
@@ -26,12 +26,12 @@ class ScansData(SegmentationData):
         table = LabelTable(
             names=("background", "tissue", "lesion"),
             palette=((0, 0, 0), (90, 160, 90), (230, 60, 60)),
-            raw_ids={0: 0, 10: 1, 20: 2, 99: 255},  # from values in the files to classes; others are refused
+            raw_ids={0: 0, 10: 1, 20: 2, 99: 255},  # value in the file -> class; other values are errors
         )
         super().__init__(table, root, **options)
 
     def samples(self, split: str) -> list[Sample]:
-        """List a split: ``val`` are the patients 8 and 9, ``train`` the others; there is no ``test``."""
+        """List the samples of a split: patients 8 and 9 for ``val``, all other patients for ``train``, none for ``test``."""
         patients = {"train": "[0-7]", "val": "[89]", "test": ""}[split]
         samples = []
         for scan in sorted(self.root.glob(f"{patients}/*_scan.png")) if patients else []:

@@ -1,7 +1,7 @@
-"""Train on a folder of your own: images, masks and a list of the classes.
+"""Train on your own folder of images and masks with a list of the classes.
 
     python examples/own_folder.py            # draws a small folder of photos first
-    python examples/own_folder.py photos     # takes yours
+    python examples/own_folder.py photos     # uses your folder
 
 The same without Python: ``mcseg fit --config folder --data.root photos``.
 """
@@ -19,7 +19,7 @@ from mcseg import FolderData, JaccardCallback, SegmentationModule
 
 
 def draw_photos(root: Path) -> None:
-    """Draw 30 photos of two kinds of coins: 0 is the table, 1 gold, 2 silver, and 255 (void) the rim of each coin."""
+    """Draw 30 photos of coins on a table. Labels: 0 table, 1 gold, 2 silver, 255 (void) for the rim of each coin."""
     random = np.random.default_rng(0)
     rows, columns = np.mgrid[:64, :96]
     (root / "images").mkdir(parents=True)
@@ -44,10 +44,10 @@ if not sys.argv[1:]:
     draw_photos(root)
 
 pl.seed_everything(0)
-data = FolderData(root, batch_size=4, crop_size=(64, 64), num_workers=0)  # a fifth of the images is for validation
+data = FolderData(root, batch_size=4, crop_size=(64, 64), num_workers=0)  # one fifth of the images is used for validation
 module = SegmentationModule("unet", "resnet18", num_classes=data.num_classes)
 best = ModelCheckpoint(output, monitor="val/miou", mode="max")  # mIoU over the whole validation split
 trainer = pl.Trainer(max_epochs=6, callbacks=[JaccardCallback(), best], logger=False, enable_model_summary=False)
-trainer.fit(module, data)  # ends with a table of the last epoch
+trainer.fit(module, data)  # prints the scores of the last epoch at the end
 
 print(f"best epoch: mIoU {100 * best.best_model_score:.1f} %, checkpoint {best.best_model_path}")

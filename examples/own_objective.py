@@ -1,8 +1,8 @@
-"""Train with an objective of your own: any ``nn.Module`` that is called with logits and target and returns a scalar.
+"""Train with your own objective: any ``nn.Module`` that computes a scalar from logits and target.
 
     python examples/own_objective.py
 
-On the command line an objective is named by its import path; Python must find the file:
+On the command line, give the import path of the class; its file must be on the ``PYTHONPATH``:
 ``PYTHONPATH=examples mcseg fit synthetic --model.objective own_objective.PolyLoss --model.objective.epsilon 2``.
 """
 
@@ -18,10 +18,10 @@ from mcseg import JaccardCallback, SegmentationModule, SyntheticData
 
 
 class PolyLoss(nn.Module):
-    """Cross entropy plus ``epsilon`` times 1 - p of the right class; Leng et al., "PolyLoss", ICLR 2022.
+    """Cross entropy plus ``epsilon`` times 1 - p of the target class; Leng et al., "PolyLoss", ICLR 2022.
 
-    The constructor's arguments go into checkpoints, so they are plain numbers, strings, lists or dictionaries.
-    ``mcseg.losses.ObjectiveProtocol`` lists what an objective may have besides, for example ``calibrate(class_pixels)``.
+    Checkpoints store the constructor's arguments, so these must be plain numbers, strings, lists or dictionaries.
+    ``mcseg.losses.ObjectiveProtocol`` lists optional methods of an objective, for example ``calibrate(class_pixels)``.
     """
 
     def __init__(self, epsilon: float = 1.0) -> None:
@@ -30,7 +30,7 @@ class PolyLoss(nn.Module):
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Compute a scalar from logits (N,C,H,W) and target (N,H,W): classes 0..C-1, or 255 for void pixels."""
-        losses = F.cross_entropy(logits, target, ignore_index=255, reduction="none")  # (N,H,W), 0 where void
+        losses = F.cross_entropy(logits, target, ignore_index=255, reduction="none")  # (N,H,W), 0 for void pixels
         losses = losses + self.epsilon * (1 - torch.exp(-losses))
         return losses.sum() / (target != 255).sum().clamp(min=1)  # 0 if no pixel is labelled
 

@@ -1,6 +1,6 @@
-"""Label an image with the network of a checkpoint, from Python.
+"""Predict the labels of an image with the network of a checkpoint.
 
-    python examples/predict.py                                                      # trains for a moment first
+    python examples/predict.py                                                      # trains briefly first
     python examples/predict.py runs/folder/<time>/checkpoints/best.ckpt photo.jpg
 
 For whole folders: ``mcseg predict --config folder --data.root photos --ckpt_path CKPT --data.predict_root new_photos``.
@@ -32,12 +32,12 @@ else:
 
 module = SegmentationModule.load_from_checkpoint(checkpoint, map_location="cpu").eval()
 names = torch.load(checkpoint, map_location="cpu", weights_only=True)["class_names"]
-image = torch.from_numpy(np.array(Image.open(photo).convert("RGB"))).permute(2, 0, 1)  # (3,H,W) uint8, of any size
+image = torch.from_numpy(np.array(Image.open(photo).convert("RGB"))).permute(2, 0, 1)  # (3,H,W) uint8, any size
 
 with torch.inference_mode():
     logits = module(image[None])  # (1,C,H,W)
     labels = logits.argmax(1)[0].to(torch.uint8)  # (H,W)
-    # For large images: overlapping windows, here with mirror images as well; their probabilities are averaged
+    # For large images: average the probabilities of overlapping windows, and of their mirror images
     inference = Inference(window=(48, 48), flip=True)
     averaged = inference(module, image[None], size=image.shape[-2:])[0]  # (H,W)
 

@@ -40,7 +40,7 @@ __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the module of a public name at first use, so that ``import mcseg`` stays quick."""
+    """Import the module of a public name at its first use, which keeps ``import mcseg`` fast."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"mcseg.{_HOME[name]}"), name)

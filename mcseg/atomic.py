@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whatever happens while they are written."""
+"""Atomic file writes: a crash or a full disk leaves either the old file or the complete new one."""
 
 import os
 from collections.abc import Callable
@@ -9,18 +9,17 @@ from pathlib import Path
 def write_atomically(path: Path, write: Callable[[Path], object], *, exclusive: bool = False) -> None:
     """Write a file under a temporary name, flush it to the disk and rename it.
 
-    After a crash or a full disk the file is the one from before, or the new one; never a part of it. Folders that are
-    missing are made.
+    After a crash or a full disk, ``path`` is the old file or the complete new one. Missing folders are created.
 
     Args:
-        path: the file; one that is there is replaced.
-        write: called with the temporary path, which is beside ``path`` and has the same suffix.
-        exclusive: no other process writes this file at the same time. The temporary name is then always the same, so that
-            what a killed process has left is written over, and large files do not gather.
+        path: the file to write; an existing one is replaced.
+        write: called with the temporary path, which is in the same folder as ``path`` and has the same suffix.
+        exclusive: set this if no other process writes the file at the same time. The temporary name is then always the
+            same, so that the next write overwrites what a killed process left, and large leftovers do not pile up.
 
     Raises:
-        OSError: it could not be written, with the reason and ``path`` as ``filename``; no temporary file is left. Or its
-            folder could not be made.
+        OSError: the file cannot be written (``filename`` is ``path``, and the temporary file is removed), or its folder
+            cannot be created.
     """
     owner = "" if exclusive else f".{os.getpid()}"
     temporary = path.with_name(f".{path.stem}{owner}.tmp{path.suffix}")
@@ -32,11 +31,11 @@ def write_atomically(path: Path, write: Callable[[Path], object], *, exclusive: 
         temporary.replace(path)
     except (OSError, RuntimeError) as error:
         cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):  # torch's writer has errors of its own on top
+        while cause is not None and not isinstance(cause, OSError):  # torch's writer raises its own error over the OSError
             cause = cause.__context__
         if cause is None or cause.strerror is None:
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from error
     finally:
-        with suppress(OSError):  # it has been renamed, or was never there
+        with suppress(OSError):  # renamed already, or never created
             temporary.unlink()

@@ -1,4 +1,4 @@
-"""Which benchmarks mcseg knows: one file of facts each. Imports nothing, so that ``mcseg --help`` can list them at once."""
+"""List the benchmarks, one file of facts each. Imports no library, to keep ``mcseg --help`` fast."""
 
 from pathlib import Path
 
@@ -11,5 +11,5 @@ def benchmark_names() -> list[str]:
 
 
 def facts_file(name: str) -> Path:
-    """Return the path of a benchmark's facts, ``<name>.toml``; there is no such file for an unknown name."""
+    """Return the path of a benchmark's facts, ``<name>.toml``. The file does not exist if the name is unknown."""
     return _FACTS / f"{name}.toml"

@@ -1,7 +1,7 @@
-"""Every private or undocumented part of Lightning, jsonargparse and torch that mcseg uses, each behind a function.
+"""Every private or undocumented part of Lightning, jsonargparse and torch that mcseg uses, each in a function or constant.
 
-An upgrade that changes one of them breaks here and nowhere else: ``tests/test_lightning_internals.py`` has a test for each,
-which names the version that it was seen in, and another one that finds such parts in the rest of the package.
+An upgrade that changes one of them breaks this file only. ``tests/test_lightning_internals.py`` tests each part and names
+the version in which it was seen; another test searches the rest of the package for private parts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,11 +15,11 @@ from pytorch_lightning.cli import LightningCLI, instantiate_module
 from pytorch_lightning.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
 from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 
-# Key of a module's hyperparameters, and value: the only instantiator that Lightning trusts in a checkpoint. It makes the
-# objects that class paths name. Lightning 2.6.6.
+# Key and value among a module's hyperparameters: the only instantiator that Lightning accepts from a checkpoint. It
+# instantiates the classes that class paths name. Lightning 2.6.6.
 INSTANTIATOR_KEY = "_instantiator"
 INSTANTIATOR = f"{instantiate_module.__module__}.{instantiate_module.__name__}"
-# Key of the hyperparameters that names the class of the module, if it is a subclass. Lightning 2.6.6.
+# Key among the hyperparameters: the class path of the module if it is a subclass. Lightning 2.6.6.
 CLASS_PATH_KEY = "_class_path"
 
 if TYPE_CHECKING:
@@ -27,33 +27,33 @@ if TYPE_CHECKING:
 else:
 
     def classmethod_of_the_class(method: Any) -> Any:
-        """Decorate a class method that must not be called on an instance, as Lightning does its ``load_from_checkpoint``.
+        """Decorate a class method that refuses calls on an instance, as Lightning decorates ``load_from_checkpoint``.
 
-        Without it ``module.load_from_checkpoint(path)`` would return another module and leave this one as it is. Lightning
+        Otherwise ``module.load_from_checkpoint(path)`` would return another module and not change ``module``. Lightning
         2.6.6.
         """
         return _restricted_classmethod(method)
 
 
 def argument_keys(kind: type[pl.LightningModule]) -> tuple[str, ...]:
-    """List the keys of a checkpoint that Lightning takes a module's arguments from, later ones first. Lightning 2.6.6."""
+    """List the keys of a checkpoint with a module's arguments; later keys override earlier ones. Lightning 2.6.6."""
     return (*CHECKPOINT_PAST_HPARAMS_KEYS, kind.CHECKPOINT_HYPER_PARAMS_KEY)
 
 
 def load_from_url(url: str | Path) -> Any:
-    """Load a checkpoint of tensors and plain types from a URL to the CPU, as Lightning does. Lightning 2.6.6."""
+    """Load a checkpoint of tensors and plain types from a URL to the CPU. Lightning 2.6.6."""
     return _load(url, map_location="cpu", weights_only=True)
 
 
 class CheckpointSettingsCLI(LightningCLI):
-    """A LightningCLI whose subclass puts the settings of ``--ckpt_path`` over those of the command.
+    """A LightningCLI whose subclass merges the settings of ``--ckpt_path`` into those of the command.
 
-    Lightning does so in a method of its own between parsing and making the objects, and leaves no way to change what a
-    checkpoint holds. Lightning 2.6.6.
+    Lightning merges them in a private method between parsing and instantiation, which cannot translate the settings of an
+    older checkpoint. Lightning 2.6.6.
     """
 
     def take_checkpoint_settings(self, verb: str, path: Path) -> None:
-        """Put the settings of a checkpoint file into ``self.config[verb]``."""
+        """Merge the settings of a checkpoint file into ``self.config[verb]``."""
         raise NotImplementedError
 
     def _parse_ckpt_path(self) -> None:
@@ -64,7 +64,7 @@ class CheckpointSettingsCLI(LightningCLI):
 
 
 def as_settings(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn the hyperparameters of a checkpoint into settings that Lightning's parser takes for a module. Lightning 2.6.6."""
+    """Convert the hyperparameters of a checkpoint to settings of a module for Lightning's parser. Lightning 2.6.6."""
     settings = {name: value for name, value in hyperparameters.items() if name != INSTANTIATOR_KEY}
     if path := settings.pop(CLASS_PATH_KEY, None):  # the module is of a subclass
         return {"class_path": path, "dict_kwargs": settings}
@@ -72,23 +72,20 @@ def as_settings(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def accumulates_gradient(trainer: pl.Trainer) -> bool:
-    """Whether the last training batch left a gradient that no optimiser step has used yet. Lightning 2.6.6."""
+    """Whether the gradient of the last training batch still waits for its optimiser step. Lightning 2.6.6."""
     return bool(trainer.fit_loop.epoch_loop._should_accumulate())
 
 
 def request_stop(trainer: pl.Trainer) -> None:
-    """Make the loops raise ``SIGTERMException`` after the batch, as after a SIGTERM.
+    """Make the Trainer raise ``SIGTERMException`` after the current batch, as after a SIGTERM.
 
-    ``Trainer.should_stop`` would first finish the epoch's hooks and run a validation. Lightning 2.6.6.
+    ``Trainer.should_stop`` would first call the epoch's hooks and validate. Lightning 2.6.6.
     """
     trainer._signal_connector.received_sigterm = True
 
 
 def restart_validation(trainer: pl.Trainer) -> None:
-    """Mark the validation that is running as begun with no batch done, so that a resumed run repeats it whole.
-
-    Lightning 2.6.6.
-    """
+    """Reset the progress of the running validation, so that a resumed run repeats all of it. Lightning 2.6.6."""
     progress = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     progress.reset()
     progress.increment_ready()
@@ -97,9 +94,9 @@ def restart_validation(trainer: pl.Trainer) -> None:
 
 
 def training_position(trainer: pl.Trainer) -> tuple[int, int]:
-    """Return the epoch whose training batches come next, and how many of them are done in a resumed run.
+    """Return the epoch of the next training batch, and the number of that epoch's batches that a resumed run has done.
 
-    Asked for while Lightning makes the iterator of the training loader; its progress is in the loops alone. Lightning 2.6.6.
+    For use while Lightning makes the iterator of the training loader; only its loops know the progress. Lightning 2.6.6.
     """
     loop: Any = trainer.fit_loop
     epoch, batches = int(loop.epoch_progress.current.processed), loop.epoch_loop.batch_progress
@@ -110,14 +107,14 @@ def training_position(trainer: pl.Trainer) -> tuple[int, int]:
 
 
 def set_csv_columns(writer: Any, names: Sequence[str]) -> None:
-    """Tell the writer of Lightning's ``CSVLogger`` the columns of the file that it appends to. Lightning 2.6.6."""
+    """Set the columns of the existing file to which the writer of Lightning's ``CSVLogger`` appends. Lightning 2.6.6."""
     writer.metrics_keys = list(names)
 
 
 def cpu_computes_bfloat16() -> bool:
     """Whether the CPU has instructions for matrix products in bfloat16 (AVX-512 or AMX). torch 2.10 to 2.14.
 
-    torch does not promise to keep the names; without them the answer is no.
+    torch may remove these private functions; the result is then False.
     """
     features = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, feature, lambda: False)() for feature in features)

@@ -1,13 +1,13 @@
-r"""Margin offsets: how far the logits of each class should clear the decision boundary, from counts of labelled pixels.
+r"""Margin offsets: the class margins that training should reach, derived from counts of labelled pixels.
 
 Notation, for classes ``i = 0..C-1`` and ``N`` labelled (non-void) training pixels:
 
-* ``n_i`` pixels of class ``i``, ``m_i = N - n_i`` pixels of all others, ``p_i = n_i / N``;
+* ``n_i`` pixels of class ``i``, ``m_i = N - n_i`` pixels of the other classes, ``p_i = n_i / N``;
 * ``s_i = z_i - max_{j != i} z_j``, the class margin of class ``i`` at a pixel with logits ``z``.
 
-A pixel *of* class ``i`` should reach ``s_i >= foreground_i``, every other pixel stay at ``s_i <= -background_i``.
-A rare class generalises worse, so it should get the larger offsets; what it does get is what a *scheme* decides (in
-``"ijcv2022"`` that holds for the background offsets alone, the foreground ones shrink with the class).
+A pixel of class ``i`` should reach ``s_i >= foreground_i``, and a pixel of another class ``s_i <= -background_i``. A
+*scheme* derives the offsets from the counts. Rare classes generalise worse and should get larger offsets. Scheme ``"miou"``
+gives them larger foreground and background offsets; in ``"ijcv2022"`` only their background offsets are larger.
 """
 
 import math
@@ -28,8 +28,8 @@ class MarginOffsets(NamedTuple):
     """Offsets of the class margins, in logit units.
 
     Attributes:
-        foreground: float64 ``(C,)``, >= 0: what a pixel of class ``i`` should exceed with ``s_i``.
-        background: float64 ``(C,)``, >= 0: how far below zero ``s_i`` should stay at pixels of other classes.
+        foreground: Lower limits of ``s_i`` at pixels of class ``i``, float64 ``(C,)``, >= 0.
+        background: Lower limits of ``-s_i`` at pixels of other classes, float64 ``(C,)``, >= 0.
     """
 
     foreground: Tensor
@@ -45,37 +45,39 @@ def margin_offsets(
 ) -> MarginOffsets:
     r"""Derive foreground and background offsets from the number of training pixels per class.
 
-    ``ijcv2022`` is the calibration of Yu et al., "Distribution-Aware Margin Calibration for Semantic Segmentation in
+    Scheme ``"ijcv2022"`` is that of Yu et al., "Distribution-Aware Margin Calibration for Semantic Segmentation in
     Images", IJCV 130(1):95-110, 2022, arXiv 2112.11554::
 
         background_i = tau sqrt(m_i) / n_i
         foreground_i = background_i p_i sqrt(n_i) / (upsilon m_i - p_i sqrt(m_i))
 
-    ``miou`` minimises the total estimation error of the mIoU bound for a fixed sum of margins; that fixes ratios only::
+    Scheme ``"miou"`` minimises the total estimation error of the mIoU bound for a fixed sum of offsets, which determines
+    their ratios (:func:`mcseg.evaluation.bounds.margin_bound`)::
 
         foreground_i ~ n_i^(-1/4),    background_i ~ m_i^(1/4) n_i^(-1/2),    largest offset = max_margin
 
     Args:
         class_pixels: ``(C,)`` counts >= 0 of labelled pixels per class, void excluded; tensor, array or sequence.
-        scheme: ``"ijcv2022"``, ``"miou"``, or ``"none"`` for offsets 0.
-        tau: > 0, scales all offsets of ``ijcv2022``.
-        upsilon: > 0, weighs background against foreground in ``ijcv2022``: larger lowers the foreground offsets.
-        max_margin: > 0, largest offset of ``miou``, in logit units.
+        scheme: ``"ijcv2022"``, ``"miou"``, or ``"none"`` for offsets of 0.
+        tau: Scale of all offsets of ``"ijcv2022"``, > 0.
+        upsilon: Weight of background against foreground in ``"ijcv2022"``, > 0; a larger value lowers the foreground
+            offsets.
+        max_margin: Largest offset of ``"miou"`` in logit units, > 0.
 
     Returns:
-        Two float64 tensors ``(C,)`` on the CPU. A class without pixels has both offsets 0.
+        Offsets in logit units, float64 ``(C,)`` on the CPU. Both offsets of a class without pixels are 0.
 
     Raises:
-        ValueError: ``class_pixels`` is not one count per class of at least two classes with pixels in at least two of
-            them, a setting is not finite and positive, the scheme is unknown, or ``upsilon`` is so small that a
-            foreground offset would be negative or infinite.
+        ValueError: ``class_pixels`` does not have the form described here, fewer than two classes have pixels, a setting
+            is not finite and positive, the scheme is unknown, or ``upsilon`` is so small that a foreground offset would
+            be negative or infinite.
 
     Warns:
-        UserWarning: Some class has no pixels; it is named by its index.
+        UserWarning: A class has no pixels; the warning names its index.
 
     Note:
-        ``ijcv2022`` depends on the size of the data set (``background ~ 1/sqrt(N)``): with ``tau = 10``, a few hundred
-        pixels give offsets beyond 100, some 10^9 pixels offsets near 0. ``miou`` does not depend on it.
+        The offsets of ``"ijcv2022"`` depend on the size of the data set (``background ~ 1/sqrt(N)``): with ``tau = 10``, a
+        few hundred pixels give offsets above 100, and 10^9 pixels give offsets near 0. Those of ``"miou"`` do not.
 
     Example:
         >>> from mcseg.margins import margin_offsets
@@ -86,7 +88,7 @@ def margin_offsets(
     n = checked_counts(class_pixels)
     if absent := torch.nonzero(n == 0).flatten().tolist():
         warnings.warn(
-            f"class_pixels: no pixels of class {_listed(absent)}; its offsets are 0. Check the label mapping if the "
+            f"class_pixels: no pixels of class {_join(absent)}; its offsets are 0. Check the label mapping if the "
             "training labels should contain it.",
             stacklevel=2,
         )
@@ -108,18 +110,18 @@ def check_settings(scheme: str, tau: float, upsilon: float, max_margin: float) -
 
 def _ijcv2022(n: Tensor, m: Tensor, tau: float, upsilon: float) -> tuple[Tensor, Tensor]:
     p = n / n.sum()
-    # foreground_i is positive and finite as long as upsilon exceeds this
-    lowest = p / m.sqrt()
-    worst = int(lowest.argmax())
+    # foreground_i is positive and finite if upsilon is above this limit
+    limits = p / m.sqrt()
+    worst = int(limits.argmax())
     denominator = upsilon * m - p * m.sqrt()
-    if upsilon <= lowest[worst] or denominator[worst] <= 0:
-        enough = math.ceil(float(lowest[worst]) * 1e6 + 1) / 1e6  # rounded up, so that the number named does work
+    if upsilon <= limits[worst] or denominator[worst] <= 0:
+        enough = math.ceil(float(limits[worst]) * 1e6 + 1) / 1e6  # rounded up, so that this value is valid
         raise ValueError(
             f"upsilon: found {upsilon}, which makes the foreground offset of class {worst} negative or infinite; "
             f"expected at least {enough:g} for these class_pixels"
         )
     background = tau * m.sqrt() / n
-    # n_i cancels against background_i; written without it, a class without pixels gives 0 and not 0 * inf
+    # the n_i of background_i is cancelled, so that a class without pixels gives 0 and not 0 * inf
     foreground = tau * m.sqrt() * n.sqrt() / (n.sum() * denominator)
     return foreground, background
 
@@ -132,27 +134,31 @@ def _miou(n: Tensor, m: Tensor, max_margin: float) -> tuple[Tensor, Tensor]:
 
 
 def checked_counts(class_pixels: ClassPixels) -> Tensor:
-    """Validate counts of pixels per class and return a float64 copy on the CPU."""
+    """Validate counts of pixels per class and return a float64 copy ``(C,)`` on the CPU.
+
+    Raises:
+        ValueError: The counts are not at least two finite numbers that are 0 or >= 1, or fewer than two are positive.
+    """
     if isinstance(class_pixels, Tensor):
         class_pixels = class_pixels.detach().cpu().numpy()
     try:
         n = torch.from_numpy(np.array(class_pixels, dtype=np.float64))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"class_pixels: expected one number of pixels per class, found {class_pixels!r}") from error
+        raise ValueError(f"class_pixels: found {class_pixels!r}, expected one number of pixels per class") from error
     if n.ndim != 1:
-        raise ValueError(f"class_pixels: found shape {tuple(n.shape)}, expected (C,): one number of pixels per class")
+        raise ValueError(f"class_pixels: found shape {tuple(n.shape)}, expected (C,), one number of pixels per class")
     if len(n) < 2:
-        raise ValueError(f"class_pixels: found {len(n)} class(es), expected at least two: a margin needs a rival class")
+        raise ValueError(f"class_pixels: found {len(n)} class(es), expected at least 2")
     if bad := torch.nonzero(~n.isfinite() | (n < 0)).flatten().tolist():
-        raise ValueError(f"class_pixels: found {float(n[bad[0]]):g} for class {_listed(bad)}, expected finite counts >= 0")
+        raise ValueError(f"class_pixels: found {float(n[bad[0]]):g} for class {_join(bad)}, expected finite counts >= 0")
     if shares := torch.nonzero((n > 0) & (n < 1)).flatten().tolist():
         raise ValueError(
-            f"class_pixels: found {float(n[shares[0]]):g} for class {_listed(shares)}, expected counts, not shares; "
+            f"class_pixels: found {float(n[shares[0]]):g} for class {_join(shares)}, expected counts, not shares; "
             "multiply the shares by the number of labelled pixels"
         )
     present = torch.nonzero(n).flatten().tolist()
     if len(present) < 2:
-        found = f"all pixels in class {present[0]}" if present else "no pixels at all"
+        found = f"pixels of class {present[0]} only" if present else "no pixels"
         raise ValueError(
             f"class_pixels: found {found}, expected pixels of at least two classes; check the label mapping and "
             "that void pixels are not counted"
@@ -160,5 +166,5 @@ def checked_counts(class_pixels: ClassPixels) -> Tensor:
     return n
 
 
-def _listed(indices: list[int]) -> str:
+def _join(indices: list[int]) -> str:
     return ", ".join(map(str, indices))

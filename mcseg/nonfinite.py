@@ -1,4 +1,4 @@
-"""What a training does about a loss that is NaN or infinite: stop, or leave the batch out."""
+"""Policy for a training loss that is NaN or infinite: stop, or skip the step."""
 
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -9,20 +9,20 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 OnNonFinite = Literal["stop", "skip"]
-_SHOWN = 10  # batches that the summary names
+_SHOWN = 10  # skipped steps that the summary lists
 
 
 class LossGuard:
-    """Watches the loss of each training step.
+    """Checks that the loss of each training step is finite.
 
-    With ``"stop"`` the loss of a step is looked at one step later, so that the host does not wait for the GPU in each step;
-    with ``"skip"`` the host waits, as all processes have to leave out the same steps.
+    With ``"stop"``, the loss of a step is read one step later, so that the host does not wait for the GPU in each step.
+    With ``"skip"``, the host waits, because all processes have to skip the same steps.
 
     Args:
         on_nonfinite: ``"stop"`` or ``"skip"``.
 
     Raises:
-        ValueError: another policy.
+        ValueError: unknown policy.
     """
 
     def __init__(self, on_nonfinite: OnNonFinite) -> None:
@@ -33,12 +33,12 @@ class LossGuard:
         self._skipped: list[str] = []
 
     def accepts(self, loss: Tensor, names: Sequence[str], step: int) -> bool:
-        """Note the loss of a step; False if the step is to be left out, by all processes of a group if one has a bad loss.
+        """Record the loss of a step; with ``"skip"``, return False if it is not finite in any process.
 
         Args:
-            loss: scalar of this process.
-            names: of the batch's images.
-            step: optimiser steps done.
+            loss: scalar loss of this process.
+            names: names of the batch's images.
+            step: number of optimiser steps done.
         """
         shown = ", ".join(names) or "(without names)"
         if not self._skips:
@@ -52,24 +52,24 @@ class LossGuard:
         return not bad
 
     def check(self) -> None:
-        """Look at the last loss noted; to be called before the next step, and before weights go into a checkpoint.
+        """Check the last recorded loss; call it before the next step and before a checkpoint is written.
 
         Raises:
-            RuntimeError: it is not finite, and the policy is to stop.
+            RuntimeError: the loss is not finite, and the policy is ``"stop"``.
         """
         last, self._last = self._last, None
         if last is None or last[0].isfinite():
             return
         value, names, step = last
         raise RuntimeError(
-            f"train/loss is {float(value)} in step {step}, of the images {names}; the current weights are unusable, the "
-            "last checkpoint is intact. Lower the learning rate or clip gradients (trainer.gradient_clip_val), look at "
-            "these images (mcseg check), or set model.on_nonfinite to skip"
+            f"train/loss is {float(value)} in step {step}, images {names}; expected a finite loss. The current weights are "
+            "unusable, the last checkpoint is intact. Lower the learning rate or clip gradients "
+            "(trainer.gradient_clip_val), check these images (mcseg check), or set model.on_nonfinite to skip"
         )
 
     def summarize(self) -> None:
-        """Warn of the batches that were left out, and forget them."""
+        """Warn of the skipped steps, and reset their list."""
         if self._skipped:
             shown = "; ".join(self._skipped[:_SHOWN]) + ("; ..." if len(self._skipped) > _SHOWN else "")
-            rank_zero_warn(f"{len(self._skipped)} steps were skipped, as the loss was not finite, of the images: {shown}")
+            rank_zero_warn(f"{len(self._skipped)} steps were skipped because the loss was not finite; their images: {shown}")
         self._skipped = []

@@ -1,4 +1,4 @@
-"""Colours of classes that have none, and of void."""
+"""Default colours of classes, and the colour of void."""
 
 from collections.abc import Sequence
 
@@ -7,9 +7,9 @@ Palette = Sequence[Color]
 
 
 def distinct_colors(count: int) -> tuple[Color, ...]:
-    """Return ``count`` distinguishable colours, the bit-interleaved map of PASCAL VOC.
+    """Return ``count`` distinguishable colours: the bit-interleaved colour map of PASCAL VOC without black.
 
-    The first colour of that map, black, is left out: it reads as "nothing" in an overlay.
+    Black is left out because it looks like a missing label in an overlay.
     """
     colors: list[Color] = []
     for index in range(1, count + 1):
@@ -22,5 +22,5 @@ def distinct_colors(count: int) -> tuple[Color, ...]:
 
 
 def void_color(palette: Palette) -> Color:
-    """Return black, or the light colour that PASCAL VOC has for void if black stands for a class."""
+    """Return black; if black is the colour of a class, return the light colour that PASCAL VOC uses for void."""
     return (224, 224, 192) if (0, 0, 0) in map(tuple, palette) else (0, 0, 0)

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import math
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -109,7 +110,7 @@ def panel(rows: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str], p
         present = torch.bincount(labels, minlength=len(names)) > 0
         shown = [index for index in shown if present[index]]
     entries = [*(names[index] for index in shown), "void"], [*(palette[index] for index in shown), void_color(palette)]
-    legend = _legend_lines(*entries, width - 2 * gap, font)
+    legend = _legend_lines(*entries, width=width - 2 * gap, font=font)
     height = line + sum(row[0].height + gap for row in pictures) + line * len(legend) + gap
     canvas = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
@@ -120,7 +121,7 @@ def panel(rows: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str], p
         for column, picture in enumerate(row):
             canvas.paste(picture, (gap + column * (_COLUMN_WIDTH + gap), top))
         top += row[0].height + gap
-    _draw_legend(draw, legend, gap, top, font)
+    _draw_legend(draw, legend, left=gap, top=top, font=font)
     return canvas
 
 
@@ -154,7 +155,10 @@ def contact_sheet(samples: Iterable[tuple[str, Tensor, Tensor]], names: Sequence
     entries = [f"{names[index]} {float(shares[index]):.2g} %" if shares[index] else f"{names[index]} -" for index in order]
     sheet_width = 2 * 2 * (_SHEET_WIDTH + gap) + gap
     legend = _legend_lines(
-        [*entries, "void"], [*(palette[index] for index in order), void_color(palette)], sheet_width - 2 * gap, font
+        [*entries, "void"],
+        [*(palette[index] for index in order), void_color(palette)],
+        width=sheet_width - 2 * gap,
+        font=font,
     )
     lines = [cells[start : start + 2] for start in range(0, len(cells), 2)]
     heights = [line + gap + max(small.height for _, small, _ in cells_of_line) for cells_of_line in lines]
@@ -168,28 +172,29 @@ def contact_sheet(samples: Iterable[tuple[str, Tensor, Tensor]], names: Sequence
             canvas.paste(small, (left, top + line))
             canvas.paste(colored, (left + _SHEET_WIDTH + gap, top + line))
         top += height
-    _draw_legend(draw, legend, gap, top, font)
+    _draw_legend(draw, legend, left=gap, top=top, font=font)
     return canvas
 
 
 def _draw_legend(
     draw: ImageDraw.ImageDraw,
     legend: Sequence[Sequence[tuple[int, str, tuple[int, int, int]]]],
-    gap: int,
+    *,
+    left: int,
     top: int,
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
 ) -> None:
     for entries in legend:
-        for left, name, color in entries:
-            draw.rectangle((gap + left, top + 4, gap + left + 14, top + 18), fill=color, outline=_INK)
-            draw.text((gap + left + 20, top + 2), name, fill=_INK, font=font)
+        for shift, name, color in entries:
+            draw.rectangle((left + shift, top + 4, left + shift + 14, top + 18), fill=color, outline=_INK)
+            draw.text((left + shift + 20, top + 2), name, fill=_INK, font=font)
         top += _FONT_SIZE + 9
 
 
 def _legend_lines(
-    names: Sequence[str], colors: Palette, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+    names: Sequence[str], colors: Palette, *, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
 ) -> list[list[tuple[int, str, tuple[int, int, int]]]]:
-    """Break the legend into lines of (left edge, name, colour) that fit into the width in pixels."""
+    """Break the legend into lines of (left edge, name, colour) that fit into ``width`` pixels."""
     lines: list[list[tuple[int, str, tuple[int, int, int]]]] = [[]]
     left = 0
     for name, color in zip(names, colors, strict=True):
@@ -256,7 +261,7 @@ def confusion_picture(confusion: Tensor, names: Sequence[str]) -> Image.Image:
             center = (left + column * cell + cell // 2, top + row * cell + cell // 2)
             ink = _BACKGROUND if shares[row, column] > 0.3 else _INK
             draw.text(center, f"{100 * shares[row, column]:.0f}", fill=ink, font=number, anchor="mm")
-    _draw_scale(draw, margin, top + side + far_side + margin, number)
+    _draw_scale(draw, left=margin, top=top + side + far_side + margin, font=number)
     return canvas
 
 
@@ -292,10 +297,10 @@ def class_values_picture(values: Mapping[str, Tensor], names: Sequence[str], pal
         draw.line((zero, gap + line, zero, gap + line * (len(names) + 1)), fill=_INK)
         for row, (value, color) in enumerate(zip(numbers.tolist(), palette, strict=True), 1):
             top = gap + row * line
-            if value == value and value:
+            if not math.isnan(value) and value:
                 start, end = sorted((zero, zero + round(value * scale)))
                 draw.rectangle((start, top + 2, end, top + line - 3), fill=color, outline=_INK)
-            text = f"{value:.3g}" if value == value else "-"
+            text = "-" if math.isnan(value) else f"{value:.3g}"
             draw.text((left + _BAR_WIDTH + number, top + line // 2), text, fill=_INK, font=font, anchor="rm")
     return canvas
 
@@ -306,7 +311,9 @@ def _shade(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
     return (255 + (dark - 255) * np.sqrt(shares)[..., None]).round().astype(np.uint8)
 
 
-def _draw_scale(draw: ImageDraw.ImageDraw, left: int, top: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> None:
+def _draw_scale(
+    draw: ImageDraw.ImageDraw, *, left: int, top: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+) -> None:
     for percent in (0, 1, 5, 20, 50, 100):
         color = tuple(_shade(np.array(percent / 100)).tolist())
         draw.rectangle((left, top, left + 14, top + 14), fill=color, outline=_INK)
@@ -354,14 +361,14 @@ def _freeing_figures(draw: Callable[_Arguments, None]) -> Callable[_Arguments, N
 
     @functools.wraps(draw)
     def wrapper(*args: _Arguments.args, **options: _Arguments.kwargs) -> None:
-        freeze = not gc.get_freeze_count()
+        freeze = not gc.get_freeze_count()  # the user's own frozen objects stay frozen
         if freeze:
             gc.freeze()  # so that the collection below visits only the objects of the figure, not the whole process
         try:
             draw(*args, **options)
         finally:
+            gc.collect()
             if freeze:
-                gc.collect()
                 gc.unfreeze()
 
     return wrapper

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: polynomial decay with a warm-up, and how a Lightning Trainer is to step a schedule."""
+"""Learning-rate schedules: polynomial decay with a warm-up, and the stepping of a schedule by a Lightning Trainer."""
 
 import math
 import sys
@@ -14,7 +14,7 @@ _SETTINGS = ("total_steps", "power", "warmup_steps")
 
 
 class WarmupPolynomialLR(LRScheduler):
-    """Decays the learning rate to 0 by a polynomial, after a linear warm-up; to be stepped after each optimiser step.
+    """Decays the learning rate to 0 by a polynomial, after a linear warm-up; step it after each optimiser step.
 
     In step t = 0, 1, ... of ``total_steps`` the rate is::
 
@@ -25,16 +25,18 @@ class WarmupPolynomialLR(LRScheduler):
 
     Args:
         optimizer: the optimiser whose rates are scheduled.
-        total_steps: optimiser steps of the run. None: :class:`~mcseg.module.SegmentationModule` takes them from its Trainer;
-            in a loop of your own set them here.
-        power: exponent, at least 0; 0 keeps the rate after the warm-up.
-        warmup_steps: optimiser steps with a lower rate at the beginning.
+        total_steps: optimiser steps of the run, at least 1. With None, :class:`~mcseg.module.SegmentationModule` takes the
+            number from its Trainer; in your own loop, set it here.
+        power: exponent, at least 0; 0 keeps the rate constant after the warm-up.
+        warmup_steps: optimiser steps of the warm-up, at least 0.
 
     Raises:
-        ValueError: a setting out of range.
+        ValueError: an argument is out of range.
         RuntimeError: in the second step, if ``total_steps`` is still None.
 
     Example:
+        >>> import torch
+        >>> from mcseg.schedules import WarmupPolynomialLR
         >>> optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
         >>> schedule = WarmupPolynomialLR(optimizer, total_steps=4, power=1.0, warmup_steps=1)
         >>> rates = []
@@ -61,55 +63,64 @@ class WarmupPolynomialLR(LRScheduler):
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | torch.Tensor]:
-        """Compute the rate of each parameter group for the step ``last_epoch``, as torch calls the steps done."""
-        step = self.last_epoch
+        """Compute the rate of each parameter group for the current step."""
+        step = self.last_epoch  # torch's name for the number of steps done
         if step and self.total_steps is None:
-            raise RuntimeError("WarmupPolynomialLR: total_steps is not set; give the optimiser steps of the run")
+            raise RuntimeError("WarmupPolynomialLR: total_steps is not set; set it to the optimiser steps of the run")
         done = step / self.total_steps if self.total_steps else 0.0
         rise = (step + 1) / (self.warmup_steps + 1) if step < self.warmup_steps else 1.0
         factor = float(rise * max(0.0, 1 - done) ** self.power)
         return [rate * factor for rate in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the progress alone: a resumed run has its own settings, and may be longer than the one that it resumes."""
+        """Return the progress without the settings: a resumed run uses its own, and may be longer than the first run."""
         return {name: value for name, value in super().state_dict().items() if name not in _SETTINGS}
 
 
 def lightning_schedule(schedule: LRScheduler | ReduceLROnPlateau, trainer: pl.Trainer) -> dict[str, Any]:
-    """Describe to Lightning how it steps a schedule: after each optimiser step; a plateau it leaves to `step_plateau`.
+    """Configure Lightning to step a schedule after each optimiser step, and a ``ReduceLROnPlateau`` never.
+
+    :func:`step_plateau` steps the latter.
+
+    Returns:
+        The value of ``lr_scheduler`` for ``configure_optimizers``.
 
     Raises:
-        ValueError: a polynomial schedule without a length in a run without an end, or a plateau that would lower the rate
-            when its score gets better.
+        ValueError: a polynomial schedule without ``total_steps`` in a run without limit, or a ``ReduceLROnPlateau`` that
+            would lower the rate when its score improves.
     """
     settings: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
     if isinstance(schedule, ReduceLROnPlateau):
-        # Never by Lightning: it would step after the epoch's checkpoint, and not at all in a run resumed from that
+        # Lightning would step it after writing the epoch's checkpoint, and a run resumed from that would miss the step
         settings |= {"interval": "epoch", "frequency": sys.maxsize, "monitor": _monitor(schedule)}
     unknown = isinstance(schedule, WarmupPolynomialLR) and schedule.total_steps is None
     if unknown and trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise ValueError(
-            "model.scheduler: a polynomial needs the length of the run; set trainer.max_epochs, trainer.max_steps "
-            "or model.scheduler.total_steps, or choose another schedule"
+            "model.scheduler: found a WarmupPolynomialLR without total_steps in a run without limit; set "
+            "trainer.max_epochs, trainer.max_steps or model.scheduler.total_steps, or choose another schedule"
         )
     return settings
 
 
 def set_length(schedule: Any, trainer: pl.Trainer) -> None:
-    """Tell a polynomial schedule without a length the optimiser steps of the run; leave others as they are.
+    """Set ``total_steps`` of a :class:`WarmupPolynomialLR` that has none; leave any other schedule as it is.
 
-    To be called when training starts, not before: the Trainer counts the batches of a loader whose iterator it makes for
-    that, and before a checkpoint is loaded it would begin with the wrong epoch.
+    Call it when training starts, not before: to count the batches, the Trainer makes the loader's iterator, which starts at
+    the wrong epoch if the checkpoint of a resumed run is not loaded yet.
     """
     if isinstance(schedule, WarmupPolynomialLR) and schedule.total_steps is None:
         schedule.total_steps = max(1, trainer.estimated_stepping_batches)
 
 
 def step_plateau(schedule: Any, scores: Mapping[str, Any]) -> None:
-    """Step a ``ReduceLROnPlateau`` by the score that it follows; leave other schedules as they are.
+    """Step a ``ReduceLROnPlateau`` by the score that it monitors; leave any other schedule as it is.
+
+    Args:
+        schedule: schedule of the optimiser.
+        scores: logged scores by name.
 
     Raises:
-        ValueError: no such score.
+        ValueError: the monitored score is not logged.
     """
     if isinstance(schedule, ReduceLROnPlateau):
         monitor = _monitor(schedule)
@@ -119,7 +130,7 @@ def step_plateau(schedule: Any, scores: Mapping[str, Any]) -> None:
 
 
 def _monitor(plateau: ReduceLROnPlateau) -> str:
-    """Name the score that a schedule follows: its own choice, or ``val/miou``."""
+    """Return the name of the score that a schedule monitors: its attribute ``monitor``, or ``val/miou``."""
     monitor = str(getattr(plateau, "monitor", "val/miou"))
     mode = "min" if monitor == "val/loss" else "max"
     if monitor.startswith("val/") and plateau.mode != mode:

@@ -1,3 +1,3 @@
-"""The version of mcseg, in a module of its own so that nothing has to import the package to know it."""
+"""The version of mcseg, which the other modules import from here."""
 
 __version__ = "0.1.0"

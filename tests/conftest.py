@@ -1,4 +1,4 @@
-"""Fixtures: small folders in real layouts, caches and run folders inside the test's own folder."""
+"""Fixtures: small data sets in real layouts; caches and run folders inside the test's temporary folder."""
 
 import gc
 import os
@@ -12,17 +12,17 @@ import pytest
 import torch
 from PIL import Image
 
-# Before the hub's library is imported: weights that this machine has from elsewhere are not to be found
+# Set before the hub's library is imported, so that tests do not use weights cached on this machine
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": os.path.join(os.devnull, "hub")}
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: its kernels then run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"  # set before Triton is imported, so that its kernels run on the CPU
 
 SHARED = Path(__file__).parents[2] / "shared"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def collector():
-    """Leave the libraries' objects, a million of them, out of garbage collection: going through them took a fifth of the suite."""
+    """Exclude the libraries' million objects from garbage collection, which took a fifth of the suite's time."""
     import mcseg.run.command  # noqa: F401 - imports the libraries
 
     gc.collect()
@@ -31,7 +31,7 @@ def collector():
 
 @pytest.fixture(autouse=True)
 def isolated(tmp_path, monkeypatch):
-    """Caches, run folders and wandb files stay in the test's folder; nothing reaches for the network."""
+    """Keep caches, run folders and wandb files in the test's temporary folder, and W&B offline."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.chdir(tmp_path)
@@ -39,14 +39,14 @@ def isolated(tmp_path, monkeypatch):
 
 
 def write_png(path: Path, values) -> None:
-    """Write (H,W) or (H,W,3) integers as a PNG whose stored values are these."""
+    """Write (H,W) or (H,W,3) integers as a PNG with exactly these stored values."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(values)).save(path)
 
 
 @pytest.fixture
 def camvid_root(tmp_path):
-    """CamVid's layout with 9x12 images: hand-written labels that hold each class, and void as 11."""
+    """CamVid's layout with 9x12 images and hand-written labels: each class, and void as 11."""
     root = tmp_path / "CamVid"
     rng = np.random.default_rng(0)
     row = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
@@ -62,7 +62,7 @@ def camvid_root(tmp_path):
 
 @pytest.fixture
 def photo_folder(tmp_path):
-    """A user's folder: 10 photos of 24x32 as JPEG, index masks of three classes as PNG, classes.txt."""
+    """A user's folder: 10 JPEG photos of 24x32, PNG index masks of three classes, classes.txt."""
     root = tmp_path / "photos"
     rng = np.random.default_rng(1)
     (root / "images").mkdir(parents=True)
@@ -79,7 +79,7 @@ def photo_folder(tmp_path):
 
 
 def break_three(root):
-    """One truncated photo, one mask with an unknown value, one mask of another size."""
+    """Truncate a photo, put an unknown value into a mask, and give another mask the wrong size."""
     photo = root / "images" / "photo 2.jpg"
     photo.write_bytes(photo.read_bytes()[:300])
     mask = np.zeros((24, 32), dtype=np.uint8)
@@ -90,7 +90,7 @@ def break_three(root):
 
 @contextmanager
 def at_work(folder):
-    """Another process that holds the lock of a folder, until it is killed."""
+    """Run another process that holds the lock of a folder; it is killed at the end of the block."""
     script = "import sys; from pathlib import Path; from mcseg.run.folder import exclusive_lock\n"
     script += "with exclusive_lock(Path(sys.argv[1]), 'fit'): print('locked', flush=True); sys.stdin.read()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

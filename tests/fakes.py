@@ -1,7 +1,7 @@
-"""Tiny data sets in the layouts in which the owners of the benchmarks distribute them.
+"""Tiny data sets in the official layouts of the benchmarks.
 
-Names, folders, encodings and values are written by hand and never taken from the package, which its tests compare with them.
-A mask is built from one or two literal rows, so that a test can state what it expects as a row as well.
+Names, folders, encodings and values are written by hand and not taken from the package, so that tests can compare the two.
+A mask is built from one or two literal rows, so that a test can give its expected result as a row too.
 """
 
 import json
@@ -15,7 +15,7 @@ from scipy.sparse import csc_matrix
 
 
 def write_photo(path: Path, width: int, height: int, seed: int, grey: bool = False) -> None:
-    """Random pixels, as PNG or JPEG by the name's ending."""
+    """Write random pixels as PNG or JPEG, by the extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     shape = (height, width) if grey else (height, width, 3)
     pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -23,7 +23,7 @@ def write_photo(path: Path, width: int, height: int, seed: int, grey: bool = Fal
 
 
 def write_palette_png(path: Path, values, colors) -> None:
-    """A PNG of mode P with 8 bits per pixel that stores ``values``; the palette is filled up to 256 colours."""
+    """Write an 8-bit palette PNG that stores ``values``; the palette is padded to 256 colours."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.asarray(values, dtype=np.uint8))
     flat = [channel for color in colors for channel in color]
@@ -42,20 +42,20 @@ def write_mat(path: Path, content: dict, compressed: bool = True) -> None:
 
 
 def rows(row, count, dtype=np.uint8):
-    """``count`` rows that all equal ``row``."""
+    """Stack ``row`` ``count`` times."""
     return np.array([row] * count, dtype=dtype)
 
 
 # --- Cityscapes --------------------------------------------------------------------------------------------------------
 
-# Every id of labelIds.png once, then some twice; 40 columns.
+# Every id of labelIds.png once, then some again; 40 columns.
 CITYSCAPES_IDS = [*range(34), 7, 7, 8, 26, 33, 0]
 # As above without train (31) and truck (27).
 CITYSCAPES_VAL_IDS = [*range(27), 29, 28, 29, 30, 30, 32, 33, 7, 7, 8, 26, 33, 0]
 
 
 def cityscapes(root: Path) -> None:
-    """All four archives in one folder: fine and coarse labels, 40x24 pixels.
+    """Write all four archives into one folder: fine and coarse labels, 40x24 pixels.
 
     The masks of aachen_000000_000019 (training) and frankfurt_000000_000294 (validation) hold all ids.
     """
@@ -70,7 +70,7 @@ def cityscapes(root: Path) -> None:
         "train/hamburg/hamburg_000000_000042": rows([24] * 5 + [25] * 5 + [33] * 10 + [31] * 20, 24),
         "val/frankfurt/frankfurt_000000_000294": rows(CITYSCAPES_VAL_IDS, 24),
         "val/munster/munster_000000_000019": val,
-        # The test labels are withheld; the files that are there hold void alone.
+        # The test labels are not public; the distributed files hold only void.
         "test/berlin/berlin_000000_000019": np.concatenate([rows([3] * 40, 1), rows([0] * 40, 22), rows([1] * 40, 1)]),
         "test/bielefeld/bielefeld_000000_000321": rows([0] * 40, 24),
     }
@@ -86,7 +86,7 @@ def cityscapes(root: Path) -> None:
             image = root / "leftImg8bit" / f"{name}_leftImg8bit.png"
             if not image.exists():
                 write_photo(image, 40, 24, 100 * len(kind) + seed)
-    # The broken frame of the trainextra archive: black, one channel.
+    # The broken frame of the trainextra archive: black, with one channel
     broken = root / "leftImg8bit/train_extra/troisdorf/troisdorf_000000_000073_leftImg8bit.png"
     write_png(broken, np.zeros((24, 40), dtype=np.uint8))
     write_text(root / "README", "Cityscapes\n")
@@ -110,7 +110,7 @@ BDD_IDS = [*range(19), 255, 255, 0, 2, 8, 10, 13, 13, 13, 255, 255, 0, 0]
 
 
 def bdd100k(root: Path, layout: str = "2021", orphans: bool = False) -> None:
-    """The 10K images and the semantic labels, 32x18 pixels.
+    """Write the 10K images and the semantic labels, 32x18 pixels.
 
     Args:
         layout: "2021" (images/10k, labels/sem_seg) or "legacy" (seg/images, seg/labels).
@@ -119,7 +119,7 @@ def bdd100k(root: Path, layout: str = "2021", orphans: bool = False) -> None:
     masks = {
         "train/0000f77c-6257be58": rows(BDD_IDS, 18),
         "train/00054602-3bf57337": np.concatenate([rows([10] * 32, 9), rows([0] * 20 + [13] * 12, 9)]),
-        "train/ff3ec4c9-0c1a4b7a": rows([255] * 32, 18),  # crops of this one are all void
+        "train/ff3ec4c9-0c1a4b7a": rows([255] * 32, 18),  # every crop of this mask is all void
         "val/7d06fefd-f7be05a6": rows(BDD_IDS, 18),
         "val/9aa94005-ff1d4c9a": rows([2] * 16 + [255] * 16, 18),
     }
@@ -347,7 +347,7 @@ void--unlabeled | Unlabeled | 0 0 0 | not evaluated
 """
 
 
-# The first image of each split holds every label; those of v2.0 that are not evaluated stand together in the third.
+# The first image of each split holds every label; the third holds all labels of v2.0 that are not evaluated.
 _MAPILLARY = {
     "v1.2": {
         "training/-2Z1KKsPcmRbtkjBPA6DeQ": rows([*range(66)] + [65] * 58, 10),
@@ -367,7 +367,7 @@ _MAPILLARY = {
 
 
 def mapillary_labels(version: str) -> list[tuple[str, str, list[int], bool]]:
-    """(name, readable name, colour, evaluated) of each label."""
+    """Parse (name, readable name, colour, evaluated) of each label."""
     text = {"v1.2": MAPILLARY_V12, "v2.0": MAPILLARY_V20}[version]
     fields = [line.split(" | ") for line in text.strip().splitlines()]
     return [(f[0], f[1], [int(value) for value in f[2].split()], len(f) == 3) for f in fields]
@@ -380,17 +380,17 @@ def mapillary_vistas(
     config: bool | str = True,
     config_name: str = "config.json",
 ) -> None:
-    """Images of three sizes with palette PNGs, 16-bit instances and panoptic pictures.
+    """Write images of several sizes with palette PNGs, 16-bit instances and panoptic pictures.
 
     Args:
-        version: "v1.2" has these labels alone, "v2.0" both, as the archives of these names do.
-        nested: labels in folders v1.2/ and v2.0/; None: as in the archive, so for "v2.0" alone.
-        config: write configuration files; "wrong" exchanges labels in them.
-        config_name: name of the configuration file where the labels are not nested.
+        version: archive to imitate; "v1.2" has labels of that version only, "v2.0" has labels of both.
+        nested: put labels into folders v1.2/ and v2.0/; None does as the archive, so only for "v2.0".
+        config: write config files; "wrong" swaps labels in them.
+        config_name: name of the config file if the labels are not nested.
     """
     nested = version == "v2.0" if nested is None else nested
     if version == "v2.0" and not nested:
-        raise ValueError("the archive of v2.0 holds two kinds of labels, so it is nested")
+        raise ValueError("the v2.0 archive is always nested, because it holds two versions of the labels")
     for one in ("v1.2", "v2.0") if version == "v2.0" else ("v1.2",):
         labels = mapillary_labels(one)
         for name, ids in _MAPILLARY[one].items():
@@ -435,7 +435,7 @@ def _mapillary_config(version: str, labels, wrong: bool) -> dict:
 
 
 def sceneparse150(root: Path) -> None:
-    """Both archives unpacked in one folder, images of several sizes."""
+    """Write both archives into one folder, with images of several sizes."""
     masks = {
         "training/ADE_train_00000001": rows([*range(151)], 10),
         "training/ADE_train_00000002": rows([0] * 5 + [1] * 5 + [4] * 10, 30),
@@ -456,13 +456,13 @@ def sceneparse150(root: Path) -> None:
 
 
 def cocostuff10k(root: Path) -> None:
-    """Version 1.1: images of train2014, one of them grey; .mat files; lists that end with an empty line."""
+    """Write version 1.1: images of train2014, one of them grey; .mat files; lists that end with an empty line."""
     maps = {
         "COCO_train2014_000000000077": rows([*range(183)], 9, np.uint16),
         "COCO_train2014_000000000113": rows([1] * 8 + [12] * 4 + [0] * 4 + [182] * 8, 16, np.uint16),
         "COCO_train2014_000000000127": rows([91, 92] * 10, 30, np.uint16),
         "COCO_train2014_000000000825": rows([*range(182, -1, -1)], 9, np.uint16),
-        # The ids that no annotator was to use, between some that are used.
+        # Ids that official annotations never use (12 to 83), then ids that they use
         "COCO_train2014_000000000934": rows([12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91, 0, 1, 90, 92, 182], 8, np.uint16),
     }
     for seed, (name, ids) in enumerate(maps.items()):
@@ -474,12 +474,12 @@ def cocostuff10k(root: Path) -> None:
 
 
 def cocostuff_mat(path: Path, ids, compressed: bool = True) -> None:
-    """One annotation with all fields of the real ones."""
+    """Write one annotation with all fields of the real files."""
     names = np.empty((4, 1), dtype=object)
     names[:, 0] = ["unlabeled", "person", "bicycle", "car"]
     captions = np.empty((2, 1), dtype=object)
     captions[:, 0] = ["A street.", "Some houses."]
-    regions = np.arange(ids.size, dtype=np.uint16).reshape(ids.shape)  # as large as S, and not the labels
+    regions = np.arange(ids.size, dtype=np.uint16).reshape(ids.shape)  # of the size of S, but not labels
     content = {"S": ids, "names": names, "captions": captions}
     content |= {"regionMapStuff": regions, "regionLabelsStuff": np.array([[92], [182]], dtype=np.uint16)}
     write_mat(path, content, compressed)
@@ -496,9 +496,9 @@ VOC_IDS = [*range(21), 255, 255, 255] + [15] * 16
 
 
 def pascal_voc(root: Path, sbd: bool = True, test: bool = False) -> None:
-    """VOCdevkit/VOC2012 and, beside it, benchmark_RELEASE with SBD.
+    """Write VOCdevkit/VOC2012 and, beside it, benchmark_RELEASE with SBD.
 
-    The lists of SBD hold images of VOC's training and validation lists; their .mat files say 7 everywhere.
+    The lists of SBD include images of VOC's training and validation lists; their .mat files hold 7 in every pixel.
 
     Args:
         sbd: write SBD.
@@ -536,7 +536,7 @@ def pascal_voc(root: Path, sbd: bool = True, test: bool = False) -> None:
 def _sbd(top: Path, maps) -> None:
     for seed, (name, ids) in enumerate(maps.items()):
         if name == "2007_000063":
-            continue  # SBD lacks some images of VOC's lists
+            continue  # some images of VOC's lists are not in SBD
         write_mat(top / "cls" / f"{name}.mat", {"GTcls": _sbd_struct(ids)}, compressed=seed % 2 == 0)
         write_mat(top / "inst" / f"{name}.mat", {"GTinst": _sbd_struct((ids > 0) * np.uint8(1))})
         write_photo(top / "img" / f"{name}.jpg", ids.shape[1], ids.shape[0], seed)
@@ -597,16 +597,16 @@ ENDOVIS_FRAMES = ("000", "149", "150", "174", "175", "224")
 
 
 def endovis(root: Path, size=(32, 18), frames=ENDOVIS_FRAMES, sequences=tuple(ENDOVIS), derived: bool = True) -> None:
-    """The training archives, whose real size is 1920x1080.
+    """Write the training archives; real frames have 1920x1080 pixels.
 
-    The frame at position i of ``frames`` has shaft in cell (8, i) of its first instrument. The mask of frame 000 of
-    Left_Large_Needle_Driver_labels in sequence 3 has three channels.
+    In the frame at position i of ``frames``, the first instrument has the value of the shaft in cell (8, i). The mask of
+    frame 000 of Left_Large_Needle_Driver_labels in sequence 3 has three channels.
 
     Args:
         size: (width, height), multiples of 16 and 9.
         frames: numbers of the frames.
         sequences: numbers of the sequences.
-        derived: write the merged maps of public preparation scripts beside the instruments, with values that are wrong.
+        derived: write merged maps with wrong values beside the instruments, as public preparation scripts do.
     """
     cell = np.ones((size[1] // 9, size[0] // 16), dtype=np.uint8)
     for sequence in sequences:
@@ -637,7 +637,7 @@ def endovis(root: Path, size=(32, 18), frames=ENDOVIS_FRAMES, sequences=tuple(EN
     write_text(root / "instrument_type_mapping.json", json.dumps({name: i + 1 for i, name in enumerate(types)}))
 
 
-# One row of the test labels: binary, parts and types differ in their values and in where they are.
+# One row of the test labels; binary, parts and types differ in values and positions.
 ENDOVIS_TEST_ROWS = {
     "BinarySegmentation": [0, 255, 255, 255, 255, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
     "PartsSegmentation": [0, 30, 100, 255, 255, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
@@ -648,9 +648,9 @@ ENDOVIS_TEST_ROWS = {
 def endovis_test(
     root: Path, size=(32, 18), count: int = 2, labels: str = "instrument_2017_test/instrument_2017_test"
 ) -> None:
-    """The testing archives: frames from 225 on for sequences 1 to 8, from 000 on for 9 and 10, and their labels.
+    """Write the testing archives with their labels: frames from 225 on for sequences 1 to 8, from 000 on for 9 and 10.
 
-    The first row of cells of each label map is that of ENDOVIS_TEST_ROWS.
+    The first row of cells of each label map is a row of ENDOVIS_TEST_ROWS.
 
     Args:
         size: (width, height), multiples of 16 and 9.

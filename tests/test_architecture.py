@@ -1,4 +1,4 @@
-"""The layout's promises: who imports whom, what an import costs, one list of dependencies."""
+"""Rules of the architecture: allowed imports, fast start, dependencies, metadata."""
 
 import ast
 import subprocess
@@ -45,10 +45,10 @@ MAY_IMPORT = {
     },
     "callbacks": {"atomic", "evaluation", "palette", "pictures"},
 }
-AT_FIRST_USE = {"triton", "wandb", "matplotlib", "scipy", "pandas", "segmentation_models_pytorch", "timm"}
+LAZY_LIBRARIES = {"triton", "wandb", "matplotlib", "scipy", "pandas", "segmentation_models_pytorch", "timm"}
 
 
-def room(path):
+def part_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -62,8 +62,8 @@ def imports(tree):
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_rooms_import_only_what_they_may(path):
-    own = room(path)
+def test_parts_import_only_allowed_parts(path):
+    own = part_of(path)
     if own in {"run", "compare", "__init__", "__main__"}:
         return
     tree = ast.parse(path.read_text())
@@ -77,9 +77,9 @@ def test_rooms_import_only_what_they_may(path):
 def test_heavy_libraries_are_imported_at_first_use(path):
     top_level = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {name.split(".")[0] for _, name in imports(ast.Module(top_level, []))}
-    # the kernels are in Triton's language, and are themselves imported at first use
+    # these two files are imported at first use themselves
     allowed = {"triton"} if path.name in ("gpu.py", "gpu_kernels.py") else set()
-    assert not names & AT_FIRST_USE - allowed
+    assert not names & LAZY_LIBRARIES - allowed
     assert not any(isinstance(node, ast.ImportFrom) and "gpu" in {alias.name for alias in node.names} for node in top_level)
 
 
@@ -99,12 +99,12 @@ def test_import_loads_no_more_than_torch_and_lightning():
 @pytest.mark.parametrize("words", [["--help"], ["--version"]], ids=" ".join)
 def test_help_and_version_load_no_heavy_library(words):
     code = "import sys; from mcseg.run.main import main; main(sys.argv[1:]); print(*sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, text=True).stdout.split()
+    loaded = subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, text=True).stdout.split()
     heavy = {"torch", "numpy", "pytorch_lightning", "jsonargparse", "torchmetrics", "PIL"}
-    assert not heavy & set(found)
+    assert not heavy & set(loaded)
 
 
-def test_public_names_can_be_had():
+def test_public_names_are_available():
     import mcseg
 
     for name in mcseg.__all__:
@@ -114,7 +114,7 @@ def test_public_names_can_be_had():
         _ = mcseg.nonsense
 
 
-def test_ignore_index_is_one_value():
+def test_ignore_index_is_the_same_everywhere():
     import inspect
 
     from mcseg.data import IGNORE_INDEX as in_data
@@ -126,17 +126,17 @@ def test_ignore_index_is_one_value():
 
 def test_environment_yml_has_the_bounds_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {
+    expected = {
         text.replace("[signatures]", "").replace("torch>=", "pytorch>=", 1)
         if text.startswith("torch>=")
         else text.replace("[signatures]", "")
         for text in project["dependencies"]
     }
     conda = {entry for entry in yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"] if entry != "pip"}
-    assert conda == wanted | {"python" + project["requires-python"]}
+    assert conda == expected | {"python" + project["requires-python"]}
 
 
-def test_every_dependency_has_its_reason():
+def test_every_dependency_has_a_reason():
     lines = (ROOT / "pyproject.toml").read_text().split("dependencies = [")[1].split("\n]")[0].splitlines()[1:]
     for line, above in zip(lines[1:], lines, strict=False):
         if line.strip().startswith('"'):

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from mcseg.atomic import write_atomically
 from mcseg.messages import one_line
 
 
-def test_a_file_replaces_the_one_before_and_leaves_nothing_else(tmp_path):
+def test_the_new_file_replaces_the_old_one_and_no_temporary_file_remains(tmp_path):
     path = tmp_path / "new folder" / "a.txt"
     for content in ("one", "two"):
         write_atomically(path, lambda temporary, content=content: temporary.write_text(content))
@@ -17,7 +17,7 @@ def test_a_file_replaces_the_one_before_and_leaves_nothing_else(tmp_path):
     assert [entry.name for entry in path.parent.iterdir()] == ["a.txt"]
 
 
-def test_it_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+def test_the_content_is_flushed_before_the_rename(tmp_path, monkeypatch):
     path, seen = tmp_path / "a.txt", []
     sync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda number: (seen.append((os.fstat(number).st_size, path.exists())), sync(number)))
@@ -26,7 +26,7 @@ def test_it_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [ValueError("no picture"), RuntimeError("no tensor")], ids=str)
-def test_a_writer_that_fails_leaves_the_file_before(tmp_path, fault):
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path, fault):
     def write(temporary):
         temporary.write_text("half")
         raise fault
@@ -38,8 +38,8 @@ def test_a_writer_that_fails_leaves_the_file_before(tmp_path, fault):
     assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("a.txt", "whole")]
 
 
-def test_a_full_disk_is_told_in_one_line_with_the_file(tmp_path):
-    """Also where a library has put an error of its own on top, as torch does."""
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path):
+    """Also if a library raises its own error over the OSError, as torch does."""
 
     def write(temporary):
         try:
@@ -55,14 +55,14 @@ def test_a_full_disk_is_told_in_one_line_with_the_file(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="File exists") as error:
         write_atomically(tmp_path / "file" / "a.txt", lambda temporary: temporary.write_text("x"))
     assert error.value.filename == str(tmp_path / "file")
 
 
-def test_processes_have_temporary_names_of_their_own_unless_one_is_alone(tmp_path):
+def test_temporary_names_differ_between_processes_unless_exclusive(tmp_path):
     names = []
     for exclusive in (False, True):
         write_atomically(

@@ -1,8 +1,9 @@
-"""Broken and unusual files in a folder of the user's own: each is one line that names it, or what a person would expect."""
+"""Broken and unusual files in a user's folder: each gives a one-line error that names it, or is read as it is displayed."""
 
 import functools
 import io
 import os
+import re
 import shutil
 import struct
 import sys
@@ -54,7 +55,7 @@ def png_bytes(picture: Image.Image, **options) -> bytes:
 
 
 def raw_png(width: int, height: int, depth: int, color_type: int, rows) -> bytes:
-    """A PNG of bits that Pillow does not write."""
+    """Encode a PNG with a bit depth that Pillow does not write."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -87,13 +88,13 @@ def frames(picture: Image.Image) -> dict:
 
 
 def exif(orientation: int) -> Image.Exif:
-    found = Image.Exif()
-    found[0x0112] = orientation
-    return found
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags
 
 
 def bomb(side: int) -> bytes:
-    """A few kilobytes that unpack to side x side pixels."""
+    """Encode a PNG of a few kilobytes that decodes to side x side pixels."""
     return raw_png(side, side, 1, 0, [b"\0" * (side // 8 + 1)] * side)
 
 
@@ -135,13 +136,13 @@ def four_bit_mask(root: Path) -> None:
     replace_mask(root, raw_png(32, 24, 4, 0, rows))
 
 
-def changed(values: np.ndarray, dtype, **places) -> np.ndarray:
+def changed(values: np.ndarray, dtype, *, to: int) -> np.ndarray:
     values = values.astype(dtype)
-    values[0, 1:4] = places["to"]
+    values[0, 1:4] = to
     return values
 
 
-# (what is done to the folder, what the line says about which file). Training stops and `check` goes on with the same line.
+# (change of the folder, part of the error). Training stops with the error; `check` lists it and continues.
 REFUSED = {
     "empty image": (lambda r: image_file(r).write_bytes(b""), "photo 3.jpg: cannot be read"),
     "text as image": (lambda r: image_file(r).write_text("hello"), "photo 3.jpg: cannot be read"),
@@ -156,11 +157,11 @@ REFUSED = {
     "wrong checksum": (broken_crc, "photo 3.png: cannot be read"),
     "image of 32-bit floats": (
         lambda r: replace_image(r, Image.fromarray(np.linspace(0, 1, 768, dtype=np.float32).reshape(24, 32)), ".tif"),
-        "photo 3.tif: an image of floating-point numbers",
+        "photo 3.tif: an image of 32-bit floating-point values",
     ),
     "image of 32-bit integers": (
         lambda r: replace_image(r, Image.fromarray(np.arange(768, dtype=np.int32).reshape(24, 32)), ".tif"),
-        "photo 3.tif: an image of whole numbers of 32 bits",
+        "photo 3.tif: an image of 32-bit integers",
     ),
     "animated GIF": (lambda r: replace_image(r, photo(r), ".gif", **frames(photo(r))), "photo 3.gif: holds 3 images"),
     "animated PNG": (lambda r: replace_image(r, photo(r), ".png", **frames(photo(r))), "photo 3.png: holds 3 images"),
@@ -176,9 +177,9 @@ REFUSED = {
         lambda r: photo(r).save(image_file(r), exif=exif(6)),
         "photo 3.png: the mask is 32x24 pixels",
     ),
-    "two images of one name": (lambda r: photo(r).save(image_file(r, ".png")), "photo 3.jpg and photo 3.png have one name"),
+    "two images of one name": (lambda r: photo(r).save(image_file(r, ".png")), "photo 3.jpg and photo 3.png have the same name"),
     "no mask": (lambda r: mask_file(r).unlink(), "photo 3.jpg: has no mask"),
-    "two masks of one name": (lambda r: write_png(mask_file(r, ".tif"), mask(r)), "photo 3.png and photo 3.tif have one name"),
+    "two masks of one name": (lambda r: write_png(mask_file(r, ".tif"), mask(r)), "photo 3.png and photo 3.tif have the same name"),
     "empty mask": (lambda r: mask_file(r).write_bytes(b""), "photo 3.png: cannot be read"),
     "truncated mask": (lambda r: mask_file(r).write_bytes(mask_file(r).read_bytes()[:60]), "photo 3.png: cannot be read"),
     "mask as JPEG": (lambda r: replace_mask(r, mask(r), ".jpg"), "photo 3.jpg: JPEG changes label values"),
@@ -200,7 +201,7 @@ REFUSED = {
         lambda r: replace_mask(r, np.stack([mask(r), 0 * mask(r), 0 * mask(r)], axis=-1)),
         "photo 3.png: the mask is coloured",
     ),
-    "mask of 16 bits in three channels": (sixteen_bit_colours, "photo 3.png: a mask of 16 bits in several channels"),
+    "mask of 16 bits in three channels": (sixteen_bit_colours, "photo 3.png: a 16-bit mask of several channels"),
     "mask of 4 bits, which all readers widen": (four_bit_mask, "the unknown values 17, 34"),
     "animated mask": (
         lambda r: replace_mask(r, mask(r), **frames(Image.fromarray(mask(r)))),
@@ -238,7 +239,7 @@ def write_lists(root: Path, train: str | bytes) -> None:
 
 
 def folder_data(root: Path, **options) -> FolderData:
-    # All but one image are for training, so that a fault in photo 3 is met whichever image that one is.
+    # One image is for validation and the others for training; tests read both splits, so photo 3 is always read.
     return FolderData(root, num_workers=0, crop_size=(16, 16), batch_size=2, val_fraction=0.1, **options)
 
 
@@ -251,17 +252,17 @@ def read_everything(root: Path) -> None:
             pass
 
 
-@pytest.mark.filterwarnings("error")  # a fault is told once, and not by Pillow as well
+@pytest.mark.filterwarnings("error")  # Pillow must not warn in addition
 @pytest.mark.parametrize("kind", REFUSED)
-def test_check_and_training_name_the_fault_in_one_line(photo_folder, kind):
+def test_check_and_training_report_the_problem_in_one_line(photo_folder, kind):
     damage, expected = REFUSED[kind]
     damage(photo_folder)
     problems = check(folder_data(photo_folder), progress=False).problems
-    told = [problem for problem in problems if expected in problem]
-    assert len(told) == 1, problems
-    assert "\n" not in told[0]
+    matching = [problem for problem in problems if expected in problem]
+    assert len(matching) == 1, problems
+    assert "\n" not in matching[0]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks about the same, such as a mask that has lost its image
+        warnings.simplefilter("ignore")  # remarks on the same problem, such as a mask without its image
         with pytest.raises(DataError) as stopped:
             read_everything(photo_folder)
     assert expected in str(stopped.value)
@@ -309,7 +310,7 @@ def palette_and_alpha(root: Path) -> Image.Image:
     return picture.convert("PA")
 
 
-# Unusual files that mean what they show: the photo and the mask are those of the sound folder. Grey photos are grey ones.
+# Unusual but valid files: they are read as the photo (or its grey version) and the mask of the unchanged folder.
 ACCEPTED = {
     "PNG named JPEG": lambda r: image_file(r).write_bytes(png_bytes(photo(r))),
     "upper-case extension": lambda r: image_file(r).rename(image_file(r, ".JPG")),
@@ -320,11 +321,11 @@ ACCEPTED = {
         image_file(r), "MPO", quality=95, save_all=True, append_images=[photo(r).resize((8, 6))]
     ),
     "turned by EXIF": lambda r: photo(r).rotate(90, expand=True).save(image_file(r), exif=exif(6), quality=95),
-    "EXIF without sense": lambda r: photo(r).save(image_file(r), exif=b"Exif\0\0garbage", quality=95),
+    "invalid EXIF": lambda r: photo(r).save(image_file(r), exif=b"Exif\0\0garbage", quality=95),
     "unknown EXIF orientation": lambda r: photo(r).save(image_file(r), exif=exif(99), quality=95),
-    "colour profile without sense": lambda r: photo(r).save(image_file(r), icc_profile=b"xx" * 50, quality=95),
+    "invalid colour profile": lambda r: photo(r).save(image_file(r), icc_profile=b"xx" * 50, quality=95),
     "link": through_links,
-    "files of the system": system_files,
+    "files of the operating system": system_files,
     "BMP": lambda r: replace_image(r, photo(r), ".bmp"),
     "WebP": lambda r: replace_image(r, photo(r), ".webp", lossless=True),
     "grey": lambda r: photo(r).convert("L").save(image_file(r), quality=95),
@@ -353,7 +354,7 @@ ACCEPTED = {
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("kind", ACCEPTED)
-def test_unusual_files_are_what_they_show(photo_folder, kind):
+def test_unusual_files_are_read_as_displayed(photo_folder, kind):
     picture, labels = photo(photo_folder), mask(photo_folder)
     picture = np.asarray(picture.convert("L").convert("RGB") if kind.startswith("grey") else picture).astype(int)
     ACCEPTED[kind](photo_folder)
@@ -361,9 +362,9 @@ def test_unusual_files_are_what_they_show(photo_folder, kind):
     assert check(data, progress=False).problems == []
     samples = data.samples("train") + data.samples("val")
     sample = next(sample for sample in samples if "3" in sample.name)
-    image, found = data.reader.pair(sample)
-    assert np.array_equal(found, labels)
-    # JPEG is compressed once more, with less of colour; an image turned, cut or scaled wrongly is off by some 30
+    image, train_ids = data.reader.pair(sample)
+    assert np.array_equal(train_ids, labels)
+    # Compressing a JPEG again changes the pixels a little; a wrong rotation, crop or scale changes them by about 30.
     assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - picture).mean() < 10
     read_everything(photo_folder)
 
@@ -379,24 +380,24 @@ def with_suffix(root: Path) -> None:
         path.rename(path.with_name(f"{path.stem}_mask.png"))
 
 
-REMARKED = {
-    "format that cannot be read": (lambda r: image_file(r, ".heic").write_bytes(b"\0"), "images: photo 3.heic left out"),
-    "array as mask": (lambda r: np.save(mask_file(r, ".npy"), mask(r)), "masks: photo 3.npy left out"),
-    "picture that starts a program": (lambda r: photo(r).save(image_file(r, ".eps")), "images: photo 3.eps left out"),
+REPORTED = {
+    "format that cannot be read": (lambda r: image_file(r, ".heic").write_bytes(b"\0"), "images: photo 3.heic not used"),
+    "array as mask": (lambda r: np.save(mask_file(r, ".npy"), mask(r)), "masks: photo 3.npy not used"),
+    "format that runs a program": (lambda r: photo(r).save(image_file(r, ".eps")), "images: photo 3.eps not used"),
     "mask without image": (lambda r: image_file(r).unlink(), "masks: photo 3.png without an image of this name"),
     "masks with a suffix": (with_suffix, "masks: photo 0_mask.png and 9 more without an image of this name"),
-    "mask in other letters": (lambda r: mask_file(r).rename(r / "masks/Photo 3.png"), "masks: Photo 3.png without an image"),
-    "image in two lists": (lambda r: write_lists(r, "photo 1\nphoto 2\n"), "val.txt: photo 2 in train.txt as well"),
+    "mask in another case": (lambda r: mask_file(r).rename(r / "masks/Photo 3.png"), "masks: Photo 3.png without an image"),
+    "image in two lists": (lambda r: write_lists(r, "photo 1\nphoto 2\n"), "val.txt: photo 2 also in train.txt"),
     "masks of 0 and 255": (
         as_binary,
-        "class thing (train id 1) has no pixel in the training labels; if it has the value 255",
+        "class thing (train id 1) has no pixel in the training labels; if its value in the masks is 255",
     ),
 }
 
 
-@pytest.mark.parametrize("kind", REMARKED)
-def test_check_tells_of_what_is_not_used(photo_folder, kind):
-    damage, expected = REMARKED[kind]
+@pytest.mark.parametrize("kind", REPORTED)
+def test_check_reports_unused_files(photo_folder, kind):
+    damage, expected = REPORTED[kind]
     damage(photo_folder)
     problems = check(folder_data(photo_folder), progress=False).problems
     assert len([problem for problem in problems if expected in problem]) == 1, problems
@@ -417,7 +418,7 @@ CLASSES = {
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-def test_class_lists_that_cannot_be_used(photo_folder, kind):
+def test_unusable_class_lists_are_refused(photo_folder, kind):
     damage, expected = CLASSES[kind]
     damage(photo_folder / "classes.txt")
     with pytest.raises(DataError, match=expected):
@@ -431,7 +432,7 @@ def test_class_list_with_a_byte_order_mark(photo_folder):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
 @pytest.mark.parametrize("name", [b"\xfc 3.jpg", b"a\nb.jpg"])
-def test_names_that_nothing_could_be_named_after(photo_folder, name):
+def test_unprintable_file_names_are_reported(photo_folder, name):
     os.rename(image_file(photo_folder), os.fsencode(photo_folder / "images") + b"/" + name)
     problems = check(folder_data(photo_folder), progress=False).problems
     assert any("images: a file is named '" in problem and "rename it" in problem for problem in problems)
@@ -439,8 +440,8 @@ def test_names_that_nothing_could_be_named_after(photo_folder, name):
 
 
 @pytest.fixture
-def stranger():
-    """A folder below which this process is nobody in particular, also where the tests are run by root."""
+def unprivileged():
+    """A folder and a function that drops root's privileges, so that file permissions apply even if root runs the tests."""
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     root = os.geteuid() == 0
@@ -461,22 +462,22 @@ def stranger():
         ("images", "images: cannot be listed (Permission denied)"),
     ],
 )
-def test_files_without_permission(photo_folder, stranger, locked, expected):
-    folder, leave = stranger
+def test_files_without_permission(photo_folder, unprivileged, locked, expected):
+    folder, drop_privileges = unprivileged
     root = Path(shutil.copytree(photo_folder, folder / "photos"))
     for path in root.rglob("*"):
         path.chmod(0o755)
     (root / locked).chmod(0)
     data = folder_data(root, cache_dir=folder / "cache")
-    leave()
+    drop_privileges()
     assert expected in "\n".join(check(data, progress=False).problems)
 
 
 # --- one bad file in the middle of a run -----------------------------------------------------------------------------
 
 
-class Vanish(pl.Callback):
-    """Takes an image away once training has begun; its header was sound before."""
+class DeleteImage(pl.Callback):
+    """Deletes an image when training starts, after its header was checked."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -485,8 +486,8 @@ class Vanish(pl.Callback):
         self.path.unlink()
 
 
-class Seen(pl.Callback):
-    """Keeps the names of the training batches."""
+class RecordNames(pl.Callback):
+    """Records the sample names of the training batches."""
 
     def __init__(self) -> None:
         self.names: list[list[str]] = []
@@ -507,56 +508,51 @@ def run(data, callbacks, folder, epochs=1):
     return trainer
 
 
-def options(root):
-    held = [f"photo {i}" for i in (7, 8, 9)]
-    return {"num_workers": 2, "crop_size": (32, 32), "batch_size": 2, "held_out": held, "val_fraction": 0.1}
+OPTIONS = {"num_workers": 2, "crop_size": (32, 32), "batch_size": 2, "val_fraction": 0.1}
 
 
-def test_a_file_that_vanishes_stops_the_run_with_its_name(photo_folder, tmp_path):
-    trained = FolderData(photo_folder, **{**options(photo_folder), "held_out": ()}).samples("train")
-    data = FolderData(photo_folder, **{**options(photo_folder), "held_out": [trained[0].name]})
+def test_a_deleted_file_stops_the_run_with_its_name(photo_folder, tmp_path):
+    samples = FolderData(photo_folder, **OPTIONS).samples("train")
+    data = FolderData(photo_folder, **OPTIONS, held_out=[samples[0].name])
     with pytest.raises(DataError) as stopped:
-        run(data, [Vanish(trained[1].image)], tmp_path, epochs=2)
-    assert f"{trained[1].image}: no such file" in str(stopped.value)
+        run(data, [DeleteImage(samples[1].image)], tmp_path, epochs=2)
+    assert f"{samples[1].image}: no such file" in str(stopped.value)
 
 
-def test_bad_files_are_skipped_and_listed_on_demand(photo_folder, tmp_path):
-    """One mask whose header is bad, two images whose pixels are, in training and validation, and one that vanishes."""
+def test_bad_files_are_skipped_and_listed_with_on_error_skip(photo_folder, tmp_path):
+    """A mask with a bad header, truncated images in training and validation, and an image deleted during the run."""
     names = sorted(sample.name for sample in folder_data(photo_folder).samples("train"))
-    vanishing, cut, headless, val_cut, val_sound = names[:5]
+    deleted, cut, headless, val_cut, val_sound = names[:5]
     for name in (cut, val_cut):
         path = photo_folder / "images" / f"{name}.jpg"
         path.write_bytes(path.read_bytes()[:-300])
     (photo_folder / "masks" / f"{headless}.png").write_bytes(b"")
-    data = FolderData(
-        photo_folder, num_workers=2, crop_size=(32, 32), batch_size=2, val_fraction=0.1,
-        held_out=[val_cut, val_sound], on_error="skip",
-    )  # fmt: skip
+    data = FolderData(photo_folder, **OPTIONS, held_out=[val_cut, val_sound], on_error="skip")
     sound = set(names[5:])
-    seen = Seen()
-    with pytest.warns(UserWarning, match="skipped") as told:
-        trainer = run(data, [Vanish(photo_folder / "images" / f"{vanishing}.jpg"), seen], tmp_path, epochs=2)
-    batches = seen.names
-    assert all(len(batch) == 2 for batch in batches)  # the next image takes the place: batches keep their size
-    assert {name for batch in batches for name in batch} <= sound | {vanishing}
+    recorder = RecordNames()
+    with pytest.warns(UserWarning, match="skipped") as issued:
+        trainer = run(data, [DeleteImage(photo_folder / "images" / f"{deleted}.jpg"), recorder], tmp_path, epochs=2)
+    batches = recorder.names
+    assert all(len(batch) == 2 for batch in batches)  # the next image replaces a skipped one, so batches keep their size
+    assert {name for batch in batches for name in batch} <= sound | {deleted}
     assert sound <= {name for batch in batches for name in batch}
-    last = [str(warning.message) for warning in told if "images that were skipped" in str(warning.message)]
-    assert [text.splitlines()[0] for text in last] == ["images that were skipped (data.on_error): 4"]
-    assert all(f"{name}." in last[0] for name in (vanishing, cut, headless, val_cut))
-    assert val_sound not in last[0]
-    # The scores are those of the one validation image that is left.
+    summaries = [str(warning.message) for warning in issued if "images skipped" in str(warning.message)]
+    assert [re.search(r"\d+", text.splitlines()[0])[0] for text in summaries] == ["4"]
+    assert all(f"{name}." in summaries[0] for name in (deleted, cut, headless, val_cut))
+    assert val_sound not in summaries[0]
+    # Only the remaining validation image is scored.
     labels = np.array(Image.open(photo_folder / "masks" / f"{val_sound}.png"))
     confusion = next(c for c in trainer.callbacks if isinstance(c, JaccardCallback)).scores["val"].confusion
     assert int(confusion.sum()) == int((labels < 255).sum())
-    # Counted masks: those of the sound images, of the one that vanished later and of the one whose image is cut.
+    # The masks of all images with a readable mask are counted, also of the deleted and the truncated image.
     expected = sum(
         np.bincount(np.array(Image.open(photo_folder / "masks" / f"{name}.png")).ravel(), minlength=256)[:3]
-        for name in sound | {vanishing, cut}
+        for name in sound | {deleted, cut}
     )
     assert data.class_pixels().tolist() == expected.tolist()
 
 
-def test_nothing_is_skipped_without_a_word_in_a_loop_of_ones_own(photo_folder):
+def test_a_plain_loop_warns_about_skipped_images(photo_folder):
     path = image_file(photo_folder)
     path.write_bytes(path.read_bytes()[:-300])
     data = folder_data(photo_folder, on_error="skip")
@@ -564,13 +560,13 @@ def test_nothing_is_skipped_without_a_word_in_a_loop_of_ones_own(photo_folder):
     loader = data.train_dataloader()
     batches = []
     with pytest.warns(UserWarning, match="skipped: .*photo 3.jpg: cannot be read"):
-        batches += [*loader, *loader]  # two epochs, as the last image of an odd number is left out of each
+        batches += [*loader, *loader]  # two epochs, because each drops a smaller last batch
     assert NAME not in {name for batch in batches for name in batch["name"]}
     assert all(set(batch) == {"image", "mask", "name"} for batch in batches)
 
 
-def test_repeated_images_do_not_count_where_one_before_them_is_skipped():
-    """Process 1 of 2 has images 1, 3 and, as five do not divide by two, 0 once more; the second of them is skipped."""
+def test_repeated_images_are_not_scored_after_a_skipped_image():
+    """Process 1 of 2 gets images 1 and 3 and, because five images are padded to six, a repeated 0; image 3 is skipped."""
     data = SimpleNamespace(class_names=("a", "b"))
     trainer = SimpleNamespace(world_size=2, global_rank=1, datamodule=data)
     trainer.val_dataloaders = SimpleNamespace(dataset=range(5), batch_size=2)
@@ -582,7 +578,7 @@ def test_repeated_images_do_not_count_where_one_before_them_is_skipped():
     assert callback._metric.scores().confusion.tolist() == [[16, 0], [0, 0]]
 
 
-def test_skipping_everything_is_an_error(photo_folder):
+def test_a_split_without_a_usable_image_is_an_error(photo_folder):
     for path in (photo_folder / "images").iterdir():
         path.write_bytes(b"")
     data = folder_data(photo_folder, on_error="skip")
@@ -593,7 +589,7 @@ def test_skipping_everything_is_an_error(photo_folder):
         data.setup("fit")
 
 
-def test_prediction_goes_on_behind_a_bad_file(photo_folder, tmp_path, capsys):
+def test_prediction_skips_a_bad_file_with_on_error_skip(photo_folder, tmp_path, capsys):
     settings = ["--data.root", str(photo_folder), "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
     settings += ["--model.encoder", "tu-test_resnet.r160_in1k", "--trainer.default_root_dir", str(tmp_path / "run")]
     main(["fit", "folder", *settings, "--trainer.max_epochs", "1", "--model.encoder_weights", "null"])
@@ -604,7 +600,7 @@ def test_prediction_goes_on_behind_a_bad_file(photo_folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["predict", "folder", *settings, "--data.on_error", "stop"])
     assert "photo 3.jpg: cannot be read" in capsys.readouterr().err.splitlines()[-1]
-    with pytest.warns(UserWarning, match="skipped") as told:
+    with pytest.warns(UserWarning, match="skipped") as issued:
         main(["predict", "folder", *settings, "--data.on_error", "skip"])
-    assert "skipped (data.on_error): 1\n" in str(told[-1].message)
+    assert "skipped (data.on_error): 1;" in str(issued[-1].message)
     assert sorted(path.stem for path in (tmp_path / "out/masks").iterdir()) == [f"photo {i}" for i in range(10) if i != 3]

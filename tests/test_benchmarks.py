@@ -1,4 +1,4 @@
-"""The benchmarks' data modules on tiny fakes of their official layouts: names, splits and ids against hand-written values."""
+"""Data modules of the benchmarks on small fakes of their official layouts; names, splits and ids against values by hand."""
 
 import importlib
 import json
@@ -31,9 +31,9 @@ from mcseg.data import (
 )
 from mcseg.evaluation.metrics import SegmentationScores, score
 
-# --- what is expected, written by hand ---------------------------------------------------------------------------------
+# --- expected values, written by hand ----------------------------------------------------------------------------------
 
-# Train id of each id 0..33, then those of 7, 7, 8, 26, 33, 0.
+# Train ids of the ids 0..33, then of 7, 7, 8, 26, 33, 0.
 CITYSCAPES_ROW = (
     [255] * 7
     + [0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 255, 255, 16, 17, 18]
@@ -52,7 +52,7 @@ CITYSCAPES_EXTRA = {
     "augsburg_000000_000020": [[255] * 15 + [0] * 10 + [13] * 5 + [255] * 10] * 24,
     "troisdorf_000000_000072": [[255] * 30 + [8] * 10] * 24,
 }
-# Regular id of each train id, as the evaluation server wants it.
+# Regular id of each train id, as the evaluation server expects.
 CITYSCAPES_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
 BDD_ROW = [*range(19), 255, 255, 0, 2, 8, 10, 13, 13, 13, 255, 255, 0, 0]
@@ -119,7 +119,7 @@ VOC_ONLY_IN_SBD = {
     "2008_000015": [[5] * 7 + [0] * 13] * 36,
 }
 
-# EndoVis on the grid of 9 x 16 cells: per sequence the cells from column 1 on of the rows 2, 4 and 6, and the cell in row 8.
+# EndoVis on a grid of 9 x 16 cells. Per sequence: the cells of rows 2, 4 and 6 from column 1, and the cell of row 8.
 PARTS = {
     1: ([1, 4, 2, 2, 3, 3, 2, 3, 3], [1, 2, 3, 3], [4, 4, 4], 1),
     2: ([1, 4, 2, 2, 3, 3, 2, 3, 3], [], [4, 4, 4], 1),
@@ -150,12 +150,12 @@ BINARY = {
     7: ([1] * 9, [], [], 1),
     8: ([1] * 9, [1] * 5, [], 1),
 }
-# Without Other the cell under it shows the forceps, and row 6 is empty.
+# Without the class Other, the cell under it is forceps, and row 6 is empty.
 NO_OTHER = {"parts": [1, 1, 2, 2, 3, 3, 2, 3, 3], "type": [2, 2, 2, 2, 2, 2, 1, 1, 2], "binary": [1] * 9}
 
 
 def endovis_masks(task: str, frames: dict[str, int], other: bool = True) -> dict[str, Any]:
-    """Expected masks of 32x18 pixels by name; ``frames`` gives the column of the cell in row 8."""
+    """Return the expected masks of 32x18 pixels by name; ``frames`` gives the column of the cell in row 8."""
     masks = {}
     for sequence, (second, fourth, sixth, eighth) in {"parts": PARTS, "type": TYPES, "binary": BINARY}[task].items():
         if not other and sixth:
@@ -174,7 +174,7 @@ def endovis_masks(task: str, frames: dict[str, int], other: bool = True) -> dict
 
 @dataclass(frozen=True)
 class Case:
-    """A data module on a fake: how both are made, and what is in it."""
+    """A data module on a fake, with its expected content."""
 
     name: str
     fake: Callable[[Path], None]
@@ -182,11 +182,11 @@ class Case:
     train: dict[str, Any]
     val: dict[str, Any]
     test: list[str]  # test images without labels
-    counts: dict[str, int]  # images of the official splits
+    counts: dict[str, int]  # number of images of the official splits
     options: dict[str, Any] = field(default_factory=dict)
     labelled_test: dict[str, Any] = field(default_factory=dict)
     train_mask: str = ""  # file of a training mask
-    labels: str = ""  # a folder that holds training masks
+    labels: str = ""  # a folder with training masks
 
     def make(self, root: Path, **options: Any) -> Any:
         return self.data(root, num_workers=0, **self.options, **options)
@@ -331,7 +331,7 @@ CASES = [
 ]
 BY_NAME = {one.name: one for one in CASES}
 WITHHELD = [one for one in CASES if not one.labelled_test]
-# One task of EndoVis, for they read the same files.
+# Only one task of EndoVis, since all tasks read the same files.
 DAMAGED = [one for one in CASES if one.train_mask and ("endovis" not in one.name or one.name == "endovis2017-parts")]
 # One case of each benchmark.
 FIRST = [
@@ -348,7 +348,7 @@ def each(cases):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """The root of a case's fake, built once; nobody writes to it."""
+    """Root of a case's fake, built once per module and read only."""
     roots: dict[Any, Path] = {}
 
     def root(case):
@@ -362,7 +362,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def fresh(tmp_path):
-    """The root of a case's fake, built for this test alone."""
+    """Root of a case's fake, built for one test, which may change it."""
 
     def root(case):
         case.fake(tmp_path / "data")
@@ -380,22 +380,22 @@ def sample_of(data, split, name):
 
 
 def counted(masks, num_classes):
-    """Pixels of each class in the expected masks."""
+    """Count the pixels of each class in the expected masks."""
     labelled = np.concatenate([np.asarray(mask).ravel() for mask in masks.values()])
     assert {*np.unique(labelled)} <= {*range(num_classes), 255}
     return [int((labelled == index).sum()) for index in range(num_classes)]
 
 
-def quietly(action, *args):
-    """Run and return the texts of the warnings."""
+def warnings_of(action, *args):
+    """Call ``action`` and return the texts of its warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         action(*args)
     return [str(warning.message) for warning in caught]
 
 
-def refusal(action, *args):
-    """Run, expect a DataError and return its text, which is one line."""
+def error_of(action, *args):
+    """Call ``action``, expect a DataError and return its text, which must be one line."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(DataError) as caught:
@@ -404,7 +404,7 @@ def refusal(action, *args):
     return str(caught.value)
 
 
-# --- what all benchmarks share -----------------------------------------------------------------------------------------
+# --- all benchmarks ----------------------------------------------------------------------------------------------------
 
 
 @each(CASES)
@@ -422,7 +422,7 @@ def test_splits(case, built):
 
 
 @each(CASES)
-def test_ids_and_images_by_value(case, built):
+def test_masks_and_images_have_the_expected_values(case, built):
     data = case.make(built(case))
     for split, expected in {"train": case.train, "val": case.val, "test": case.labelled_test}.items():
         for name, mask in expected.items():
@@ -446,8 +446,8 @@ def test_class_pixels(case, built):
     assert counts.tolist() == counted(case.train, data.num_classes)
 
 
-def test_class_pixels_counted_on_paper(built):
-    """Cityscapes once more without NumPy: 22 rows of all ids, 12 rows of quarters twice, 24 rows of four labels."""
+def test_class_pixels_equal_a_count_by_hand(built):
+    """Cityscapes without NumPy: 22 rows of all ids, 12 rows of quarters twice, 24 rows of four labels."""
     data = BY_NAME["cityscapes"].make(built(BY_NAME["cityscapes"]))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -469,9 +469,9 @@ def test_class_pixels_counted_on_paper(built):
     ],
     ids=lambda cases: cases[0],
 )
-def test_cached_counts_of_one_root_are_kept_apart(built, tmp_path, cases):
+def test_cache_separates_counts_of_one_root(built, tmp_path, cases):
     root = built(BY_NAME[cases[0]])
-    for _ in range(2):  # counted, then from the cache
+    for _ in range(2):  # first counted, then read from the cache
         for case in map(BY_NAME.get, cases):
             data = case.make(root, cache_dir=tmp_path / "counts")
             with warnings.catch_warnings():
@@ -480,7 +480,7 @@ def test_cached_counts_of_one_root_are_kept_apart(built, tmp_path, cases):
 
 
 @each(CASES)
-def test_a_reader_travels_to_workers(case, built):
+def test_reader_can_be_pickled(case, built):
     data = case.make(built(case))
     reader = pickle.loads(pickle.dumps(data.reader))
     name, mask = next(iter(case.val.items()))
@@ -488,28 +488,28 @@ def test_a_reader_travels_to_workers(case, built):
 
 
 @each(CASES)
-def test_other_counts_than_the_official_ones_are_remarked(case, built):
+def test_counts_that_differ_from_the_official_ones_are_reported(case, built):
     data = case.make(built(case))
-    found = {"train": len(case.train), "val": len(case.val), "test": len(case.test + list(case.labelled_test))}
-    said = quietly(data.setup, "fit")
+    counts = {"train": len(case.train), "val": len(case.val), "test": len(case.test + list(case.labelled_test))}
+    texts = warnings_of(data.setup, "fit")
     for split, official in case.counts.items():
-        line = re.compile(rf"\b{found[split]} images\b.*\bthe official one has {official}\b")
+        line = re.compile(rf"\b{counts[split]} images\b.*\bofficial\b.*\b{official}\b")
         assert [text for text in data.remarks(split) if line.search(text)], (split, data.remarks(split))
-        assert any(line.search(text) for text in said) == (split != "test")
+        assert any(line.search(text) for text in texts) == (split != "test")
 
 
-def test_the_official_count_is_not_remarked(camvid_root):
+def test_official_count_is_not_reported(camvid_root):
     for index in range(99):  # the fake has two of 101
         for folder in ("val", "valannot"):
             shutil.copy(camvid_root / folder / "0016E5_07959.png", camvid_root / folder / f"0016E5_1{index:04d}.png")
     data = CamVidData(camvid_root, num_workers=0)
     assert data.remarks("val") == []
-    assert quietly(data.setup, "validate") == []
-    assert [line for line in data.remarks("train") if re.search(r"\b3 images\b.*the official one has 367", line)]
+    assert warnings_of(data.setup, "validate") == []
+    assert [line for line in data.remarks("train") if re.search(r"\b3 images\b.*official.*\b367\b", line)]
 
 
 @each(WITHHELD)
-def test_withheld_test_labels_make_it_the_validation_split(case, built):
+def test_validation_split_replaces_a_test_split_without_labels(case, built):
     data = case.make(built(case))
     with pytest.warns(UserWarning, match="validation split"):
         data.setup("test")
@@ -522,16 +522,16 @@ def test_withheld_test_labels_make_it_the_validation_split(case, built):
 @each([one for one in CASES if one.labelled_test])
 def test_public_test_labels_are_used(case, built):
     data = case.make(built(case))
-    assert not [text for text in quietly(data.setup, "test") if "validation split" in text]
+    assert not [text for text in warnings_of(data.setup, "test") if "validation split" in text]
     batches = {batch["name"][0]: batch["mask"][0].tolist() for batch in data.test_dataloader()}
     assert batches == {name: mask.tolist() for name, mask in case.labelled_test.items()}
 
 
 @each(CASES)
-def test_prediction_takes_the_test_images_without_masks(case, built):
+def test_predict_reads_test_images_without_masks(case, built):
     data = case.make(built(case))
     expected = case.test or list(case.labelled_test) or list(case.val)
-    quietly(data.setup, "predict")
+    warnings_of(data.setup, "predict")
     batches = list(data.predict_dataloader())
     assert [batch["name"] for batch in batches] == [[name] for name in expected]
     for batch, sample in zip(batches, data.samples("test") or data.samples("val"), strict=True):
@@ -544,7 +544,7 @@ def test_prediction_takes_the_test_images_without_masks(case, built):
 @each(FIRST)
 def test_training_batches(case, built):
     data = case.make(built(case), batch_size=2, crop_size=(12, 16), max_class_share=1.0)
-    quietly(data.setup, "fit")
+    warnings_of(data.setup, "fit")
     batch = next(iter(data.train_dataloader()))
     assert batch["image"].shape == (2, 3, 12, 16)
     assert batch["mask"].shape == (2, 12, 16)
@@ -566,22 +566,22 @@ ROOTS = {
 
 @pytest.mark.parametrize("name", ROOTS)
 @pytest.mark.parametrize("present", [False, True], ids=["missing", "of-something-else"])
-def test_a_root_without_the_benchmark(tmp_path, name, present):
+def test_root_without_the_benchmark(tmp_path, name, present):
     data, tree = ROOTS[name]
     root = tmp_path / "not here"
     if present:
         write_png(root / "holiday" / "beach.png", np.zeros((3, 4, 3), dtype=np.uint8))
     for action in (lambda: data(root).samples("train"), lambda: data(root).setup("fit")):
-        text = refusal(action)
+        text = error_of(action)
         assert str(root) in text
         assert tree in text
         assert f"mcseg download {name}" in text
 
 
 @pytest.mark.parametrize("name", ROOTS)
-def test_no_root_at_all(name):
+def test_missing_root_setting(name):
     data, tree = ROOTS[name]
-    text = refusal(lambda: data().setup("fit"))
+    text = error_of(lambda: data().setup("fit"))
     assert "data.root" in text
     assert tree in text
     assert f"mcseg download {name}" in text
@@ -599,7 +599,7 @@ def test_no_root_at_all(name):
         ("pascal_voc-aug", "VOCdevkit/VOC2012"),
     ],
 )
-def test_the_root_may_be_further_in(built, name, inner):
+def test_root_may_be_an_inner_folder(built, name, inner):
     case = BY_NAME[name]
     outer, data = case.make(built(case)), case.make(built(case) / inner)
     for split in ("train", "val", "test"):
@@ -610,7 +610,7 @@ def test_the_root_may_be_further_in(built, name, inner):
         assert data.reader.mask(sample_of(data, "train", name)).tolist() == np.asarray(mask).tolist()
 
 
-def test_camvid_root_may_be_the_folder_above(camvid_root):
+def test_camvid_root_may_be_the_parent_folder(camvid_root):
     outer, inner = (CamVidData(root, num_workers=0) for root in (camvid_root.parent, camvid_root))
     for split in ("train", "val"):
         assert names(outer, split) == names(inner, split) != []
@@ -621,21 +621,21 @@ def test_camvid_root_may_be_the_folder_above(camvid_root):
 
 
 @each(DAMAGED)
-def test_a_missing_mask_stops_the_run(case, fresh):
+def test_missing_mask_is_an_error(case, fresh):
     root = fresh(case)
     (root / case.train_mask).unlink()
-    text = refusal(case.make(root).setup, "fit")
+    text = error_of(case.make(root).setup, "fit")
     assert Path(case.train_mask).name in text
     assert Path(case.train_mask).parent.name in text
     assert "below the root; `mcseg download " in text
 
 
 @each([one for one in DAMAGED if one.labels])
-def test_a_missing_folder_of_masks_stops_the_run(case, fresh):
+def test_missing_folder_of_masks_is_an_error(case, fresh):
     root = fresh(case)
     shutil.rmtree(root / case.labels)
-    text = refusal(case.make(root).setup, "fit")
-    # Mapillary's labels may be in either of two places.
+    text = error_of(case.make(root).setup, "fit")
+    # Mapillary's labels may be in either of two folders.
     expected = "labels" if "mapillary" in case.name else case.labels.removeprefix("VOCdevkit/VOC2012/")
     assert expected in text
 
@@ -648,11 +648,11 @@ def test_a_missing_folder_of_masks_stops_the_run(case, fresh):
         ("pascal_voc-aug", "VOCdevkit/VOC2012/JPEGImages/2008_000008.jpg"),
     ],
 )
-def test_a_listed_image_that_is_missing_stops_the_run(fresh, name, listed):
+def test_missing_listed_image_is_an_error(fresh, name, listed):
     case = BY_NAME[name]
     root = fresh(case)
     (root / listed).unlink()
-    assert Path(listed).name in refusal(case.make(root).setup, "fit")
+    assert Path(listed).name in error_of(case.make(root).setup, "fit")
 
 
 @pytest.mark.parametrize(
@@ -664,11 +664,11 @@ def test_a_listed_image_that_is_missing_stops_the_run(fresh, name, listed):
         ("pascal_voc-aug", "benchmark_RELEASE/dataset/train.txt"),
     ],
 )
-def test_a_missing_list_stops_the_run(fresh, name, path):
+def test_missing_list_is_an_error(fresh, name, path):
     case = BY_NAME[name]
     root = fresh(case)
     (root / path).unlink()
-    assert path.removeprefix("VOCdevkit/VOC2012/") in refusal(case.make(root).setup, "fit")
+    assert path.removeprefix("VOCdevkit/VOC2012/") in error_of(case.make(root).setup, "fit")
 
 
 UNKNOWN = [
@@ -680,13 +680,13 @@ UNKNOWN = [
     ("mapillary-v1.2", "training/labels/0035fkbjWljhaftpVM37-g.png", 66),
     ("mapillary-v2.0", "training/v2.0/labels/0035fkbjWljhaftpVM37-g.png", 124),
     ("sceneparse150", "ADEChallengeData2016/annotations/training/ADE_train_00000001.png", 151),
-    # Masks whose ids were already lowered by one, so that void is 255: another meaning of every value
+    # Masks with ids already lowered by one and void as 255: every value has another meaning
     ("sceneparse150", "ADEChallengeData2016/annotations/training/ADE_train_00000001.png", 255),
     ("cocostuff10k", "annotations/COCO_train2014_000000000127.mat", 255),
     ("mapillary-v1.2", "training/labels/0035fkbjWljhaftpVM37-g.png", 255),
     ("endovis2017-parts", "instrument_dataset_1/ground_truth/Left_Prograsp_Forceps_labels/frame000.png", 255),
     ("cocostuff10k", "annotations/COCO_train2014_000000000127.mat", 183),
-    ("cocostuff10k", "annotations/COCO_train2014_000000000127.mat", 257),  # 1 in eight bits
+    ("cocostuff10k", "annotations/COCO_train2014_000000000127.mat", 257),  # 1 if cut to eight bits
     ("pascal_voc", "VOCdevkit/VOC2012/SegmentationClass/2007_000039.png", 21),
     ("pascal_voc-aug", "benchmark_RELEASE/dataset/cls/2008_000008.mat", 21),
     ("endovis2017-parts", "instrument_dataset_1/ground_truth/Left_Prograsp_Forceps_labels/frame000.png", 50),
@@ -696,7 +696,7 @@ UNKNOWN = [
 
 
 @pytest.mark.parametrize(("name", "path", "value"), UNKNOWN, ids=lambda value: Path(str(value)).name)
-def test_a_value_that_the_benchmark_does_not_have(fresh, name, path, value):
+def test_unknown_mask_value_is_an_error(fresh, name, path, value):
     case = BY_NAME[name]
     root = fresh(case)
     data = case.make(root)
@@ -714,13 +714,13 @@ def test_a_value_that_the_benchmark_does_not_have(fresh, name, path, value):
         fakes.write_palette_png(file, ids, fakes.VOC_COLORS)
     else:
         write_png(file, ids)
-    text = refusal(data.reader.mask, sample)
+    text = error_of(data.reader.mask, sample)
     assert Path(path).name in text
     assert re.search(rf"\b{value}\b", text)
 
 
 @each(DAMAGED)
-def test_a_transposed_mask(case, fresh):
+def test_transposed_mask_is_an_error(case, fresh):
     root = fresh(case)
     file = root / case.train_mask
     data = case.make(root)
@@ -736,10 +736,10 @@ def test_a_transposed_mask(case, fresh):
     else:
         write_png(file, ids)
     actions = [lambda: data.reader.pair(sample)]
-    if file.suffix != ".mat":  # which has no header with the size
+    if file.suffix != ".mat":  # .mat files have no header with the size
         actions.append(lambda: data.setup("fit"))
     for action in actions:
-        text = refusal(action)
+        text = error_of(action)
         assert file.name in text
         assert f"{height}x{width}" in text
         assert f"{width}x{height}" in text
@@ -748,7 +748,7 @@ def test_a_transposed_mask(case, fresh):
 # --- Cityscapes --------------------------------------------------------------------------------------------------------
 
 
-def test_cityscapes_coarse_labels_extend_training_alone(built):
+def test_cityscapes_coarse_labels_extend_only_the_training_split(built):
     root = built(BY_NAME["cityscapes"])
     fine, coarse = CityscapesData(root, num_workers=0), CityscapesData(root, coarse=True, num_workers=0)
     added = [sample for sample in coarse.samples("train") if sample not in fine.samples("train")]
@@ -757,14 +757,14 @@ def test_cityscapes_coarse_labels_extend_training_alone(built):
     assert coarse.samples("test") == fine.samples("test")
 
 
-def test_cityscapes_coarse_labels_that_are_missing(tmp_path):
+def test_cityscapes_missing_coarse_labels(tmp_path):
     fakes.cityscapes(tmp_path)
     shutil.rmtree(tmp_path / "gtCoarse")
     CityscapesData(tmp_path, num_workers=0).samples("train")
-    assert "gtCoarse" in refusal(CityscapesData(tmp_path, coarse=True, num_workers=0).setup, "fit")
+    assert "gtCoarse" in error_of(CityscapesData(tmp_path, coarse=True, num_workers=0).setup, "fit")
 
 
-def test_cityscapes_scores_equal_the_official_ones(built, tmp_path):
+def test_cityscapes_scores_equal_the_official_scores(built, tmp_path):
     evaluation = official("evaluation.evalPixelLevelSemanticLabeling")
     data = CityscapesData(built(BY_NAME["cityscapes"]), num_workers=0)
     generator = np.random.default_rng(3)
@@ -772,7 +772,7 @@ def test_cityscapes_scores_equal_the_official_ones(built, tmp_path):
     for sample in data.samples("val"):
         target = data.reader.mask(sample)
         guess = torch.from_numpy(generator.integers(0, 19, tuple(target.shape)))
-        guess[guess == 16] = 13  # nobody predicts a train, and there is none: left out of both means
+        guess[guess == 16] = 13  # train is neither predicted nor in the target: both means leave it out
         keep = torch.from_numpy(generator.random(tuple(target.shape)) < 0.6) & (target != 255)
         guess[keep] = target[keep].long()
         files.append(str(tmp_path / "results" / f"{sample.name}_pred.png"))
@@ -794,12 +794,12 @@ def test_cityscapes_scores_equal_the_official_ones(built, tmp_path):
         expected = [theirs["classScores"][name] for name in data.class_names]
         assert ours.iou.tolist() == pytest.approx(expected, rel=0, abs=1e-9, nan_ok=True)
         assert ours.iou.isnan().tolist() == [index == 16 for index in range(19)]
-        assert ours.iou[14] == 0  # trucks are predicted where there are none
+        assert ours.iou[14] == 0  # trucks are predicted but absent
         assert 0.3 < ours.miou < 0.9
     assert not (tmp_path / "result.json").exists()
 
 
-def test_cityscapes_ids_are_those_of_its_scripts():
+def test_cityscapes_ids_equal_those_of_cityscapesscripts():
     data = CityscapesData("anywhere")
     labels = [label for label in official("helpers.labels").labels if label.id >= 0]
     assert len(labels) == 34
@@ -810,7 +810,7 @@ def test_cityscapes_ids_are_those_of_its_scripts():
 
 
 def official(module):
-    """A module of cityscapesscripts."""
+    """Import a module of cityscapesscripts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(f"cityscapesscripts.{module}")
@@ -820,24 +820,24 @@ def official(module):
 
 
 @pytest.mark.parametrize("layout", ["2021", "legacy"])
-def test_bdd100k_orphans_are_left_out_and_said(tmp_path, layout):
+def test_bdd100k_images_and_masks_without_partner_are_skipped_and_reported(tmp_path, layout):
     fakes.bdd100k(tmp_path, layout=layout, orphans=True)
     data = BDD100KData(tmp_path, num_workers=0)
     assert names(data, "train") == list(BDD_TRAIN)
     assert names(data, "val") == list(BDD_VAL)
-    said = quietly(data.setup, "fit")
+    texts = warnings_of(data.setup, "fit")
     for split, image, mask in (
         ("train", "3d581db5-2564fb7e", "fee92217-63b3f87f"),
         ("val", "80a9e37d-e4548ac1", "ff55861e-a06b953c"),
     ):
         for orphan, other in ((image, mask), (mask, image)):
             assert len([line for line in data.remarks(split) if orphan in line and other not in line]) == 1
-            assert any(orphan in text for text in said)
+            assert any(orphan in text for text in texts)
     batches = [batch["name"][0] for batch in data.val_dataloader()]
     assert batches == list(BDD_VAL)
 
 
-def test_bdd100k_without_orphans_has_nothing_to_say_but_the_count(built):
+def test_bdd100k_with_complete_pairs_only_reports_the_count(built):
     data = BY_NAME["bdd100k"].make(built(BY_NAME["bdd100k"]))
     assert len(data.remarks("train")) == 1
     assert len(data.remarks("test")) == 1
@@ -847,7 +847,7 @@ def test_bdd100k_transposed_mask(tmp_path):
     fakes.bdd100k(tmp_path)
     file = tmp_path / "bdd100k/labels/sem_seg/masks/val/7d06fefd-f7be05a6.png"
     write_png(file, np.zeros((32, 18), dtype=np.uint8))
-    text = refusal(BDD100KData(tmp_path, num_workers=0).setup, "validate")
+    text = error_of(BDD100KData(tmp_path, num_workers=0).setup, "validate")
     assert all(part in text for part in (file.name, "32x18", "18x32"))
 
 
@@ -866,10 +866,10 @@ def test_bdd100k_transposed_mask(tmp_path):
         ("v2.0", True, False, ""),
     ],
 )
-def test_mapillary_configuration_that_agrees_or_is_missing(tmp_path, version, nested, config, config_name):
+def test_mapillary_matching_or_missing_configuration(tmp_path, version, nested, config, config_name):
     fakes.mapillary_vistas(tmp_path, version, nested, config, config_name)
     data = MapillaryVistasData(tmp_path, version=version, num_workers=0)
-    quietly(data.setup, "fit")
+    warnings_of(data.setup, "fit")
     assert names(data, "train") == MAPILLARY_KEYS
 
 
@@ -894,9 +894,9 @@ def test_mapillary_configuration_that_agrees_or_is_missing(tmp_path, version, ne
         ),
     ],
 )
-def test_mapillary_configuration_of_another_order(tmp_path, version, nested, config_name, file, position, found, expected):
+def test_mapillary_configuration_with_another_order(tmp_path, version, nested, config_name, file, position, found, expected):
     fakes.mapillary_vistas(tmp_path, version, nested, "wrong", config_name)
-    text = refusal(lambda: MapillaryVistasData(tmp_path, version=version, num_workers=0).setup("fit"))
+    text = error_of(lambda: MapillaryVistasData(tmp_path, version=version, num_workers=0).setup("fit"))
     assert str(tmp_path / file) in text
     assert re.search(rf"\b{position}\b", text)
     assert any(name in text for name in found)
@@ -908,26 +908,26 @@ def test_mapillary_configuration_with_fewer_labels(tmp_path):
     content = json.loads((tmp_path / "config.json").read_text())
     content["labels"] = content["labels"][:60]
     (tmp_path / "config.json").write_text(json.dumps(content))
-    assert "config.json" in refusal(lambda: MapillaryVistasData(tmp_path, num_workers=0).setup("fit"))
+    assert "config.json" in error_of(lambda: MapillaryVistasData(tmp_path, num_workers=0).setup("fit"))
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"labels": 3}', '{"labels": [{"evaluate": true}]}'])
-def test_mapillary_configuration_that_cannot_be_read(tmp_path, damage):
+def test_mapillary_unreadable_configuration(tmp_path, damage):
     fakes.mapillary_vistas(tmp_path)
     (tmp_path / "config.json").write_text(damage)
-    assert "config.json" in refusal(lambda: MapillaryVistasData(tmp_path, num_workers=0).setup("fit"))
+    assert "config.json" in error_of(lambda: MapillaryVistasData(tmp_path, num_workers=0).setup("fit"))
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_mapillary_without_the_labels_of_v2(tmp_path, nested):
+def test_mapillary_without_v2_labels(tmp_path, nested):
     fakes.mapillary_vistas(tmp_path, nested=nested)
-    text = refusal(lambda: MapillaryVistasData(tmp_path, version="v2.0", num_workers=0).setup("fit"))
+    text = error_of(lambda: MapillaryVistasData(tmp_path, version="v2.0", num_workers=0).setup("fit"))
     assert "v2.0" in text
     assert str(tmp_path) in text
 
 
-def test_mapillary_of_an_unknown_version():
-    assert "v3.0" in refusal(lambda: MapillaryVistasData("anywhere", version="v3.0"))
+def test_mapillary_unknown_version():
+    assert "v3.0" in error_of(lambda: MapillaryVistasData("anywhere", version="v3.0"))
 
 
 # --- PASCAL VOC and COCO-Stuff -----------------------------------------------------------------------------------------
@@ -938,14 +938,14 @@ def test_voc_test_list(tmp_path):
     data = PascalVOCData(tmp_path, num_workers=0)
     assert [(sample.name, sample.mask) for sample in data.samples("test")] == [("2008_000006", None), ("2008_000011", None)]
     assert any("the official one has 1456" in line for line in data.remarks("test"))
-    quietly(data.setup, "predict")
+    warnings_of(data.setup, "predict")
     assert [batch["name"] for batch in data.predict_dataloader()] == [["2008_000006"], ["2008_000011"]]
     with pytest.warns(UserWarning, match="validation split"):
         data.setup("test")
     assert [batch["name"] for batch in data.test_dataloader()] == [["2007_000033"], ["2007_000042"]]
 
 
-def test_voc_augmentation_neither_leaks_validation_nor_replaces_voc_masks(built):
+def test_voc_augmentation_excludes_validation_and_keeps_voc_masks(built):
     data = BY_NAME["pascal_voc-aug"].make(built(BY_NAME["pascal_voc-aug"]))
     assert not {*names(data, "train")} & {*names(data, "val")}
     masks = {sample.name: sample.mask.name for sample in data.samples("train")}
@@ -961,18 +961,18 @@ def test_voc_augmentation_neither_leaks_validation_nor_replaces_voc_masks(built)
 def test_voc_without_sbd(tmp_path):
     fakes.pascal_voc(tmp_path, sbd=False)
     assert names(PascalVOCData(tmp_path), "train") == list(VOC_TRAIN)
-    text = refusal(PascalVOCData(tmp_path, train_set="train_aug", num_workers=0).setup, "fit")
+    text = error_of(PascalVOCData(tmp_path, train_set="train_aug", num_workers=0).setup, "fit")
     assert "benchmark_RELEASE" in text
 
 
-def test_voc_of_an_unknown_training_set(tmp_path):
+def test_voc_unknown_training_set(tmp_path):
     fakes.pascal_voc(tmp_path)
-    text = refusal(lambda: PascalVOCData(tmp_path, train_set="train_all").samples("train"))
+    text = error_of(lambda: PascalVOCData(tmp_path, train_set="train_all").samples("train"))
     assert "train_all" in text
     assert "train_aug" in text
 
 
-def test_a_file_that_is_no_matlab_file(fresh):
+def test_file_that_is_not_a_matlab_file(fresh):
     for name, path in (
         ("cocostuff10k", "annotations/COCO_train2014_000000000113.mat"),
         ("pascal_voc-aug", "benchmark_RELEASE/dataset/cls/2008_000008.mat"),
@@ -984,9 +984,9 @@ def test_a_file_that_is_no_matlab_file(fresh):
         content = (root / path).read_bytes()
         for damage in (content[:100], content[:190], b"", b"no such thing" * 100):
             (root / path).write_bytes(damage)
-            assert Path(path).name in refusal(data.reader.mask, sample)
+            assert Path(path).name in error_of(data.reader.mask, sample)
         fakes.write_mat(root / path, {"T": np.zeros((3, 4))})
-        assert Path(path).name in refusal(data.reader.mask, sample)
+        assert Path(path).name in error_of(data.reader.mask, sample)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.float64])
@@ -1004,7 +1004,7 @@ def test_cocostuff_maps_of_any_number_type(fresh, dtype):
 
 @pytest.fixture(scope="module")
 def surgery(tmp_path_factory):
-    """The training archives with one frame per range, and the testing archives; nobody writes to them."""
+    """Training archives with one frame per range, and test archives; read only."""
     root = tmp_path_factory.mktemp("endovis")
     fakes.endovis(root / "train", frames=("000", "150", "175"))
     fakes.endovis_test(root / "test")
@@ -1023,8 +1023,8 @@ def test_endovis_folds(surgery, fold, held_out):
     assert names(data, "train") == [f"instrument_dataset_{s}/frame{f}" for s in rest for f in frames]
     assert names(data, "val") == [f"instrument_dataset_{s}/frame{f}" for s in held_out for f in frames]
     assert names(data, "test") == []
-    assert any("the official one has 1350" in line for line in data.remarks("train"))
-    assert any("the official one has 450" in line for line in data.remarks("val"))
+    assert any("1350" in line for line in data.remarks("train"))
+    assert any("450" in line for line in data.remarks("val"))
     with pytest.warns(UserWarning, match="validation split"):
         data.setup("test")
 
@@ -1051,9 +1051,9 @@ def test_endovis_official_test_labels(surgery, split, task, other, row):
         assert mask.tolist() == [[value for cell in row + [0] * 8 for value in (cell, cell)]] * 2 + [[0] * 32] * 16
         sequence, frame = re.fullmatch(r"instrument_dataset_(\d+)/frame(\d+)", sample.name).groups()
         assert image[:, 5, 5].tolist() == [20 * int(sequence), int(frame), 200]
-    assert not [text for text in quietly(data.setup, "test") if "validation split" in text]
+    assert not [text for text in warnings_of(data.setup, "test") if "validation split" in text]
     assert [batch["name"][0] for batch in data.test_dataloader()] == sorted(expected)
-    # Training still reads the values of the training archives.
+    # The training split still uses the values of the training archives
     assert 3 in data.reader.mask(sample_of(data, "train", "instrument_dataset_6/frame000")) or task == "binary"
 
 
@@ -1072,7 +1072,7 @@ def test_endovis_unknown_values_in_official_test_labels(tmp_path, surgery, task,
     labels = tmp_path / "test/instrument_2017_test/instrument_2017_test"
     write_png(labels / "instrument_dataset_2" / folder / "frame226.png", np.full((18, 32), value, dtype=np.uint8))
     data = endovis(surgery / "train", task=task, test_root=tmp_path / "test")
-    text = refusal(data.reader.mask, sample_of(data, "test", "instrument_dataset_2/frame226"))
+    text = error_of(data.reader.mask, sample_of(data, "test", "instrument_dataset_2/frame226"))
     assert "frame226.png" in text
     assert re.search(rf"\b{value}\b", text)
 
@@ -1100,13 +1100,13 @@ def test_endovis_class_names():
 @pytest.mark.parametrize(
     ("option", "value"), [("task", "colours"), ("split", "fold4"), ("test_sequences", [3, 11])], ids=str
 )
-def test_endovis_impossible_settings(surgery, option, value):
+def test_endovis_invalid_settings(surgery, option, value):
     def use():
         data = endovis(surgery / "train", test_root=surgery / "test", **{option: value})
         data.setup("fit")
         data.setup("test")
 
-    text = refusal(use)
+    text = error_of(use)
     assert (value if isinstance(value, str) else "11") in text
 
 
@@ -1123,7 +1123,7 @@ def test_endovis_counts_change_with_any_instrument(tmp_path):
             assert endovis(tmp_path).class_pixels().tolist() == counted(masks, 5)
 
 
-def test_endovis_at_the_real_size(tmp_path):
+def test_endovis_at_full_size(tmp_path):
     fakes.endovis(tmp_path, size=(1920, 1080), frames=("000", "150"), sequences=(1,), derived=False)
     grid = endovis_masks("parts", {"000": 0})["instrument_dataset_1/frame000"][::2, ::2]
     full = np.kron(grid, np.ones((120, 120), dtype=np.uint8))
@@ -1137,7 +1137,7 @@ def test_endovis_at_the_real_size(tmp_path):
 
 
 def write_frame(root, image, mask):
-    """Replace frame000 of sequence 1: the image, the mask of the first instrument, zeros for the others."""
+    """Replace frame000 of sequence 1: the image, the mask of the first instrument, and zeros for all other instruments."""
     top = root / "instrument_dataset_1"
     write_png(top / "left_frames/frame000.png", image)
     for folder in fakes.ENDOVIS[1]:
@@ -1148,7 +1148,7 @@ def test_endovis_crop_to_the_camera_image(tmp_path):
     fakes.endovis(tmp_path, frames=("000",))
     image = np.zeros((1080, 1920, 3), dtype=np.uint8)
     mask = np.zeros((1080, 1920), dtype=np.uint8)
-    # The corners of the window, and their neighbours outside.
+    # The corners of the window and their outer neighbours
     for row, column, color, part in (
         (28, 320, (1, 2, 3), 30),
         (28, 1599, (4, 5, 6), 20),
@@ -1180,7 +1180,7 @@ def test_endovis_crop_to_the_camera_image(tmp_path):
     ]
 
 
-def test_endovis_frames_of_the_camera_image_stay(tmp_path):
+def test_endovis_frames_of_camera_size_are_not_cropped(tmp_path):
     fakes.endovis(tmp_path, frames=("000",))
     image = np.zeros((1024, 1280, 3), dtype=np.uint8)
     mask = np.zeros((1024, 1280), dtype=np.uint8)
@@ -1193,7 +1193,7 @@ def test_endovis_frames_of_the_camera_image_stay(tmp_path):
     assert np.array_equal(ids.numpy() * 10, mask)
 
 
-def test_endovis_official_test_frames_are_cropped_as_well(tmp_path, surgery):
+def test_endovis_official_test_frames_are_cropped(tmp_path, surgery):
     fakes.endovis_test(tmp_path / "test", count=1)
     labels = tmp_path / "test/instrument_2017_test/instrument_2017_test/instrument_dataset_9"
     image = np.zeros((1080, 1920, 3), dtype=np.uint8)
@@ -1212,17 +1212,17 @@ def test_endovis_official_test_frames_are_cropped_as_well(tmp_path, surgery):
 def test_endovis_unknown_instrument(tmp_path, task):
     fakes.endovis(tmp_path, frames=("000", "150"))
     write_png(tmp_path / "instrument_dataset_4/ground_truth/Suction_labels/frame000.png", np.zeros((18, 32), dtype=np.uint8))
-    text = refusal(lambda: endovis(tmp_path, task=task).setup("fit"))
+    text = error_of(lambda: endovis(tmp_path, task=task).setup("fit"))
     assert "Suction_labels" in text
     assert "instrument_dataset_4" in text
 
 
-# --- against the collected facts ---------------------------------------------------------------------------------------
+# --- collected facts ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A data module and where its facts stand in the JSON files."""
+    """A data module and the position of its facts in the JSON files."""
 
     file: str
     data: Callable[[], Any]
@@ -1256,9 +1256,9 @@ FACTS = {
 }
 
 
-@pytest.mark.skipif(not (SHARED / "datasets").is_dir(), reason="the collected facts are not here")
+@pytest.mark.skipif(not (SHARED / "datasets").is_dir(), reason="no collected facts")
 @pytest.mark.parametrize("facts", FACTS.values(), ids=FACTS)
-def test_tables_equal_the_collected_facts(facts):
+def test_label_tables_equal_the_collected_facts(facts):
     expected = json.loads((SHARED / "datasets" / f"{facts.file}.json").read_text())
     for key in facts.part:
         expected = expected[key]

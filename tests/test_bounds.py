@@ -1,4 +1,4 @@
-"""Bounds: by hand, against slow versions of their formulas, in simulated worlds, and through the command."""
+"""Bounds: values by hand, slow versions of their formulas, and coverage in simulations."""
 
 import math
 import sys
@@ -24,8 +24,8 @@ def offsets(foreground, background):
     return MarginOffsets(*(torch.tensor(values, dtype=torch.float64) for values in (foreground, background)))
 
 
-def close(found, expected, rtol=1e-9, atol=0.0):
-    torch.testing.assert_close(found, torch.as_tensor(expected, dtype=torch.float64), rtol=rtol, atol=atol)
+def close(actual, expected, rtol=1e-9, atol=0.0):
+    torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=torch.float64), rtol=rtol, atol=atol)
 
 
 class TestMarginBound:
@@ -41,13 +41,13 @@ class TestMarginBound:
         assert bound.miou == pytest.approx(sum(iou) / 2)
 
     def test_units_of_equal_pixels_count_once(self):
-        """100 independent pixels, and 100 images of 50 equal pixels, tell the same."""
+        """100 images of 50 equal pixels give the bound of 100 independent pixels."""
         one = margin_bound([60, 40], [6, 4], [4, 3], offsets([2.0, 3.0], [3.0, 4.0]), 0.5)
         many = margin_bound([3000, 2000], [300, 200], [200, 150], offsets([2.0, 3.0], [3.0, 4.0]), 0.5, unit_pixels=50)
         close(many.iou, one.iou)
         assert 0 < one.miou < margin_bound([3000, 2000], [300, 200], [200, 150], offsets([2.0, 3.0], [3.0, 4.0]), 0.5).miou
 
-    def test_class_without_pixels_is_left_out_and_offset_zero_promises_nothing(self):
+    def test_a_class_without_pixels_is_left_out_and_an_offset_of_zero_gives_the_bound_zero(self):
         bound = margin_bound([500, 500, 0], [0, 0, 0], [0, 0, 0], offsets([2.0, 0.0, 0.0], [2.0, 1.0, 0.0]), 0.1)
         assert bound.iou[2].isnan()
         assert bound.iou[1] == 0
@@ -56,8 +56,8 @@ class TestMarginBound:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"misses": [601, 0]}, "more than there are"),
-            ({"false_alarms": [0, 601]}, "more than there are"),
+            ({"misses": [601, 0]}, "above the number of pixels"),
+            ({"false_alarms": [0, 601]}, "above the number of pixels"),
             ({"misses": [1, 2, 3]}, "shapes"),
             ({"complexity": 0.0}, "complexity"),
             ({"delta": 1.0}, "delta"),
@@ -65,7 +65,7 @@ class TestMarginBound:
             ({"offsets": offsets([-1.0, 1.0], [1.0, 1.0])}, "negative"),
         ],
     )
-    def test_bad_input_is_named(self, change, message):
+    def test_invalid_arguments_are_refused(self, change, message):
         arguments = {
             "misses": [0, 0],
             "false_alarms": [0, 0],
@@ -77,7 +77,7 @@ class TestMarginBound:
 
     @settings(deadline=None, max_examples=50)
     @given(st.lists(st.integers(100, 10**6), min_size=2, max_size=6), st.randoms(use_true_random=False))
-    def test_more_errors_margins_units_confidence_move_it_the_right_way(self, counts, random):
+    def test_the_bound_is_monotonic_in_errors_margins_units_and_confidence(self, counts, random):
         total = sum(counts)
         misses = [random.randint(0, n // 3) for n in counts]
         alarms = [random.randint(0, (total - n) // 3) for n in counts]
@@ -92,7 +92,7 @@ class TestMarginBound:
         assert (margin_bound(counts, misses, alarms, wider, 1.0).iou >= bound).all()
 
     def test_holds_for_trained_linear_scores(self):
-        """Three classes in the plane, |x| <= 2, |w| <= 4: K = 3 * 4 * 2 (bounds.md); true IoU from fresh pixels."""
+        """Bound linear scores of three classes in the plane, |x| <= 2, |w| <= 4, K = 3 * 4 * 2 (docs/theory/bounds.md)."""
         centres = 1.5 * torch.tensor([[1.0, 0.0], [-0.5, 0.87], [-0.5, -0.87]])
         share = torch.tensor([0.6, 0.3, 0.1])
 
@@ -113,7 +113,7 @@ class TestMarginBound:
             x, label = pixels(100_000, generator)
             n = torch.bincount(label, minlength=3)
             weights = torch.zeros(3, 2, requires_grad=True)
-            for _ in range(30):  # trained on the very pixels
+            for _ in range(30):  # trained on the pixels of the bound
                 torch.nn.functional.cross_entropy(8 * x[:2000] @ weights.T, label[:2000]).backward()
                 weights = (weights - weights.grad).detach().requires_grad_()
             weights = 4 * weights.detach() / weights.detach().norm(dim=1).max()
@@ -130,7 +130,7 @@ class TestMarginBound:
         assert bounds[:, 0].mean() > 0.5, "else the bound is too low for the test to mean anything"
 
     def test_pixels_of_an_image_are_not_independent(self):
-        """20 images of 10,000 equal pixels with random labels: counted as pixels, the bound is wrong; as images, it holds."""
+        """For 20 images of 10,000 equal pixels with random labels, the bound needs `unit_pixels` to hold."""
         images, each = 20, 10_000
         torch.manual_seed(0)
         label = torch.arange(images) % 2
@@ -143,7 +143,7 @@ class TestMarginBound:
         none, margins = torch.zeros(2), offsets([0.99, 0.99], [0.99, 0.99])
         as_pixels = margin_bound(n, none, none, margins, complexity)
         as_images = margin_bound(n, none, none, margins, complexity, unit_pixels=each)
-        truth = 1 / 3  # fresh labels are coins: half of each class missed, as many false alarms
+        truth = 1 / 3  # fresh labels are random: half of each class is missed, and there are as many false alarms
         assert as_pixels.miou > 0.8
         assert as_images.miou <= truth
 
@@ -151,7 +151,7 @@ class TestMarginBound:
 class TestOptimalOffsets:
     @settings(deadline=None, max_examples=10)
     @given(st.lists(st.integers(1, 10**4), min_size=2, max_size=12))
-    def test_closed_form_where_the_errors_are_small(self, counts):
+    def test_closed_form_for_small_error_terms(self, counts):
         counts = [10**13 * n for n in counts]
         closed = margin_offsets(counts, "miou")
         total = float(closed.foreground.sum() + closed.background.sum())
@@ -159,7 +159,7 @@ class TestOptimalOffsets:
         close(torch.cat(found), torch.cat(closed), rtol=1e-3)
         assert float(torch.cat(found).sum()) == pytest.approx(total)
 
-    def test_with_errors_the_first_order_weights(self):
+    def test_margin_errors_enter_by_their_first_order_weights(self):
         counts, misses, alarms = [6e9, 3e9, 1e9], [3e8, 9e8, 5e8], [8e8, 2e8, 9e8]
         found = optimal_offsets(counts, 6.0, 1.0, misses, alarms)
         n, a, b = (torch.tensor(values, dtype=torch.float64) for values in (counts, misses, alarms))
@@ -167,7 +167,7 @@ class TestOptimalOffsets:
         expected = torch.cat([weight.sqrt() * n**0.25, (weight * iou).sqrt() * (n.sum() - n) ** 0.25])
         close(torch.cat(found), 6 * expected / expected.sum(), rtol=1e-3)
 
-    def test_better_than_any_neighbour_where_the_errors_are_large(self):
+    def test_optimum_is_better_than_its_neighbours_for_large_error_terms(self):
         counts, misses, alarms = [6000, 3000, 1000], [300, 200, 100], [100, 200, 300]
         best = optimal_offsets(counts, 60.0, 1.0, misses, alarms)
         found = torch.cat(best)
@@ -208,7 +208,7 @@ class TestOptimalOffsets:
         for number in ("1.82", "1.92", "1.53", "3.24", "470,035"):
             assert f"| {number} |" in text
 
-    def test_bad_input_is_named(self):
+    def test_invalid_arguments_are_refused(self):
         with pytest.raises(ValueError, match="without pixels"):
             optimal_offsets([5, 5, 0], 1.0, 1.0)
         with pytest.raises(ValueError, match="total_margin"):
@@ -221,7 +221,7 @@ def world(seed=0, images=60):
 
 
 def refuted(hits, union, pixels, v, classes, level):
-    """Whether the bets refute IoU <= v; the products as the docstring has them, number by number."""
+    """Return whether the bets refute IoU <= v, by the products of the docstring."""
     products = []
     for k in range(12):
         product = 1.0
@@ -233,13 +233,13 @@ def refuted(hits, union, pixels, v, classes, level):
 
 class TestConcentration:
     def test_one_perfect_image_by_hand(self):
-        """The mean bet is b = (2 - 2^-11) / 12: 1 + b (1/v - 1) = C / (1 - level)."""
+        """Solve 1 + b (1/v - 1) = C / (1 - level) with the mean bet b = (2 - 2^-11) / 12."""
         counts = np.full((1, 3, 1), 100)
         bet = (2 - 2**-11) / 12
         close(iou_lower_bounds(counts, 0.9, "pixel", 100), [1 / (1 + 9 / bet)])
 
     @pytest.mark.parametrize("seed", range(3))
-    def test_is_where_the_product_of_the_bets_reaches_its_limit(self, seed):
+    def test_the_product_of_the_bets_reaches_its_threshold_at_the_bound(self, seed):
         counts = world(seed)
         found = iou_lower_bounds(counts, 0.95, "pixel", 100_050).tolist()
         classes, informative = counts.shape[2], 0
@@ -260,7 +260,7 @@ class TestConcentration:
 
     @settings(deadline=None, max_examples=15)
     @given(st.integers(0, 10**6), st.floats(0.5, 0.99))
-    def test_falls_with_errors_and_level_and_knows_no_order(self, seed, level):
+    def test_decreases_with_errors_and_level_and_ignores_the_order(self, seed, level):
         rng = np.random.default_rng(seed)
         counts = world(seed, images=20)
         found = iou_lower_bounds(counts, level, "pixel", 200_100).nan_to_num(-1)
@@ -277,7 +277,7 @@ class TestConcentration:
 
     @pytest.mark.parametrize("images", [20, 50])
     def test_holds_for_images_of_different_sizes(self, images):
-        """The largest image of the set is no limit for the images of the source; a stated limit is, equal images need none."""
+        """The largest image of the set does not limit the images of the source; with equal weights no limit is needed."""
         source, sets, rng = coverage.TwoSizes(), 200, np.random.default_rng(images)
         bounds = {"image": [], "pixel": [], "largest of the set": []}
         for _ in range(sets):
@@ -291,10 +291,10 @@ class TestConcentration:
         at_least = scipy.stats.binom.ppf(0.001, sets, 0.95)
         assert held["image"] >= at_least
         assert held["pixel"] >= at_least
-        assert held["largest of the set"] < at_least, "else the source is too easy for the test to mean anything"
+        assert held["largest of the set"] < at_least, "the source is too easy, so the test shows nothing"
         assert np.mean(bounds["image"]) > 0.4, "else the bound is too low for the test to mean anything"
 
-    def test_an_image_larger_than_said_is_refused(self):
+    def test_an_image_above_largest_pixels_is_refused(self):
         with pytest.raises(ValueError, match="found 99, but an image has 100"):
             iou_lower_bounds(np.full((2, 3, 1), 100), 0.95, "pixel", 99)
         with pytest.raises(ValueError, match="largest_pixels"):
@@ -302,12 +302,12 @@ class TestConcentration:
 
 
 def slow_bootstrap(counts, level, resamples, seed):
-    """The studentised bootstrap of the docstring, one resample at a time."""
+    """Compute the studentised bootstrap of the docstring, one resample at a time."""
 
     def estimate(images):
         hits, union = images[:, 0].astype(float), (images[:, 1] + images[:, 2] - images[:, 0]).astype(float)
-        there = union.any(0)
-        hits, union = hits[:, there], union[:, there]
+        present = union.any(0)
+        hits, union = hits[:, present], union[:, present]
         iou = hits.sum(0) / union.sum(0)
         parts = [
             sum((h[i] - iou[i] * u[i]) / union[:, i].mean() for i in range(len(iou))) / len(iou)
@@ -340,13 +340,13 @@ class TestWeights:
     METHODS = ("bootstrap", "concentration")
 
     def test_iou_by_hand(self):
-        """A small image with 3 of 4 right, a large one with 10 of 40 right, one without a label."""
+        """Use a small image with 3 of 4 pixels right, a large one with 10 of 40, and one without labels."""
         counts = np.array([[[2, 1], [2, 2], [3, 1]], [[10, 0], [20, 20], [30, 10]], [[0, 0], [0, 0], [0, 0]]])
         close(held_out_iou(counts), [12 / (3 + 40), 1 / (2 + 30)])
         close(held_out_iou(counts, "image"), [(2 / 4 + 10 / 40) / (3 / 4 + 40 / 40), (1 / 4) / (2 / 4 + 30 / 40)])
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_are_the_same_for_images_of_one_size(self, method):
+    def test_weights_are_equal_for_images_of_one_size(self, method):
         rng = np.random.default_rng(4)
         target = rng.multinomial(700, [0.6, 0.3, 0.1], 40)
         hits = rng.binomial(target, rng.beta(8, 2, (40, 1)))
@@ -361,14 +361,14 @@ class TestWeights:
         close(held_out_iou(counts, "image"), held_out_iou(counts))
 
     @pytest.mark.parametrize("method", METHODS)
-    def test_the_size_of_an_image_does_not_matter_to_equal_images(self, method):
+    def test_weight_image_ignores_the_size_of_images(self, method):
         counts = world(5, images=40)
         times = np.random.default_rng(0).integers(1, 100, (40, 1, 1))
         small, large = (miou_lower_bound(found, 0.9, method, weight="image") for found in (counts, counts * times))
         assert large == pytest.approx(small, rel=1e-6)
         assert small > 0
 
-    def test_an_image_without_labels_tells_nothing(self):
+    def test_images_without_labels_do_not_change_the_bound(self):
         counts = world(5, images=40)
         more = np.concatenate([counts, np.zeros_like(counts[:5])])
         close(iou_lower_bounds(more, 0.9).nan_to_num(-1), iou_lower_bounds(counts, 0.9).nan_to_num(-1))
@@ -376,14 +376,14 @@ class TestWeights:
 
 class TestBootstrap:
     @pytest.mark.parametrize("seed", [1, 2, 5])
-    def test_is_the_formula_one_resample_at_a_time(self, seed):
+    def test_equals_the_formula_one_resample_at_a_time(self, seed):
         counts = world(seed, images=40)
         expected = slow_bootstrap(counts, 0.9, 200, seed=3)
         assert expected > 0
         assert miou_lower_bound(counts, 0.9, resamples=200, seed=3) == pytest.approx(expected, rel=1e-6)
 
-    def test_agrees_with_scipy_where_all_methods_do(self):
-        """Many images, every class in each: percentile, BCa and studentised intervals coincide."""
+    def test_agrees_with_scipy_where_all_methods_agree(self):
+        """With many images that contain every class, percentile, BCa and studentised intervals agree."""
         rng = np.random.default_rng(0)
         target = rng.multinomial(1000, [0.5, 0.3, 0.2], 1500)
         hits = rng.binomial(target, rng.beta(8, 2, (1500, 1)))
@@ -407,23 +407,23 @@ class TestBootstrap:
 
     @settings(deadline=None, max_examples=20)
     @given(st.integers(0, 10**6))
-    def test_falls_with_level_lies_below_the_estimate_and_knows_no_order(self, seed):
+    def test_decreases_with_level_is_below_the_estimate_and_ignores_the_order(self, seed):
         rng = np.random.default_rng(seed)
         counts = world(seed, images=30)
         found = [miou_lower_bound(counts, level, resamples=300) for level in (0.6, 0.9, 0.99)]
         assert np.nanmean(coverage.iou_of(counts.sum(0))) >= found[0] >= found[1] >= found[2] >= 0
         mixed = counts[rng.permutation(30)][:, :, rng.permutation(counts.shape[2])]
-        # classes are added in another order, which may exchange images of (nearly) the same influence
+        # another order of classes rounds differently and may swap images of almost equal influence
         assert miou_lower_bound(mixed, 0.9, resamples=300) == pytest.approx(found[1], abs=0.02)
         again = counts[rng.permutation(30)]
         assert miou_lower_bound(again, 0.9, resamples=300) == pytest.approx(found[1], rel=1e-6, abs=1e-9)
 
-    def test_more_images_of_the_same_kind_tighten_it(self):
+    def test_more_images_of_the_same_kind_give_a_tighter_bound(self):
         counts = world(5, images=40)
         bounds = [miou_lower_bound(np.repeat(counts, times, axis=0)) for times in (1, 4, 16)]
         assert bounds[0] < bounds[1] < bounds[2]
 
-    def test_one_image_tells_nothing_and_perfect_ones_not_everything(self):
+    def test_one_image_gives_zero_and_perfect_images_give_less_than_one(self):
         perfect = np.zeros((30, 3, 2), dtype=np.int64)
         perfect[:, :, 0] = 900
         perfect[0, :, 1] = 100  # in one image only
@@ -437,9 +437,9 @@ class TestBootstrap:
     ("counts", "options", "message"),
     [
         (np.ones((4, 3)), {}, r"shape \(4, 3\)"),
-        (np.ones((4, 3, 2)), {}, "float64, expected integers"),
+        (np.ones((4, 3, 2)), {}, "counts: found dtype float64"),
         (np.array([[[2], [1], [3]]]), {}, "hits"),
-        (np.array([[[1, 1], [4, 1], [4, 8]]]), {}, "image 0 has 5 target pixels in all, but 8"),
+        (np.array([[[1, 1], [4, 1], [4, 8]]]), {}, "image 0 has 5 target pixels, but 8"),
         (np.ones((4, 3, 2), dtype=int), {"weight": "area"}, "weight: found 'area'"),
         (np.ones((4, 3, 2), dtype=int), {"largest_pixels": 9}, "largest_pixels: found 9, but the bootstrap"),
         (
@@ -454,19 +454,19 @@ class TestBootstrap:
         (np.ones((4, 3, 2), dtype=int), {"resamples": 10}, "resamples"),
     ],
 )
-def test_bad_counts_are_named(counts, options, message):
+def test_invalid_counts_and_settings_are_refused(counts, options, message):
     with pytest.raises(ValueError, match=message):
         miou_lower_bound(counts, **options)
 
 
 def test_coverage_in_simulated_worlds():
-    """The small version of benchmarks/coverage.py."""
+    """Run a small version of benchmarks/coverage.py."""
     bounds = {name: coverage.BOUNDS[name] for name in ("bootstrap", "concentration")}
     bounds["none"] = lambda counts, level: float(np.nanmean(coverage.iou_of(counts.sum(0))))
     found = coverage.simulate(100, [60], 0.95, bounds, seed=1, truth_images=10_000)[60]
     holds = {name: (found[name] <= found["truth"]).mean() for name in bounds}
     assert holds["bootstrap"] >= 0.93
     assert holds["concentration"] >= 0.95
-    assert holds["none"] < 0.8, "the estimate itself is no bound, or the test could not fail"
+    assert holds["none"] < 0.8, "the estimate itself holds too often, so the test shows nothing"
     distance = {name: (found["estimate"] - found[name]).mean() for name in bounds}
-    assert 0 < distance["bootstrap"] < 0.5 * distance["concentration"], "and the bootstrap is the tight one"
+    assert 0 < distance["bootstrap"] < 0.5 * distance["concentration"], "the bootstrap is not the tighter method"

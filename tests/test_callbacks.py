@@ -1,4 +1,4 @@
-"""Callbacks: one confusion matrix per split, exact over processes; pictures and files by their pixels."""
+"""Callbacks: one confusion matrix per split, also of several processes; pixels of pictures and files."""
 
 import gc
 import subprocess
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from matplotlib.artist import Artist
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch.utils.data import DataLoader
@@ -23,7 +24,7 @@ from mcseg.evaluation.metrics import score
 
 
 class Answers(pl.LightningModule):
-    """Gives the predictions that the batch holds."""
+    """Returns the predictions in the batch."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +49,7 @@ class Answers(pl.LightningModule):
 
 
 def batches(count=7, size=2, classes=3):
-    """Images, targets and predictions of known values; count does not divide by the batch size."""
+    """Return targets, predictions and a loader of both with images; the last batch is smaller."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(0, classes, (count, 6, 8), generator=generator)
     target[:, 0, 0] = 255
@@ -92,7 +93,7 @@ def test_logged_scores_are_those_of_the_whole_split(tmp_path, verb):
     assert logged[f"{split}/pixel_accuracy"] == pytest.approx(np.diag(counts).sum() / counts.sum(), rel=1e-6)
     assert logged[f"{split}/classes_averaged"] == 3
     again = getattr(run, verb)(Answers(), loader, verbose=False)[0]
-    assert again == logged  # counts start anew
+    assert again == logged  # the counts are reset
 
 
 def test_absent_classes_are_left_out_and_counted(tmp_path):
@@ -139,8 +140,8 @@ if run.is_global_zero:
 """
 
 
-def test_two_processes_count_what_one_counts(tmp_path):
-    """Seven images on two processes in batches of two: the sampler repeats one, which must not count."""
+def test_two_processes_count_the_same_as_one(tmp_path):
+    """Seven images on two processes in batches of two: the image that the sampler repeats must count once."""
     target, preds, _ = batches()
     script = tmp_path / "run.py"
     script.write_text(DDP.format(tests=str(Path(__file__).parent), folder=str(tmp_path)))
@@ -163,7 +164,7 @@ def test_palette_image_keeps_ids_and_shows_colours(tmp_path):
     with Image.open(tmp_path / "sub" / "m.png") as file:
         assert np.asarray(file).tolist() == [[0, 1], [1, 255]]
         assert np.asarray(file.convert("RGB")).tolist() == [[[10, 20, 30], [200, 0, 0]], [[200, 0, 0], [0, 0, 0]]]
-    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["m.png"]  # nothing temporary is left
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["m.png"]  # no temporary file remains
 
 
 def test_overlay_is_half_of_each():
@@ -172,7 +173,7 @@ def test_overlay_is_half_of_each():
     assert pictures.as_array(picture)[0].tolist() == [[50, 50, 50], [150, 50, 50]]
 
 
-def test_failed_picture_leaves_nothing_behind(tmp_path):
+def test_a_failed_picture_leaves_no_file(tmp_path):
     class Broken:
         def save(self, path):
             path.write_bytes(b"half")
@@ -195,10 +196,10 @@ def test_panel_shows_image_target_and_prediction():
     assert row[376 + 90].tolist() == [255, 0, 0]
     assert row[376 + 270].tolist() == [0, 0, 0]  # void in the target
     assert row[744 + 90].tolist() == [0, 255, 0]
-    assert row[744 + 270].tolist() == [0, 0, 0]  # and so not scored
+    assert row[744 + 270].tolist() == [0, 0, 0]  # void is drawn in the prediction as well
 
 
-def test_panel_is_written_at_the_stated_epochs_and_logged(tmp_path):
+def test_panels_are_written_and_logged_in_the_epochs_of_the_interval(tmp_path):
     _, _, loader = batches()
     logger = pl.loggers.TensorBoardLogger(tmp_path, name="", version="")
     run = trainer(tmp_path, [PredictionPanel(images=3, every_n_epochs=2)], max_epochs=5, logger=logger, log_every_n_steps=1)
@@ -249,7 +250,7 @@ def test_prediction_files_have_the_images_names(tmp_path):
             assert file.size == (10, 8)
 
 
-def test_curves_go_on_after_a_checkpoint(tmp_path):
+def test_curves_continue_after_a_checkpoint(tmp_path):
     _, _, loader = batches()
     curves = TrainingCurves()
     trainer(tmp_path, [JaccardCallback(["a", "b", "c"]), curves], max_epochs=2, log_every_n_steps=1).fit(
@@ -293,7 +294,7 @@ def test_contact_sheet_shows_images_labels_and_shares(tmp_path):
     assert (image == 77).all()
     assert (labels == (200, 0, 0)).all()
     assert (sheet[24:174, 932:1232] == (0, 200, 0)).all()
-    # the third sample begins the second line, and nothing is beside it
+    # the third sample starts the second line, with white beside it
     assert (sheet[206:356, 316:616] == (0, 200, 0)).all()
     assert (sheet[206:356, 624:] == 255).all()
     # largest share first in the legend
@@ -302,11 +303,11 @@ def test_contact_sheet_shows_images_labels_and_shares(tmp_path):
 
 def test_curves_of_many_classes_are_drawn_without_a_legend(tmp_path):
     row = {"epoch": 0, "train/loss": 1.0, "val/miou": 0.5} | {f"val/iou/class {index}": 0.5 for index in range(171)}
-    pictures.save_curves([row, {**row, "epoch": 1}], tmp_path / "curves.png")  # a legend would leave no room and warn
+    pictures.save_curves([row, {**row, "epoch": 1}], tmp_path / "curves.png")  # matplotlib warns if a legend leaves no room
     assert (tmp_path / "curves.png").is_file()
 
 
-def test_panel_of_many_classes_names_those_that_are_shown():
+def test_panel_of_many_classes_names_those_in_the_pictures():
     names = [f"class {index}" for index in range(171)]
     palette = [(index, 0, 0) for index in range(171)]
     image = torch.zeros(3, 20, 40, dtype=torch.uint8)
@@ -314,11 +315,11 @@ def test_panel_of_many_classes_names_those_that_are_shown():
         pictures.panel([(image, target, torch.zeros_like(target))], names, palette).height
         for target in (torch.full((20, 40), 7), torch.arange(800).view(20, 40) % 171)
     )
-    assert many >= few + 10 * 24  # one line of the legend against more than ten
+    assert many >= few + 10 * 24  # more than ten further lines in the legend
 
 
 class Counted(pl.LightningDataModule):
-    """Seven images of four classes; the third is rare in the training labels, the second has none there."""
+    """Seven images of four classes; in the training labels the third is rare and the second is absent."""
 
     class_names = ("road", "nowhere", "pole", "car")
 
@@ -344,7 +345,7 @@ def test_mean_of_the_rarest_third_is_logged_in_training(tmp_path):
     run = trainer(tmp_path, [JaccardCallback()])
     run.fit(Answers(), Counted())
     logged = run.callback_metrics
-    # Of three classes with training labels, the rarest third is one: the pole.
+    # Three classes have training labels, so the rarest third is one class, the pole.
     assert float(logged["val/miou_tail"]) == pytest.approx(float(logged["val/iou/pole"]))
     assert float(logged["val/miou"]) != pytest.approx(float(logged["val/miou_tail"]))
 
@@ -357,17 +358,30 @@ def test_classes_that_are_never_predicted_are_named_once(tmp_path):
     assert "targets contain them: car, pole;" in named[0]
 
 
-def test_curves_leave_no_garbage(tmp_path):
-    """A figure is thousands of objects in cycles; drawn after every epoch, they fill the memory before Python looks for them."""
+def artists():
+    """Figures, axes, lines and texts of matplotlib that are alive and not frozen."""
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), Artist)]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+def test_curves_leave_no_garbage(tmp_path, frozen):
+    """A figure is thousands of objects in cycles; without a collection a long run keeps many figures in memory."""
     history = [{"epoch": epoch, "train/loss": 1.0, "val/miou": 0.5} for epoch in range(3)]
-    pictures.save_curves(history, tmp_path / "curves.png")
-    for _ in range(5):  # what finalizers of other tests' objects let go of is found a turn later
-        gc.collect()
+    pictures.save_curves(history, tmp_path / "curves.png")  # fills matplotlib's caches
+    was_frozen = gc.get_freeze_count() > 0  # the suite freezes the libraries
+    gc.unfreeze()
+    gc.collect()
+    if frozen:
+        gc.freeze()
     gc.disable()
     try:
+        before = artists()  # kept alive, so that no new object gets the id of an old one
         pictures.save_curves(history, tmp_path / "curves.png")
-        left = gc.collect()
+        known = {id(thing) for thing in before}
+        assert [type(thing) for thing in artists() if id(thing) not in known] == []
+        assert (gc.get_freeze_count() > 0) == frozen  # as before the call
     finally:
         gc.enable()
-    assert left < 100
-    assert gc.get_freeze_count() == 0
+        gc.unfreeze()
+        if was_frozen:
+            gc.freeze()

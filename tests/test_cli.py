@@ -71,7 +71,7 @@ BENCHMARKS = {
 
 @pytest.fixture
 def arguments(camvid_root, photo_folder, tmp_path):
-    """What a recipe needs to run on small data: a function from its name to arguments."""
+    """Return a function from the name of a recipe to its arguments for small data."""
     scenes = ["--data.train_scenes=4", "--data.val_scenes=2", "--data.test_scenes=2", "--data.size=[32,48]"]
 
     def of(recipe):
@@ -89,13 +89,12 @@ def arguments(camvid_root, photo_folder, tmp_path):
 
 
 def fails(capsys, words, code=1):
-    """Run, expect the exit code, and return what was said on standard error."""
+    """Run, check the exit code, and return the error line."""
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == code
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mcseg: error")]
-    assert len(said) == 1
-    return said[0]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mcseg: error")]
+    return line
 
 
 def run_folder(recipe):
@@ -148,7 +147,7 @@ def test_every_recipe_through_every_verb(recipe, arguments, photo_folder, caplog
     assert len(list((out / "overlays").iterdir())) == 10
 
 
-# Values that a label map for the server may hold, and the name of one of its files.
+# Label values that the server accepts, the name of one of its files, and its size
 SUBMISSIONS = {
     "bdd100k": (set(range(19)), "ac6d4f42-00000000.png", (32, 18)),
     "cityscapes": (
@@ -163,7 +162,7 @@ SUBMISSIONS = {
 
 
 @pytest.mark.parametrize("recipe", sorted(SUBMISSIONS))
-def test_submissions_are_what_the_servers_take(recipe, arguments, tmp_path):
+def test_submissions_have_the_servers_format(recipe, arguments, tmp_path):
     values, name, size = SUBMISSIONS[recipe]
     common = [
         "--config",
@@ -197,7 +196,7 @@ def test_submissions_are_what_the_servers_take(recipe, arguments, tmp_path):
 
 
 def test_official_evaluation_of_a_submission_gives_the_logged_miou(arguments, tmp_path, monkeypatch):
-    """Predictions of the validation split, read by cityscapesscripts as its server would, score as `validate` says."""
+    """Predictions of the validation split, scored by cityscapesscripts as on its server, have the scores of `validate`."""
     common = ["--config", "cityscapes", *arguments("cityscapes"), *TINY]
     main(["fit", *common])
     checkpoint = str(run_folder("cityscapes") / "checkpoints" / "best.ckpt")
@@ -208,7 +207,7 @@ def test_official_evaluation_of_a_submission_gives_the_logged_miou(arguments, tm
     main(["predict", *common, *options, "--format", "cityscapes"])
 
     official = official_scores(tmp_path / "benchmark data", out / "submission")
-    # Without the classes that neither targets nor predictions hold, in the official average as well as in ours
+    # Both averages leave out classes without target and predicted pixels
     assert float(logged["val/miou"]) == pytest.approx(official["averageScoreClasses"], abs=1e-6)
     for name, value in official["classScores"].items():
         if f"val/iou/{name}" in logged:
@@ -269,7 +268,7 @@ def test_every_objective_on_a_data_recipe(name, device, precision, arguments, ca
     assert all(bool(weights.isfinite().all()) for weights in module.network.state_dict().values())
 
 
-def test_recipe_of_an_objective_keeps_nothing_of_the_one_below():
+def test_a_recipe_of_an_objective_keeps_nothing_of_the_former_objective():
     parser = _ParseOnly("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False).parser
     names = [f"objectives/{path.stem}" for path in (RECIPES / "objectives").glob("*.yaml")]
     below = ["power_dice", "iou_weighted", "logit_adjustment", "ldam", "tversky", "cross_entropy_weighted"]
@@ -280,14 +279,14 @@ def test_recipe_of_an_objective_keeps_nothing_of_the_one_below():
         return parser.parse_args(words[1:]).model.objective.as_dict()
 
     for name in names:
-        alone = objective("synthetic", name)
-        assert all(alone == objective("synthetic", f"objectives/{other}", name) for other in below), name
+        expected = objective("synthetic", name)
+        assert all(expected == objective("synthetic", f"objectives/{other}", name) for other in below), name
     changed = objective("synthetic", names[0], "objectives/margin_calibration")
     assert changed["class_path"].endswith("MarginCalibrationLoss")
     assert changed["init_args"].items() >= {"scheme": "ijcv2022", "tau": 10.0}.items()
 
 
-def test_the_default_objective_is_one_wherever_it_is_asked_for():
+def test_the_default_objective_is_the_same_everywhere():
     recipe = yaml.safe_load((RECIPES / "objectives" / "default.yaml").read_text())["model"]["objective"]
     assert recipe == {"class_path": "mcseg.losses.DiceLoss", "init_args": {"power": 0.5, "classes": "all"}}
     cli = _ParseOnly("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False)
@@ -313,7 +312,7 @@ def test_an_objective_by_its_name_keeps_nothing_of_the_default(tmp_path):
         _, found = find_recipes(["fit", "--config", "camvid", *words])
         objective = parser.parse_args(found[1:]).model.objective
         assert objective.class_path.endswith("DiceLoss")
-        assert objective.init_args.classes == "present"  # its own default; that of power Dice is "all"
+        assert objective.init_args.classes == "present"  # DiceLoss's default; power Dice has "all"
 
 
 @pytest.mark.parametrize(
@@ -321,11 +320,7 @@ def test_an_objective_by_its_name_keeps_nothing_of_the_default(tmp_path):
     [
         (["--config", "camvid"], "unet", {"encoder_depth": 4, "decoder_channels": [64, 48, 32, 16]}),
         (["--config", "camvid", "--model.arch", "deeplabv3plus"], "deeplabv3plus", None),
-        (
-            ["--model.arch=fpn", "--model.encoder=resnet18"],
-            "fpn",
-            None,
-        ),  # behind the recipe that is taken where none is named
+        (["--model.arch=fpn", "--model.encoder=resnet18"], "fpn", None),  # after the default recipe
         (
             ["--config=camvid", '--model.network_options={"encoder_depth":3}', "--model.arch=fpn"],
             "fpn",
@@ -337,8 +332,8 @@ def test_an_objective_by_its_name_keeps_nothing_of_the_default(tmp_path):
     ],
     ids=str,
 )
-def test_another_architecture_keeps_no_options_of_the_one_below(words, arch, options):
-    """DeepLab with the decoder's channels of a U-Net was an error of its network."""
+def test_another_architecture_keeps_no_options_of_the_former_one(words, arch, options):
+    """A DeepLab refuses the decoder's channels of a U-Net."""
     Path("own.yaml").write_text("model: {arch: linknet}\n")
     parser = _ParseOnly("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False).parser
     _, found = find_recipes(["fit", *words])
@@ -347,7 +342,7 @@ def test_another_architecture_keeps_no_options_of_the_one_below(words, arch, opt
 
 
 def test_inference_from_the_command_line(arguments):
-    """Settings of whole-image inference reach validate, and what they give is what they give in Python."""
+    """Settings of whole-image inference reach validate and give the same score as in Python."""
     common = ["--config", "camvid", *arguments("camvid"), *TINY, "--trainer.precision=32-true"]
     main(["fit", *common])
     path = run_folder("camvid") / "checkpoints" / "last.ckpt"
@@ -375,7 +370,7 @@ def test_wrong_inference_is_one_line(arguments, capsys):
     words = ["validate", "--config", "camvid", *arguments("camvid"), *TINY, "--inference.overlap", "1.5"]
     main(["fit", *words[1:-2]])
     path = run_folder("camvid") / "checkpoints" / "last.ckpt"
-    assert "overlap: found 1.5; expected at least 0 and below 1" in fails(capsys, [*words, "--ckpt_path", str(path)])
+    assert "overlap: found 1.5, expected" in fails(capsys, [*words, "--ckpt_path", str(path)])
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (RECIPES / "options").glob("*.yaml")))
@@ -392,8 +387,8 @@ def test_a_format_needs_its_own_data(arguments, photo_folder, capsys):
     main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY])
     checkpoint = str(run_folder("synthetic") / "checkpoints" / "best.ckpt")
     words = ["--ckpt_path", checkpoint, "--data.predict_root", str(photo_folder / "images"), "--format", "cityscapes"]
-    said = fails(capsys, ["predict", "--config", "synthetic", *arguments("synthetic"), *TINY, *words])
-    assert "format cityscapes: the data are SyntheticData, expected those of cityscapes" in said
+    line = fails(capsys, ["predict", "--config", "synthetic", *arguments("synthetic"), *TINY, *words])
+    assert "format cityscapes: the data are SyntheticData, expected those of cityscapes" in line
 
 
 def test_checkpoint_from_the_command_line_in_python(arguments):
@@ -452,7 +447,7 @@ def test_any_objective_by_its_name(arguments, objective):
     main(["validate", "--config", "synthetic", *arguments("synthetic"), *TINY, "--ckpt_path", str(path)])
 
 
-def test_recipe_of_the_users_own_and_layering(arguments, tmp_path):
+def test_a_users_recipe_over_another_one(arguments, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("trainer: {max_steps: 2}\nmodel: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.25}}}\n")
     words = [word for word in TINY if word not in ("--trainer.max_epochs",)]
@@ -473,7 +468,9 @@ def test_saved_config_repeats_the_run_in_a_new_folder(arguments):
     first = run_folder("synthetic")
     main(["fit", "--config", str(first / "config.yaml")])
     second = run_folder("config")
-    assert logged_rows(first) == logged_rows(second)  # to the last digit, though the second found the label counts cached
+    assert logged_rows(first) == logged_rows(
+        second
+    )  # to the last digit, although the second run read the label counts from the cache
     assert len(list((first / "checkpoints").iterdir())) == 2
 
 
@@ -490,7 +487,7 @@ def test_repeating_a_run_of_a_named_folder_overwrites_nothing(arguments, tmp_pat
 
 
 def test_checkpoints_of_an_earlier_version(arguments, tmp_path, capsys):
-    """What it did not know has its default, not the recipe's value; what no longer fits is named."""
+    """Arguments that the checkpoint does not have get their default, not the recipe's value; refused settings are named."""
     common = ["--config", "synthetic", *arguments("synthetic"), *TINY]
     main(["fit", *common, "--model.objective", "DiceLoss", "--trainer.default_root_dir", str(tmp_path / "run")])
     checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
@@ -516,7 +513,7 @@ def test_checkpoints_of_an_earlier_version(arguments, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["validate", *common, "--ckpt_path", str(early)])
     message = capsys.readouterr().err.splitlines()[-1]
-    assert "settings that do not hold here (written by mcseg 0.0.9, this is 0.1.0)" in message
+    assert "settings that this version refuses (written by mcseg 0.0.9, this is 0.1.0)" in message
     assert "'model' does not accept option 'gone'" in message
 
 
@@ -528,7 +525,7 @@ def test_resuming_from_the_command_line(arguments):
     assert torch.load(run_folder("synthetic") / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
 
 
-def test_wandb_offline_twice_into_one_place(arguments, tmp_path):
+def test_wandb_offline_twice_into_one_folder(arguments, tmp_path):
     words = [
         "fit",
         "--config",
@@ -545,7 +542,7 @@ def test_wandb_offline_twice_into_one_place(arguments, tmp_path):
         wandb.finish()
     runs = list((tmp_path / "same" / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
-    assert list(runs[0].rglob("*.png"))  # the panel
+    assert list(runs[0].rglob("*.png"))  # the prediction panel
     assert (tmp_path / "same" / "config.yaml").is_file()
 
 
@@ -574,7 +571,7 @@ def test_stats(arguments, camvid_root, capsys):
         assert file.width > 500
 
 
-def test_stats_prints_what_the_objective_derives_from_the_counts(arguments, capsys):
+def test_stats_prints_the_class_constants_of_the_objective(arguments, capsys):
     heads = {}
     for objective in (None, "DiceLoss", "MarginCalibrationLoss", "LogitAdjustmentLoss"):
         words = ["--model.objective", objective] if objective else []
@@ -590,7 +587,7 @@ def test_check_of_good_data(arguments, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "no problems found"
 
 
-def test_bad_files_are_listed_by_check_and_stop_fit_at_once(arguments, photo_folder, capsys):
+def test_bad_files_are_listed_by_check_and_stop_fit_early(arguments, photo_folder, capsys):
     break_three(photo_folder)
     with pytest.raises(SystemExit) as end:
         main(["check", "--config", "folder", *arguments("folder")])
@@ -603,20 +600,20 @@ def test_bad_files_are_listed_by_check_and_stop_fit_at_once(arguments, photo_fol
         "3 problems found",
     ):
         assert expected in out
-    said = fails(capsys, ["fit", "--config", "folder", *arguments("folder"), *TINY])
-    assert "photo 8.png: the mask is 32x12" in said or "photo 2.jpg: cannot be read" in said
+    line = fails(capsys, ["fit", "--config", "folder", *arguments("folder"), *TINY])
+    assert "photo 8.png: the mask is 32x12" in line or "photo 2.jpg: cannot be read" in line
     assert not list(Path().rglob("*.ckpt"))
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_bad_file_found_by_a_worker_is_one_line(arguments, photo_folder, capsys, workers):
-    """The header is sound, so the file is only found when its pixels are decoded, in another process."""
+    """The header is valid, so the error occurs only when a worker decodes the pixels."""
     for photo in (photo_folder / "images").iterdir():
         photo.write_bytes(photo.read_bytes()[:-200])
-    said = fails(capsys, ["fit", "--config", "folder", *arguments("folder"), *TINY, "--data.num_workers", workers])
-    assert "cannot be read" in said
-    assert "Traceback" not in said
-    assert said.startswith("mcseg: error: " + str(photo_folder))
+    line = fails(capsys, ["fit", "--config", "folder", *arguments("folder"), *TINY, "--data.num_workers", workers])
+    assert "cannot be read" in line
+    assert "Traceback" not in line
+    assert line.startswith("mcseg: error: " + str(photo_folder))
 
 
 def test_help_lists_verbs_and_recipes(capsys):
@@ -626,7 +623,7 @@ def test_help_lists_verbs_and_recipes(capsys):
         assert word in out
 
 
-def test_download_says_what_an_account_is_needed_for(capsys, tmp_path):
+def test_download_lists_archives_that_need_an_account(capsys, tmp_path):
     main(["download", "cityscapes", "--root", str(tmp_path / "data")])
     out = capsys.readouterr().out
     for text in ("gtFine_trainvaltest.zip", "https://www.cityscapes-dataset.com/", "leftImg8bit/{train,val,test}/<city>/"):
@@ -643,7 +640,7 @@ def test_show_puts_images_beside_their_labels(recipe, arguments, capsys):
     assert sheet.shape[1] == 1240
     data = {"camvid": (128, 128, 128), "cityscapes": (119, 11, 32), "endovis2017": (128, 128, 0)}
     if recipe in data:
-        assert (sheet[:, 316:616] == data[recipe]).all(-1).any(), "labels are drawn in the class colours"
+        assert (sheet[:, 316:616] == data[recipe]).all(-1).any(), "labels have the class colours"
 
 
 def test_show_of_withheld_labels_is_void(arguments):
@@ -671,8 +668,8 @@ def test_no_run_folder_name_is_used_twice(arguments, monkeypatch):
     for _ in range(2):
         main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY])
     assert sorted(os.listdir("runs/synthetic")) == ["20260102-030405", "20260102-030405-2"]
-    # of two that are started together neither has written anything when the other chooses
-    monkeypatch.setenv("MCSEG_RUN_FOLDER", "")  # as the function leaves it set
+    # Two runs started together choose their folders before either has written a file
+    monkeypatch.setenv("MCSEG_RUN_FOLDER", "")  # restores the variable after the test, as run_folder sets it
     assert [new_run_folder("folder", "fit").name for _ in range(2)] == ["20260102-030405", "20260102-030405-2"]
 
 

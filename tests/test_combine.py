@@ -1,4 +1,4 @@
-"""Sums of objectives: values, warm-up, calibration, and the way through YAML and checkpoints."""
+"""SumLoss: values, warm-up, calibration, and refused settings."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def case():
     return torch.randn(2, 3, 4, 5, dtype=torch.float64), target
 
 
-def test_the_sum_is_weighted_and_its_terms_are_kept():
+def test_the_sum_is_weighted_and_has_its_terms():
     logits, target = case()
     loss = SumLoss(3, TWO)
     assert not loss.is_calibrated
@@ -51,7 +51,7 @@ def test_warm_up_by_cross_entropy():
     assert float(copy(logits, target)) == pytest.approx(end)  # a resumed run does not warm up again
     for _ in range(3):
         loss.eval()(logits, target)
-    assert int(loss.steps) == 7  # validation takes no steps
+    assert int(loss.steps) == 7  # validation does not count
 
 
 def test_the_same_objective_twice_has_two_terms():
@@ -64,19 +64,19 @@ def test_the_same_objective_twice_has_two_terms():
     ("objectives", "message"),
     [
         ([], "objectives: found none"),
-        ([{"class": "x"}], "found the keys \\['class'\\], expected class_path, init_args and weight"),
-        ([{"class_path": "mcseg.losses.Nothing"}], "mcseg.losses.Nothing cannot be made"),
-        ([{"class_path": "mcseg.losses.CrossEntropyLoss", "init_args": {"x": 1}}], "CrossEntropyLoss cannot be made"),
+        ([{"class": "x"}], "found the keys \\['class'\\], expected class_path"),
+        ([{"class_path": "mcseg.losses.Nothing"}], "mcseg.losses.Nothing"),
+        ([{"class_path": "mcseg.losses.CrossEntropyLoss", "init_args": {"x": 1}}], "mcseg.losses.CrossEntropyLoss .*'x'"),
         ([{"class_path": "pathlib.Path"}], "found pathlib.Path, expected a class derived from torch.nn.Module"),
     ],
     ids=str,
 )
-def test_refusals(objectives, message):
+def test_invalid_objectives_are_refused(objectives, message):
     with pytest.raises(ValueError, match=message):
         SumLoss(3, objectives)
 
 
-def test_nothing_but_modules_is_called(tmp_path):
+def test_only_modules_are_called(tmp_path):
     call = {"class_path": "os.mkdir", "init_args": {"path": str(tmp_path / "owned")}}
     with pytest.raises(ValueError, match="found os.mkdir, expected a class derived from torch.nn.Module"):
         SumLoss(3, [call])

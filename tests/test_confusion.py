@@ -1,4 +1,4 @@
-"""Predicted classes and confusion counts against NumPy and scikit-learn; the Triton kernels too, on a GPU or interpreted."""
+"""Predicted classes and confusion counts of all backends against NumPy and scikit-learn; Triton on a GPU or interpreted."""
 
 import math
 
@@ -28,8 +28,8 @@ def kernel_predictions(logits, size=None, upsampling=None):
 
 
 def kernel_counts(preds, target, classes, ignore_index=255):
-    found = on_gpu().confusion_counts(preds.to(DEVICE), target.to(DEVICE), classes, ignore_index).cpu()
-    return found[:-1].view(classes, classes), found[-1]
+    counts = on_gpu().confusion_counts(preds.to(DEVICE), target.to(DEVICE), classes, ignore_index).cpu()
+    return counts[:-1].view(classes, classes), counts[-1]
 
 
 PREDICTED = {"blocks": predicted_classes, "kernel": kernel_predictions}
@@ -47,26 +47,26 @@ each_count = pytest.mark.parametrize("counted", COUNTED.values(), ids=COUNTED)
     ties=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_predicted_classes_are_numpys(predicted, shape, dtype, layout, ties, seed):
+def test_predicted_classes_equal_the_argmax_of_numpy(predicted, shape, dtype, layout, ties, seed):
     logits = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     logits = (logits.round() if ties else logits).to(dtype)
     if layout == "channels last":
         logits = logits.to(memory_format=torch.channels_last)
     elif layout == "cropped":
         logits = F.pad(logits, (1, 2, 3, 1))[..., 3 : 3 + shape[2], 1 : 1 + shape[3]]
-    found = predicted(logits)
-    assert found.dtype == (torch.uint8 if shape[1] <= 256 else torch.int16)
-    assert found.tolist() == np.argmax(logits.float().numpy(), 1).tolist()
+    preds = predicted(logits)
+    assert preds.dtype == (torch.uint8 if shape[1] <= 256 else torch.int16)
+    assert preds.tolist() == np.argmax(logits.float().numpy(), 1).tolist()
 
 
 @each_prediction
 @pytest.mark.parametrize("shape", [(1, 4, 7), (2, 3, 2, 3, 5), (2, 3, 0, 4), (0, 3, 2, 2)], ids=str)
-def test_other_numbers_of_dimensions_and_nothing(predicted, shape):
+def test_other_numbers_of_dimensions_and_empty_images(predicted, shape):
     logits = torch.randn(shape)
     assert torch.equal(predicted(logits).long(), logits.argmax(1))
 
 
-def test_pixels_without_an_image():
+def test_logits_without_spatial_dimensions():
     logits = torch.randn(9, 5)
     assert torch.equal(predicted_classes(logits).long(), logits.argmax(1))
 
@@ -79,9 +79,9 @@ def test_infinities_and_nan(predicted):
     logits[0, :, 0, 2] *= 1e38
     logits[0, 3, 0, 3] = logits[0, :, 0, 3].amax() + 1e-6
     logits[0, 1:3, 0, 5] = math.nan
-    found = predicted(logits)[0, 0].tolist()
-    assert found[:5] == np.argmax(logits[0, :, 0, :5].numpy(), 0).tolist()
-    assert 0 <= found[5] < 4
+    preds = predicted(logits)[0, 0].tolist()
+    assert preds[:5] == np.argmax(logits[0, :, 0, :5].numpy(), 0).tolist()
+    assert 0 <= preds[5] < 4
 
 
 @each_prediction
@@ -90,12 +90,12 @@ def test_infinities_and_nan(predicted):
 def test_predicted_classes_of_coarse_logits(predicted, align_corners, classes):
     logits = torch.randn(2, classes, 3, 4)
     full = F.interpolate(logits.double(), (9, 14), mode="bilinear", align_corners=align_corners)
-    found = predicted(logits, (8, 13), Upsampling(9, 14, align_corners)).long()
-    chosen = full[..., :8, :13].gather(1, found[:, None])[:, 0]
-    assert found.shape == (2, 8, 13)
-    # rounding may decide between classes that are as good as equal, and nothing else
-    assert float((full[..., :8, :13].amax(1) - chosen).max()) < 1e-5
-    assert (found == full[..., :8, :13].argmax(1)).double().mean() > 0.99
+    preds = predicted(logits, (8, 13), Upsampling(9, 14, align_corners)).long()
+    predicted_logits = full[..., :8, :13].gather(1, preds[:, None])[:, 0]
+    assert preds.shape == (2, 8, 13)
+    # only classes that are almost equal may differ, by rounding
+    assert float((full[..., :8, :13].amax(1) - predicted_logits).max()) < 1e-5
+    assert (preds == full[..., :8, :13].argmax(1)).double().mean() > 0.99
 
 
 @each_count
@@ -108,61 +108,61 @@ def test_predicted_classes_of_coarse_logits(predicted, align_corners, classes):
     dtype=st.sampled_from([torch.int64, torch.int32, torch.uint8]),
     seed=st.integers(0, 1000),
 )
-def test_counts_are_scikit_learns(counted, classes, run, pixels, void, dtype, seed):
+def test_counts_equal_those_of_scikit_learn(counted, classes, run, pixels, void, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(classes, (2, pixels), generator=generator)
     target, preds = ids.repeat_interleave(run, dim=1)[:, :pixels]
     target = target.masked_fill(torch.rand(pixels, generator=generator) < void, 255)
-    found, unknown = counted(preds.to(torch.uint8), target.to(dtype), classes)
-    kept = target != 255
+    counts, unknown = counted(preds.to(torch.uint8), target.to(dtype), classes)
+    labelled = target != 255
     expected = np.zeros((classes, classes), int)
-    if kept.any():
-        expected = confusion_matrix(target[kept].numpy(), preds[kept].numpy(), labels=range(classes))
-    assert found.dtype == torch.int64
-    assert found.tolist() == expected.tolist()
+    if labelled.any():
+        expected = confusion_matrix(target[labelled].numpy(), preds[labelled].numpy(), labels=range(classes))
+    assert counts.dtype == torch.int64
+    assert counts.tolist() == expected.tolist()
     assert int(unknown) == 0
 
 
 @each_count
 def test_counts_of_images_that_are_not_contiguous(counted):
     target, preds = torch.randint(4, (2, 3, 7, 50))
-    found, _ = counted(preds.transpose(1, 2), target.transpose(1, 2), 4)
-    assert found.tolist() == confusion_matrix(target.flatten(), preds.flatten(), labels=range(4)).tolist()
+    counts, _ = counted(preds.transpose(1, 2), target.transpose(1, 2), 4)
+    assert counts.tolist() == confusion_matrix(target.flatten(), preds.flatten(), labels=range(4)).tolist()
 
 
 @each_count
-def test_other_label_of_void(counted):
-    found, _ = counted(torch.tensor([1, 1, 0, 2]), torch.tensor([-1, 1, 0, -1]), 3, -1)
-    assert found.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
+def test_another_ignore_index(counted):
+    counts, _ = counted(torch.tensor([1, 1, 0, 2]), torch.tensor([-1, 1, 0, -1]), 3, -1)
+    assert counts.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
 
 
 @each_count
-def test_counts_of_nothing(counted):
-    found, unknown = counted(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), 3)
-    assert found.tolist() == [[0] * 3] * 3
+def test_counts_of_empty_images(counted):
+    counts, unknown = counted(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), 3)
+    assert counts.tolist() == [[0] * 3] * 3
     assert int(unknown) == 0
 
 
 @pytest.mark.parametrize(("preds", "target"), [([3, 0], [0, 0]), ([0, 0], [3, 0]), ([0, -1], [0, 0]), ([0, 0], [-1, 0])])
-def test_what_is_no_class_is_never_counted(preds, target):
+def test_values_out_of_range_are_not_counted(preds, target):
     preds, target = torch.tensor(preds), torch.tensor(target)
-    found, unknown = kernel_counts(preds, target, 3)
-    assert int(found.sum()) == int(unknown) == 1
+    counts, unknown = kernel_counts(preds, target, 3)
+    assert int(counts.sum()) == int(unknown) == 1
     with pytest.raises(ValueError, match=r"(predictions|target): found class (3|-1), expected 0 to 2, or 255"):
         confusion_counts(preds, target, 3)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # of torch's own check
-def test_registered_operators_keep_their_promises():
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised inside torch's check
+def test_registered_operators_pass_opcheck():
     gpu = on_gpu()
     torch.library.opcheck(gpu.predicted_classes, (torch.randn(1, 3, 2, 3, device=DEVICE), [2, 3], 0, 0, False))
     ids = torch.randint(3, (2, 5), device=DEVICE)
     torch.library.opcheck(gpu.confusion_counts, (ids[0], ids[1], 3, 255))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="a CPU has no graphs")
-def test_captured_in_a_graph():
-    """Loss, gradient, predictions and counts of a step that a CUDA graph replays on other inputs."""
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA graphs")
+def test_a_training_step_in_a_cuda_graph():
+    """Replay loss, gradient, predictions and counts in a CUDA graph on other inputs."""
     from mcseg.losses import default_objective
 
     logits = torch.randn(2, 19, 16, 16, device=DEVICE, requires_grad=True)
@@ -190,23 +190,23 @@ def test_captured_in_a_graph():
 
 
 @each_count
-def test_an_ignore_index_that_the_labels_type_cannot_hold(counted):
-    """-100 is 156 in uint8: pixels of class 156 count all the same."""
+def test_an_ignore_index_outside_the_dtype_of_the_labels(counted):
+    """-100 wraps to 156 in uint8, but pixels of class 156 count."""
     target = torch.tensor([156, 156, 3], dtype=torch.uint8)
-    found, unknown = counted(torch.tensor([156, 0, 3]), target, 171, -100)
-    assert found.nonzero().tolist() == [[3, 3], [156, 0], [156, 156]]
-    assert int(found.sum()) == 3
+    counts, unknown = counted(torch.tensor([156, 0, 3]), target, 171, -100)
+    assert counts.nonzero().tolist() == [[3, 3], [156, 0], [156, 156]]
+    assert int(counts.sum()) == 3
     assert unknown == 0
 
 
-def test_counts_of_other_shapes_or_types_are_refused():
+def test_different_shapes_and_wrong_dtypes_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\)"):
         confusion_counts(torch.zeros(2, 3, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64), 4)
     with pytest.raises(TypeError, match="preds.*float32"):
         confusion_counts(torch.zeros(2), torch.zeros(2, dtype=torch.int64), 4)
 
 
-def test_labels_are_left_as_they_are():
+def test_the_target_is_not_changed():
     target = torch.tensor([0, 255, 1])
     confusion_counts(torch.tensor([0, 1, 1]), target, 2)
     assert target.tolist() == [0, 255, 1]

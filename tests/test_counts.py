@@ -1,4 +1,4 @@
-"""Soft counts: against a loop over pixels, rivals and classes, and their gradient against it as well."""
+"""Soft counts: values and gradients against a loop over pixels and classes, and the region losses that use them."""
 
 import math
 from decimal import Decimal, localcontext
@@ -26,10 +26,10 @@ def draw(shape, seed=0, dtype=torch.float64, void=0.2, scale=3.0):
 
 
 def oracle(logits, target, power):
-    """Counts, and the gradient of their sum weighted by (1 + k) for misses and (2 + k) / 3 for false alarms of class k."""
+    """Compute counts and the gradient of their sum, with weights 1 + k of misses and (2 + k) / 3 of false alarms."""
     num_classes = logits.shape[1]
     rows = logits.double().movedim(1, -1).reshape(-1, num_classes).tolist()
-    found = [[0.0] * num_classes for _ in range(3)]
+    counts = [[0.0] * num_classes for _ in range(3)]
     gradients = []
     for z, y in zip(rows, target.flatten().tolist(), strict=True):
         gradient = [0.0] * num_classes
@@ -39,24 +39,24 @@ def oracle(logits, target, power):
             parts = [math.exp(z[j] - top) for j in rivals]
             margin = z[k] - top - math.log(sum(parts))
             r = 1 / (1 + math.exp(margin if k == y else -margin))
-            found[0][k] += k == y
-            found[1 if k == y else 2][k] += 1 - (1 - r) ** power
+            counts[0][k] += k == y
+            counts[1 if k == y else 2][k] += 1 - (1 - r) ** power
             slope = power * (1 - r) ** power * r * (-(1 + k) if k == y else (2 + k) / 3)  # in the margin
             gradient[k] += slope
             for j, part in zip(rivals, parts, strict=True):
                 gradient[j] -= slope * part / sum(parts)
         gradients.append(gradient)
     shape = (logits.shape[0], *logits.shape[2:], num_classes)
-    return torch.tensor(found, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64).view(shape).movedim(-1, 1)
+    return torch.tensor(counts, dtype=torch.float64), torch.tensor(gradients, dtype=torch.float64).view(shape).movedim(-1, 1)
 
 
 def run(logits, target, power, backend="fused"):
     z = logits.detach().requires_grad_()
-    found = soft_counts(z, target, power=power, backend=backend)
+    counts = soft_counts(z, target, power=power, backend=backend)
     classes = torch.arange(logits.shape[1], device=z.device)
-    (gradient,) = torch.autograd.grad((found[1] * (1 + classes) + found[2] * (2 + classes) / 3).sum(), z)
+    (gradient,) = torch.autograd.grad((counts[1] * (1 + classes) + counts[2] * (2 + classes) / 3).sum(), z)
     assert gradient.dtype == logits.dtype
-    return found.detach(), gradient
+    return counts.detach(), gradient
 
 
 @pytest.mark.parametrize("power", POWERS)
@@ -64,11 +64,11 @@ def run(logits, target, power, backend="fused"):
 @pytest.mark.parametrize(
     "shape", [(2, 2, 3, 4), (1, 3, 5, 2), (2, 19, 4, 3), (3, 5, 7), (1, 4, 2, 3, 2), (9, 6), (2, 65, 3)]
 )
-def test_loop_oracle(shape, backend, power):
+def test_counts_and_gradients_against_a_loop(shape, backend, power):
     logits, target = draw(shape)
     case = (logits, target, power)
-    for found, expected in zip(run(*case, backend), oracle(*case), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    for actual, expected in zip(run(*case, backend), oracle(*case), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("power", POWERS)
@@ -80,7 +80,7 @@ def test_gradcheck(power):
 
 
 def exact(z, label, power, misses, alarms):
-    """Errors of one pixel and the gradient of their weighted sum, with 80 digits."""
+    """Compute the errors of one pixel and the gradient of their weighted sum with 80 digits."""
     with localcontext() as context:
         context.prec, context.Emin = 80, -(10**9)
         q, z = Decimal(power), [Decimal(value) for value in z]
@@ -101,25 +101,25 @@ def exact(z, label, power, misses, alarms):
 @pytest.mark.parametrize("gap", [0.0, 3.0, 18.0, 40.0, 80.0, 120.0])
 @pytest.mark.parametrize("power", [1.0, 0.5, 0.1])
 def test_confident_pixels_keep_their_gradient_in_float32(power, gap, label, backend):
-    """Sure and right, and sure and wrong: where 1 - p is far below the rounding of p, against 80 digits."""
+    """Test right and wrong pixels where 1 - p is far below the rounding error of p."""
     z, misses, alarms = [gap, 0.0, -1.5], [1.0, 3.0, 0.5], [2.0, 1.0, 4.0]
-    errors, wanted = exact(z, label, power, misses, alarms)
+    errors, expected = exact(z, label, power, misses, alarms)
     logits = torch.tensor([z]).requires_grad_()
     counts = soft_counts(logits, torch.tensor([label]), power=power, backend=backend)
     (gradient,) = torch.autograd.grad((counts[1:] * torch.tensor([misses, alarms])).sum(), logits)
-    found = [float(counts[1 if k == label else 2][k].detach()) for k in range(3)]
-    assert found == pytest.approx(errors, rel=1e-6, abs=2e-7)
-    largest = max(map(abs, wanted))
-    assert gradient[0].tolist() == pytest.approx(wanted, rel=3e-6, abs=max(3e-7 * largest, 1e-37))
+    actual = [float(counts[1 if k == label else 2][k].detach()) for k in range(3)]
+    assert actual == pytest.approx(errors, rel=1e-6, abs=2e-7)
+    largest = max(map(abs, expected))
+    assert gradient[0].tolist() == pytest.approx(expected, rel=3e-6, abs=max(3e-7 * largest, 1e-37))
 
 
 @both
 @pytest.mark.parametrize("power", POWERS)
 def test_a_shift_of_all_logits_changes_nothing(power, backend):
     logits, target = draw((2, 4, 5, 6), dtype=torch.float32)
-    logits = (logits * 64).round() / 64  # exact where 1e4 is added
-    for found, expected in zip(run(logits + 1e4, target, power, backend), run(logits, target, power, backend), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    logits = (logits * 64).round() / 64  # so that adding 1e4 is exact
+    for actual, expected in zip(run(logits + 1e4, target, power, backend), run(logits, target, power, backend), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
 @settings(deadline=None, max_examples=40)
@@ -143,59 +143,59 @@ def test_layout_and_order_of_classes_do_not_matter(classes, size, layout, void, 
         other = logits.repeat_interleave(2, dim=-1)[..., ::2]
     else:
         other = logits + 7 * torch.arange(width)  # the same for all classes of a pixel
-    for found, wanted in zip(run(other, target, power), (expected, gradient), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+    for actual, wanted in zip(run(other, target, power), (expected, gradient), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-11)
     order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
     relabelled = torch.where(target == VOID, VOID, order.argsort()[target.clamp(max=classes - 1)])
-    found, _ = run(logits[:, order], relabelled, power)
-    torch.testing.assert_close(found, expected[:, order], rtol=1e-9, atol=1e-11)
+    reordered, _ = run(logits[:, order], relabelled, power)
+    torch.testing.assert_close(reordered, expected[:, order], rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("elements", [1, 50, 400])
 @pytest.mark.parametrize("shape", [(5, 3, 7, 4), (2, 4, 9), (3, 2, 2, 3, 5)])
 def test_tiles_change_nothing(monkeypatch, elements, shape):
     case = (*draw(shape), 0.5)
-    expected = run(*case)
+    untiled = run(*case)
     monkeypatch.setattr(fused_counts, "_TILE", elements)
-    for found, wanted in zip(run(*case), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    for actual, expected in zip(run(*case), untiled, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
 @both
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf])
-def test_junk_under_void_pixels_and_nan_elsewhere(junk, backend):
+def test_void_hides_invalid_logits_and_labelled_nan_shows(junk, backend):
     logits, target = draw((2, 4, 5, 6))
-    expected = run(logits, target, 0.5, backend)
+    unchanged = run(logits, target, 0.5, backend)
     changed = logits.masked_fill((target == VOID).unsqueeze(1), junk)
-    for found, wanted in zip(run(changed, target, 0.5, backend), expected, strict=True):
-        assert torch.equal(found, wanted)
+    for actual, expected in zip(run(changed, target, 0.5, backend), unchanged, strict=True):
+        assert torch.equal(actual, expected)
     changed[0, 0].masked_fill_(target[0] != VOID, torch.nan)
     assert run(changed, target, 0.5, backend)[0][1:].isnan().any()
 
 
 @pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_narrow_types(dtype, power):
-    """Counts in float32 of the logits as they are; the gradient is off by its own rounding."""
+def test_half_and_single_precision(dtype, power):
+    """Counts are computed in float32 from the given logits; the error of the gradient is its own rounding."""
     logits, target = draw((2, 5, 6, 7), dtype=dtype)
-    found, gradient = run(logits, target, power)
-    expected, wanted = oracle(logits, target, power)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=1e-6)
-    torch.testing.assert_close(gradient.double(), wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+    counts, gradient = run(logits, target, power)
+    expected, expected_gradient = oracle(logits, target, power)
+    assert counts.dtype == torch.float32
+    torch.testing.assert_close(counts.double(), expected, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @both
 @pytest.mark.parametrize("power", POWERS)
 def test_extreme_logits_stay_finite(power, backend):
     logits, target = draw((2, 4, 5, 6), dtype=torch.float32)
-    found, gradient = run(1e4 * logits.sign(), target, power, backend)
-    assert found.isfinite().all()
+    counts, gradient = run(1e4 * logits.sign(), target, power, backend)
+    assert counts.isfinite().all()
     assert gradient.isfinite().all()
-    found, gradient = run(1e4 * logits, target, power, backend)  # as good as certain: errors are 0 or 1
+    counts, gradient = run(1e4 * logits, target, power, backend)  # almost certain predictions: errors are 0 or 1
     labels, preds = target[target != VOID], logits.argmax(1)[target != VOID]
     for k in range(4):
-        assert found[:, k].tolist() == [
+        assert counts[:, k].tolist() == [
             (labels == k).sum(),
             ((labels == k) & (preds != k)).sum(),
             ((labels != k) & (preds == k)).sum(),
@@ -203,13 +203,13 @@ def test_extreme_logits_stay_finite(power, backend):
     assert gradient.abs().max() < 1e-3
 
 
-def test_nothing_of_the_size_of_the_logits_is_kept():
+def test_no_copy_of_the_logits_is_saved():
     logits, target = draw((2, 4, 5, 6))
     z = logits.requires_grad_()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         soft_counts(z, target, power=0.5)
-    assert {t.data_ptr() for t in kept if t.numel() >= target.numel()} == {z.data_ptr(), target.data_ptr()}
+    assert {t.data_ptr() for t in saved if t.numel() >= target.numel()} == {z.data_ptr(), target.data_ptr()}
 
 
 def test_backward_twice_but_no_second_derivative():
@@ -223,7 +223,7 @@ def test_backward_twice_but_no_second_derivative():
 
 
 def ratio(kind, n, hits, alarms, smooth):
-    """Of one class, from soft counts, as in the papers."""
+    """Compute the ratio of one class from soft counts, as in the papers."""
     if kind == "dice":
         return (2 * hits + smooth) / (n + hits + alarms + smooth)
     if kind == "jaccard":
@@ -234,8 +234,8 @@ def ratio(kind, n, hits, alarms, smooth):
 @pytest.mark.parametrize("per_image", [False, True])
 @pytest.mark.parametrize("power", [1.0, 0.5, 0.3])
 @pytest.mark.parametrize("kind", ["dice", "jaccard", "tversky"])
-def test_ratio_of_powers(kind, power, per_image):
-    """The losses by sums of powers of probabilities, and what they say of each class."""
+def test_ratios_and_class_statistics_against_a_loop(kind, power, per_image):
+    """Compute losses and class statistics from sums of powers of probabilities."""
     logits, target = draw((2, 4, 5, 6))
     make = {"dice": DiceLoss, "jaccard": JaccardLoss, "tversky": TverskyLoss}[kind]
     loss = make(classes="all", smooth=0.25, power=power, per_image=per_image)
@@ -267,7 +267,7 @@ def test_power_out_of_range(kind, power):
 @pytest.mark.parametrize("power", [0.75, 0.5, 0.25])
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (9.0, 0.5, 3.0, 0.4)])
 def test_power_does_not_move_the_decision_between_two_classes(power, weights):
-    """Least risk over p of a pixel that has the first class with probability h: below, at and above p = 1/2."""
+    """Minimise the risk of a pixel of class 1 with probability h over p: the optimum crosses 1/2 at the same h."""
     miss_1, miss_2, alarm_1, alarm_2 = weights
     turn = (miss_2 + alarm_1) / (miss_1 + alarm_2 + miss_2 + alarm_1)
     p = torch.arange(1, 1000, dtype=torch.float64) / 1000

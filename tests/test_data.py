@@ -1,4 +1,4 @@
-"""Data modules: which files belong to which split, and ids by value."""
+"""Data modules: files of each split, train ids, batches and counts."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_camvid_images_keep_their_pixels_in_evaluation(camvid_root):
     assert batch["image"][1].permute(1, 2, 0).numpy().tolist() == expected.tolist()
 
 
-def test_camvid_takes_jpeg_images(camvid_root):
+def test_camvid_reads_jpeg_images(camvid_root):
     from PIL import Image
 
     for path in camvid_root.glob("*/*.png"):
@@ -69,14 +69,14 @@ def test_camvid_takes_jpeg_images(camvid_root):
     assert names(CamVidData(camvid_root), "val") == ["0016E5_07959", "0016E5_07961"]
 
 
-def test_without_a_test_split_validation_images_are_used_and_it_is_said(camvid_root):
+def test_a_missing_test_split_is_replaced_by_the_validation_split_with_a_warning(camvid_root):
     data = CamVidData(camvid_root, num_workers=0)
     with pytest.warns(UserWarning, match="no test split found, using the validation split"):
         data.setup("test")
     assert [batch["name"][0] for batch in data.test_dataloader()] == ["0016E5_07959", "0016E5_07961"]
 
 
-def test_missing_roots_say_what_was_expected(tmp_path):
+def test_error_of_a_missing_root_names_the_expected_files(tmp_path):
     with pytest.raises(DataError, match=r"data\.root is not set: expected CamVid/train"):
         CamVidData().setup("fit")
     with pytest.raises(
@@ -85,14 +85,14 @@ def test_missing_roots_say_what_was_expected(tmp_path):
         CamVidData(tmp_path / "nowhere").setup("fit")
 
 
-@pytest.mark.skipif(not (SHARED / "data" / "camvid").is_dir(), reason="the real images are not here")
+@pytest.mark.skipif(not (SHARED / "data" / "camvid").is_dir(), reason="needs the real images of CamVid")
 def test_real_camvid_counts():
     root = SHARED / "data" / "camvid"
     data = CamVidData(root)
     assert len(data.samples("train")) == 367
     assert len(data.samples("val")) == 101
     pixels = data.class_pixels()
-    # Counted by itself: histogram of the raw values over all masks.
+    # Independent count: histogram of the raw values over all masks
     from PIL import Image
 
     histogram = np.sum([Image.open(path).histogram()[:12] for path in (root / "trainannot").glob("*.png")], axis=0)
@@ -103,7 +103,7 @@ def test_real_camvid_counts():
 # --- a user's folder ---------------------------------------------------------------------------------------------------
 
 
-def test_folder_fraction_is_a_partition_that_a_seed_fixes(photo_folder):
+def test_folder_fraction_is_a_partition_that_depends_on_the_seed(photo_folder):
     data = FolderData(photo_folder, val_fraction=0.3, test_fraction=0.2)
     parts = [names(data, split) for split in ("train", "val", "test")]
     assert [len(part) for part in parts] == [5, 3, 2]
@@ -177,7 +177,7 @@ def test_folder_classes_from_a_list(photo_folder):
         FolderData(photo_folder)
 
 
-def test_check_names_every_fault(photo_folder):
+def test_check_lists_every_problem(photo_folder):
     assert check(FolderData(photo_folder, num_workers=0), progress=False).problems == []
     break_three(photo_folder)
     (photo_folder / "masks" / "photo 0.png").unlink()
@@ -193,17 +193,17 @@ def test_check_names_every_fault(photo_folder):
         assert expected in text
 
 
-def test_check_names_all_faults_of_one_pair(photo_folder):
+def test_check_lists_all_problems_of_one_pair(photo_folder):
     write_png(photo_folder / "masks" / "photo 3.png", np.full((12, 32), 9, dtype=np.uint8))
     photo = photo_folder / "images" / "photo 3.jpg"
-    photo.write_bytes(photo.read_bytes()[:-200])  # the header is sound
+    photo.write_bytes(photo.read_bytes()[:-200])  # the header stays intact
     problems = check(FolderData(photo_folder, num_workers=0), progress=False).problems
     assert len(problems) == 3
     for problem, expected in zip(problems, ("cannot be read", "unknown values 9", "32x12 pixels"), strict=True):
         assert expected in problem
 
 
-def test_check_names_empty_classes_and_splits(photo_folder):
+def test_check_lists_empty_classes_and_splits(photo_folder):
     (photo_folder / "classes.txt").write_text("background\nground\nthing\nunicorn\n")
     (photo_folder / "train.txt").write_text("photo 1\n")
     problems = check(FolderData(photo_folder, num_workers=0), progress=False).problems
@@ -217,13 +217,13 @@ def test_training_batches(camvid_root):
     data = CamVidData(camvid_root, num_workers=0, batch_size=2, crop_size=(6, 10), max_class_share=1.0)
     data.setup("fit")
     batches = list(data.train_dataloader())
-    assert len(batches) == 1  # the third image would be a batch of one
+    assert len(batches) == 1  # the third image alone would be a smaller batch
     assert batches[0]["image"].shape == (2, 3, 6, 10)
     assert batches[0]["image"].dtype == torch.uint8
     assert set(batches[0]["mask"].unique().tolist()) <= {*range(11), 255}
 
 
-def test_training_batches_repeat_with_the_seed_and_with_workers(camvid_root):
+def test_training_batches_depend_on_the_seed_with_and_without_workers(camvid_root):
     def batch(workers, seed):
         torch.manual_seed(seed)
         data = CamVidData(camvid_root, num_workers=workers, batch_size=2, crop_size=(6, 10))
@@ -238,7 +238,7 @@ def test_training_batches_repeat_with_the_seed_and_with_workers(camvid_root):
         assert not torch.equal(first["image"], other["image"])
 
 
-def test_image_scale_shrinks_the_image_and_not_the_mask(camvid_root):
+def test_image_scale_resizes_the_image_but_not_the_mask(camvid_root):
     data = CamVidData(camvid_root, num_workers=0, image_scale=0.5)
     data.setup("validate")
     batch = next(iter(data.val_dataloader()))
@@ -246,14 +246,14 @@ def test_image_scale_shrinks_the_image_and_not_the_mask(camvid_root):
     assert batch["mask"].tolist() == [[ROW] * 9]
 
 
-def test_images_of_different_sizes_in_one_batch(photo_folder):
+def test_images_of_different_sizes_in_one_batch_are_refused(photo_folder):
     for kind in ("images", "masks"):
         write_png(photo_folder / kind / "wide.png", np.zeros((10, 40, 3) if kind == "images" else (10, 40), dtype=np.uint8))
     (photo_folder / "train.txt").write_text("photo 1\n")
     (photo_folder / "val.txt").write_text("photo 2\nwide\n")
     data = FolderData(photo_folder, num_workers=0, eval_batch_size=2)
     data.setup("validate")
-    with pytest.raises(DataError, match=r"10x40, 24x32|40x10, 32x24"):
+    with pytest.raises(DataError, match=r"40x10 and 32x24"):
         next(iter(data.val_dataloader()))
 
 
@@ -264,11 +264,11 @@ def test_prediction_batches_have_names_and_sizes_and_no_mask(photo_folder):
     data = CamVidData(predict_root=photo_folder / "images", num_workers=0)
     data.setup("predict")
     batches = list(data.predict_dataloader())
-    found = {batch["name"][0]: batch["size"][0] for batch in batches}
-    assert len(found) == 12  # the JPEG and the PNG called photo 1 keep their endings
-    assert found["photo 1_jpg"] == (24, 32)
-    assert found["photo 1_png"] == (8, 9)
-    assert found["sub/x"] == (8, 9)
+    sizes = {batch["name"][0]: batch["size"][0] for batch in batches}
+    assert len(sizes) == 12  # photo 1.jpg and photo 1.png keep their extensions
+    assert sizes["photo 1_jpg"] == (24, 32)
+    assert sizes["photo 1_png"] == (8, 9)
+    assert sizes["sub/x"] == (8, 9)
     assert all("mask" not in batch for batch in batches)
 
 
@@ -282,7 +282,7 @@ def test_prediction_batches_have_names_and_sizes_and_no_mask(photo_folder):
         ({"color_jitter": 2.0}, "data.color_jitter: found 2.0"),
     ],
 )
-def test_impossible_settings(options, message):
+def test_settings_out_of_range_are_refused(options, message):
     with pytest.raises(DataError, match=message):
         SyntheticData(**options)
 
@@ -307,7 +307,7 @@ def test_synthetic_scenes_depend_on_seed_split_and_index():
 # --- counts ------------------------------------------------------------------------------------------------------------
 
 
-def test_class_pixels_by_value(camvid_root):
+def test_class_pixels(camvid_root):
     assert CamVidData(camvid_root, num_workers=0).class_pixels().tolist() == [3 * 9] * 11
 
 
@@ -325,16 +325,16 @@ def test_class_pixels_are_cached_until_a_mask_changes(camvid_root, workers, monk
 
 
 @pytest.mark.parametrize("damage", ["{", '{"key": "x", "class_pixels": []}', "[]", '{"class_pixels": [1]}'])
-def test_corrupt_cache_is_counted_again(camvid_root, damage):
+def test_a_corrupt_cache_is_replaced_by_a_new_count(camvid_root, damage):
     counts = CamVidData(camvid_root, num_workers=0).class_pixels()
     path = next(default_cache_dir().glob("*.json"))
     path.write_text(damage)
-    with pytest.warns(UserWarning, match="unusable cache of label counts"):
+    with pytest.warns(UserWarning, match="cache of label counts cannot be used"):
         assert torch.equal(CamVidData(camvid_root, num_workers=0).class_pixels(), counts)
     assert json.loads(path.read_text())["class_pixels"] == counts.tolist()
 
 
-def test_unwritable_cache_is_said_and_survived(camvid_root, tmp_path):
+def test_an_unwritable_cache_gives_a_warning(camvid_root, tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("")
     data = CamVidData(camvid_root, num_workers=0, cache_dir=blocked / "cache")
@@ -343,13 +343,13 @@ def test_unwritable_cache_is_said_and_survived(camvid_root, tmp_path):
 
 
 def count_as_rank(rank, root, folder):
-    """One of two processes: count, and note which masks were read here."""
+    """Count in one of two processes, and record the masks that it reads."""
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     data = CamVidData(root, num_workers=0, cache_dir=f"{folder}/cache")
     read, names = data.reader.__class__.counts, []
     data.reader.__class__.counts = lambda self, sample: names.append(sample.name) or read(self, sample)
-    counts = [data.class_pixels().tolist() for _ in range(2)]  # the second time from the cache, without a mask read
+    counts = [data.class_pixels().tolist() for _ in range(2)]  # the second count reads no mask
     Path(folder, f"rank{rank}.json").write_text(json.dumps([counts, names]))
     torch.distributed.destroy_process_group()
 
@@ -372,27 +372,27 @@ def test_unknown_value_in_a_training_mask_stops_the_count(photo_folder):
 
 
 @pytest.mark.parametrize(("processes", "share"), [(1, 8), (2, 4), (8, 1)])
-def test_a_step_takes_as_many_images_on_any_number_of_processes(processes, share):
+def test_total_batch_size_does_not_depend_on_the_number_of_processes(processes, share):
     data = SyntheticData(train_scenes=16, num_workers=0, total_batch_size=8, batch_size=3)
     data.trainer = SimpleNamespace(world_size=processes, global_rank=0, state=SimpleNamespace(status="finished"))
     assert data.train_dataloader().batch_size == share
 
 
-def test_a_batch_that_cannot_be_shared_out_is_refused():
+def test_a_total_batch_size_that_the_processes_do_not_divide_is_refused():
     data = SyntheticData(train_scenes=16, num_workers=0, total_batch_size=6)
     data.trainer = SimpleNamespace(world_size=4)
-    with pytest.raises(DataError, match="data.total_batch_size: found 6 for 4 processes, expected a multiple"):
+    with pytest.raises(DataError, match="data.total_batch_size: found 6 for 4 processes, expected a multiple of 4"):
         data.train_dataloader()
 
 
-def test_max_side_holds_in_evaluation_and_leaves_the_mask():
+def test_max_side_applies_to_the_image_but_not_the_mask_in_evaluation():
     data = SyntheticData(val_scenes=1, size=(40, 100), num_workers=0, max_side=50, image_scale=0.5)
     batch = next(iter(data.val_dataloader()))
     assert batch["image"].shape == (1, 3, 10, 25)
     assert batch["mask"].shape == (1, 40, 100)
 
 
-def test_check_reads_images_whose_labels_are_withheld(tmp_path):
+def test_check_reads_images_without_public_labels(tmp_path):
     fakes.bdd100k(tmp_path, orphans=True)
     photo = tmp_path / "bdd100k/images/10k/test/ac6d4f42-00000000.jpg"
     photo.write_bytes(photo.read_bytes()[:-60])
@@ -401,21 +401,21 @@ def test_check_reads_images_whose_labels_are_withheld(tmp_path):
     assert report.pixels["test"].sum() == 0
     problems = "\n".join(report.problems)
     assert "ac6d4f42-00000000.jpg: cannot be read" in problems
-    assert "1 images without a mask left out: 3d581db5-2564fb7e" in problems
-    assert "1 masks without an image left out: fee92217-63b3f87f" in problems
+    assert "left out 1 images without a mask: 3d581db5-2564fb7e" in problems
+    assert "left out 1 masks without an image: fee92217-63b3f87f" in problems
     assert "has no mask" not in problems
 
 
-def test_masks_are_int64_for_a_module_and_for_a_loop_of_ones_own(tmp_path):
-    seen = []
+def test_masks_are_int64_in_a_module_and_in_a_plain_loop(tmp_path):
+    dtypes = []
 
-    class Looks(SegmentationModule):
+    class Recorder(SegmentationModule):
         def training_step(self, batch, batch_idx):
-            seen.append(batch["mask"].dtype)
+            dtypes.append(batch["mask"].dtype)
             return super().training_step(batch, batch_idx)
 
     data = SyntheticData(train_scenes=2, val_scenes=2, size=(32, 48), crop_size=(32, 32), batch_size=2, num_workers=0)
-    module = Looks("unet", "tu-test_resnet.r160_in1k", num_classes=8, objective=CrossEntropyLoss())
+    module = Recorder("unet", "tu-test_resnet.r160_in1k", num_classes=8, objective=CrossEntropyLoss())
     trainer = pl.Trainer(
         default_root_dir=tmp_path,
         max_epochs=1,
@@ -428,35 +428,35 @@ def test_masks_are_int64_for_a_module_and_for_a_loop_of_ones_own(tmp_path):
     before = next(iter(data.train_dataloader()))["mask"].dtype
     trainer.fit(module, data)
     after = next(iter(data.val_dataloader()))["mask"].dtype
-    assert {before, *seen, after} == {torch.int64}
-    assert next(iter(trainer.train_dataloader))["mask"].dtype == torch.uint8  # on the way to the device
+    assert {before, *dtypes, after} == {torch.int64}
+    assert next(iter(trainer.train_dataloader))["mask"].dtype == torch.uint8  # before the transfer to the device
 
 
-def test_rare_crops_follow_the_training_pixels(photo_folder):
-    """Class 2 has 6 of 768 pixels of an image."""
+def test_rare_crops_use_the_counts_of_training_pixels(photo_folder):
+    """Class 2 has 6 of the 768 pixels of an image."""
 
-    def holding(share):
+    def share_with_rare_class(share):
         options = {"num_workers": 0, "batch_size": 8, "crop_size": (9, 9), "scale_range": (1, 1), "max_class_share": 1.0}
         data = FolderData(photo_folder, rare_crop_share=share, **options)
         masks = torch.cat([batch["mask"] for _ in range(10) for batch in data.train_dataloader()])
         return data, float((masks == 2).flatten(1).any(1).float().mean())
 
-    data, with_rare = holding(1.0)
-    assert with_rare > holding(0.0)[1] + 0.3
+    data, rare_share = share_with_rare_class(1.0)
+    assert rare_share > share_with_rare_class(0.0)[1] + 0.3
     weights = data.train_transform.class_weights
     assert torch.allclose(weights * data.class_pixels(), torch.ones(3, dtype=torch.float64))
     with pytest.raises(DataError, match="data.rare_crop_share: found 2, expected 0 to 1"):
         FolderData(photo_folder, rare_crop_share=2)
 
 
-def test_held_out_images_take_the_place_of_the_validation_split(camvid_root):
+def test_held_out_images_replace_the_validation_split(camvid_root):
     data = CamVidData(camvid_root, held_out=["0006R0_*"], num_workers=0, crop_size=(8, 8), batch_size=1)
     data.setup("fit")
     names = [[n for batch in loader for n in batch["name"]] for loader in (data.train_dataloader(), data.val_dataloader())]
     assert sorted(names[0]) == ["0001TP_006690", "0016E5_08430"]
     assert names[1] == ["0006R0_f00930"]
     whole = CamVidData(camvid_root, num_workers=0)
-    assert (3 * data.class_pixels() == 2 * whole.class_pixels()).all()  # of the two that are left; all three are alike
+    assert (3 * data.class_pixels() == 2 * whole.class_pixels()).all()  # two of three equal masks remain
 
 
 def test_held_out_pattern_without_an_image_is_an_error(camvid_root):

@@ -1,15 +1,30 @@
 """The documentation: examples in docstrings run, links lead somewhere, and the reference names every public object."""
 
 import ast
+import contextlib
 import doctest
 import importlib
+import io
+import itertools
 import re
+import shlex
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from mcseg.run.recipes import recipe_names
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# Python blocks of pages that need no data set of their own; the tutorial's first block draws one
+BLOCKS = [
+    ("docs/tutorial.md", 0),
+    ("docs/how-to/evaluate.md", 0),
+    ("docs/how-to/objectives.md", 0),
+    ("docs/theory/margin-calibration.md", 0),
+    ("docs/theory/power-dice.md", 0),
+]
 PUBLIC = ["", ".callbacks", ".compare", ".data", ".evaluation", ".kernels", ".losses", ".networks"]
 
 
@@ -78,3 +93,39 @@ def test_architecture_page_names_every_part_of_the_package():
     parts = [path for path in (ROOT / "mcseg").iterdir() if path.name[0] not in "_."]
     missing = [path.name for path in parts if f"`{path.name}{'/' * path.is_dir()}`" not in text]
     assert missing == ["py.typed"]
+
+
+@pytest.mark.parametrize(("page", "number"), BLOCKS)
+def test_python_blocks_run_and_print_what_the_page_shows(page, number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```\n(?:\n((?:    [^\n]*\n)+))?", text, flags=re.MULTILINE | re.DOTALL)
+    code, output = blocks[number]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(compile(code, page, "exec"), {"__name__": page})
+    if output:
+        assert printed.getvalue().split() == output.split()
+
+
+def commands():
+    """Each `mcseg ...` line of the pages, continued lines joined, as words."""
+    for page in PAGES:
+        lines = page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
+        for line in lines:
+            if match := re.match(r"    (mcseg [a-z].*)", line):
+                yield pytest.param(shlex.split(match[1], comments=True)[1:], id=f"{page.name}:{match[1]}")
+
+
+@pytest.mark.parametrize("words", list(commands()))
+def test_commands_name_verbs_and_recipes_that_exist(words):
+    verb, *rest = words
+    assert verb in {"fit", "validate", "test", "predict", "bound", "download", "show", "check", "stats", "compare"}
+    recipes = [value for flag, value in itertools.pairwise(rest) if flag == "--config"]
+    recipes += rest[: bool(rest and not rest[0].startswith("-"))]
+    assert {name for name in recipes if not name.endswith(".yaml")} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("facts", sorted((ROOT / "mcseg" / "data" / "facts").glob("*.toml")), ids=lambda path: path.stem)
+def test_page_on_benchmarks_shows_the_layout_that_is_read(facts):
+    tree = tomllib.loads(facts.read_text(encoding="utf-8"))["download"]["tree"]
+    assert f"```text\n{tree.strip()}\n```" in (ROOT / "docs" / "how-to" / "benchmarks.md").read_text(encoding="utf-8")

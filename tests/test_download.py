@@ -1,4 +1,4 @@
-"""Fetching benchmarks from a real server on the loopback that can be told to misbehave."""
+"""Download of benchmarks from a real HTTP server on the loopback interface that can simulate faults."""
 
 import copy
 import hashlib
@@ -25,18 +25,20 @@ from mcseg.data.download import download
 from mcseg.data.labels import DataError
 from mcseg.run.main import main
 
-NOISE = random.Random(0).randbytes(300_000)  # does not compress, so that archives have a size worth breaking off
+NOISE = random.Random(0).randbytes(300_000)  # incompressible, so that archives are large enough to interrupt
 FILES = {"Set/images/a.jpg": NOISE, "Set/images/b.jpg": b"b" * 5000, "Set/list.txt": b"a\nb\n", "Set/empty.txt": b""}
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Serves ``server.files`` with the faults that the attributes of the server select."""
+
     def log_message(self, *args):
         pass
 
     def do_GET(self):
         server = self.server
-        wanted = self.headers["Range"]
-        server.requests.append((self.path, wanted))
+        requested = self.headers["Range"]
+        server.requests.append((self.path, requested))
         server.agents.add(self.headers["User-Agent"])
         limit = server.break_after.pop(0) if server.break_after else None
         status = server.statuses.pop(0) if server.statuses else None
@@ -45,8 +47,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(status or 404)
             return
         start = 0
-        if wanted and not server.ignore_range:
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+        if requested and not server.ignore_range:
+            start = int(re.fullmatch(r"bytes=(\d+)-", requested)[1])
             if start >= len(body):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(body)}")
@@ -63,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             self.end_headers()
             self.wfile.write(b"%x\r\n" % len(rest))
         else:
-            if server.say_length:
+            if server.send_length:
                 self.send_header("Content-Length", str(len(rest)))
             self.end_headers()
         sent = rest if limit is None else rest[:limit]
@@ -81,7 +83,7 @@ def server(monkeypatch):
         server.files, server.requests, server.served, server.agents = {}, [], [], set()
         server.break_after, server.statuses = [], []
         server.ignore_range = server.chunked = False
-        server.say_length, server.shift_range = True, 0
+        server.send_length, server.shift_range = True, 0
         server.address = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, args=(0.005,))
         thread.start()
@@ -108,7 +110,7 @@ def make_zip(files=FILES, links=()):
 
 
 def make_tar(files=FILES, mode="w", special=()):
-    """``special``: (name, type, target of the link)."""
+    """Make a tar archive; ``special`` lists further entries as (name, type, target of the link)."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode=mode) as archive:
         for name, content in files.items():
@@ -136,7 +138,7 @@ def facts(*archives, login=False, **more):
 
 
 def offer(server, file, data, **more):
-    """Facts of an archive that the server has."""
+    """Put an archive on the server and return its facts."""
     server.files[f"/{file}"] = data
     return {"file": file, "url": f"{server.address}/{file}", **more}
 
@@ -146,12 +148,13 @@ def fetch(archive, root, **options):
 
 
 def tree(root):
-    """Content of every file below ``root`` but for ``.download``."""
+    """Read every file below ``root`` except those in ``.download``."""
     paths = (path for path in root.rglob("*") if path.is_file() and path.relative_to(root).parts[0] != ".download")
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in paths}
 
 
-def left(root):
+def work_files(root):
+    """List the names in ``.download``."""
     return sorted(path.name for path in (root / ".download").iterdir())
 
 
@@ -169,7 +172,7 @@ def test_fetches_verifies_and_unpacks(server, root, capsys, file, algorithm):
     data = MAKE[file]()
     fetch(offer(server, file, data, **(digest(data, algorithm) if algorithm else {})), root)
     assert tree(root) == FILES
-    assert left(root) == [f"{file}.done"]
+    assert work_files(root) == [f"{file}.done"]
     assert json.loads((root / ".download" / f"{file}.done").read_text()) == {
         "url": f"{server.address}/{file}",
         "digest": f"{algorithm or 'sha256'}:{hashlib.new(algorithm or 'sha256', data).hexdigest()}",
@@ -182,7 +185,7 @@ def test_fetches_verifies_and_unpacks(server, root, capsys, file, algorithm):
     assert lines[-1] == f"ready: mcseg fit --config streets --data.root {root}"
 
 
-def test_bars_are_drawn_when_wanted(server, root, capsys):
+def test_progress_bars_are_shown(server, root, capsys):
     download("streets", facts(offer(server, "s.zip", make_zip())), root)
     bars = capsys.readouterr().err
     assert "s.zip" in bars
@@ -198,11 +201,11 @@ def test_second_call_makes_no_request(server, root, capsys):
     fetch(archive, root)
     assert server.requests == []
     out = capsys.readouterr().out
-    assert "s.zip: already there" in out
+    assert "s.zip: already unpacked" in out
     assert "ready: " in out
 
 
-def test_archives_can_be_kept_and_serve_again(server, root):
+def test_archives_can_be_kept_and_reused(server, root):
     data = make_zip()
     archive = offer(server, "s.zip", data, **digest(data))
     fetch(archive, root, keep_archives=True)
@@ -214,16 +217,16 @@ def test_archives_can_be_kept_and_serve_again(server, root):
     assert len(server.requests) == 1
 
 
-def test_goes_on_after_a_broken_connection(server, root):
+def test_download_resumes_after_a_broken_connection(server, root):
     data = make_zip()
     server.break_after = [100_000, 70_000]
     fetch(offer(server, "s.zip", data, **digest(data)), root)
     assert tree(root) == FILES
-    assert [wanted for _, wanted in server.requests] == [None, "bytes=100000-", "bytes=170000-"]
+    assert [requested for _, requested in server.requests] == [None, "bytes=100000-", "bytes=170000-"]
     assert server.served == [100_000, 70_000, len(data) - 170_000]
 
 
-def test_progress_resets_the_patience(server, root):
+def test_new_bytes_reset_the_number_of_attempts(server, root):
     data = make_zip()
     server.break_after = [50_000, 0, 0, 50_000, 0, 0, 50_000, 0, 0]
     fetch(offer(server, "s.zip", data, **digest(data)), root)
@@ -231,11 +234,11 @@ def test_progress_resets_the_patience(server, root):
     assert len(server.requests) == 10
 
 
-def test_interrupted_fetch_keeps_its_part_and_the_next_call_goes_on(server, root):
+def test_interrupted_download_keeps_its_part_and_the_next_call_resumes(server, root):
     data = make_zip()
     archive = offer(server, "s.zip", data, **digest(data))
     server.break_after = [100_000, 0, 0, 0]
-    with pytest.raises(DataError, match=f"100000 of {len(data)} bytes are in .*s.zip.part.* goes on from there"):
+    with pytest.raises(DataError, match=f"100000 of {len(data)} bytes are in .*s.zip.part.* to resume"):
         fetch(archive, root)
     assert len(server.requests) == 4
     assert (root / ".download" / "s.zip.part").read_bytes() == data[:100_000]
@@ -255,19 +258,19 @@ def test_keyboard_interrupt_keeps_the_part(server, root, monkeypatch):
         blocks = iter([b"x", b"y"])
         real = module._receive
 
-        def interrupted(response, part, *args):
+        def interrupted(response, part, **options):
             def read(size):
                 if next(blocks, None) is None:
                     raise KeyboardInterrupt
                 return response.read(1000)
 
-            real(SimpleNamespace(read=read), part, *args)
+            real(SimpleNamespace(read=read), part, **options)
 
         patch.setattr(module, "_receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fetch(archive, root)
     fetch(archive, root)
-    assert [wanted for _, wanted in server.requests] == [None, "bytes=2000-"]
+    assert [requested for _, requested in server.requests] == [None, "bytes=2000-"]
     assert tree(root) == FILES
 
 
@@ -278,29 +281,29 @@ def test_server_without_ranges_starts_from_zero(server, root):
     (root / ".download" / "s.zip.part").write_bytes(b"x" * 1000)
     server.break_after = [100_000]
     fetch(offer(server, "s.zip", data, **digest(data)), root)
-    assert [wanted for _, wanted in server.requests] == ["bytes=1000-", "bytes=100000-"]
+    assert [requested for _, requested in server.requests] == ["bytes=1000-", "bytes=100000-"]
     assert server.served == [100_000, len(data)]
     assert tree(root) == FILES
 
 
-def test_server_without_ranges_that_always_breaks_off_ends(server, root):
+def test_server_without_ranges_that_always_breaks_is_given_up(server, root):
     server.ignore_range = True
     server.break_after = [2000, 1000] * 10
     with pytest.raises(DataError, match="1000 of"):
         fetch(offer(server, "s.zip", make_zip()), root)
-    assert len(server.requests) == 4  # the first brings something, three do not
+    assert len(server.requests) == 4  # the first gives new bytes, the next three do not
 
 
-def test_another_range_than_asked_for_is_not_taken(server, root):
+def test_wrong_range_is_rejected(server, root):
     data = make_zip()
     server.shift_range = 5
     server.break_after = [1000]
     fetch(offer(server, "s.zip", data, **digest(data)), root)
-    assert [wanted for _, wanted in server.requests] == [None, "bytes=1000-", None]
+    assert [requested for _, requested in server.requests] == [None, "bytes=1000-", None]
     assert tree(root) == FILES
 
 
-def test_complete_part_is_taken_as_it_is(server, root):
+def test_complete_part_is_used_unchanged(server, root):
     data = make_zip()
     (root / ".download").mkdir(parents=True)
     (root / ".download" / "s.zip.part").write_bytes(data)
@@ -310,72 +313,72 @@ def test_complete_part_is_taken_as_it_is(server, root):
     assert tree(root) == FILES
 
 
-def test_part_larger_than_the_file_is_of_another_one(server, root):
+def test_part_larger_than_the_file_is_discarded(server, root):
     data = make_zip()
     (root / ".download").mkdir(parents=True)
     (root / ".download" / "s.zip.part").write_bytes(data + b"more")
     fetch(offer(server, "s.zip", data, **digest(data)), root)
-    assert [wanted for _, wanted in server.requests] == [f"bytes={len(data) + 4}-", None]
+    assert [requested for _, requested in server.requests] == [f"bytes={len(data) + 4}-", None]
     assert tree(root) == FILES
 
 
 @pytest.mark.parametrize("file", ["s.zip", "s.tgz"])
-def test_length_need_not_be_known(server, root, file):
-    server.say_length = False
+def test_download_without_content_length(server, root, file):
+    server.send_length = False
     fetch(offer(server, file, MAKE[file]()), root)
     assert tree(root) == FILES
 
 
 @pytest.mark.parametrize("file", ["s.zip", "s.tar", "s.tgz"])
-def test_break_is_found_by_the_archive_where_nothing_else_tells(server, root, file):
-    server.say_length = False
+def test_without_content_length_a_truncated_archive_is_detected_when_unpacking(server, root, file):
+    server.send_length = False
     server.break_after = [100_000]
     with pytest.raises(DataError, match=f"{file}: is damaged .* deleted, run the command again"):
         fetch(offer(server, file, MAKE[file]()), root)
     assert tree(root) == {}
-    assert left(root) == []
+    assert work_files(root) == []
 
 
-def test_chunked_bodies_go_on_as_well(server, root):
+def test_chunked_bodies_resume(server, root):
     data = make_zip()
     server.chunked = True
     server.break_after = [200_000]
     fetch(offer(server, "s.zip", data, **digest(data)), root)
-    begun = int(server.requests[1][1].removeprefix("bytes=").removesuffix("-"))
-    assert 200_000 - module._BLOCK <= begun <= 200_000
+    resumed_at = int(server.requests[1][1].removeprefix("bytes=").removesuffix("-"))
+    assert 200_000 - module._BLOCK <= resumed_at <= 200_000
     assert tree(root) == FILES
 
 
-def test_absent_file_is_one_line_with_address_status_and_homepage(server, root):
+def test_error_of_a_missing_file_is_one_line_with_address_status_and_homepage(server, root):
     archive = {"file": "s.zip", "url": f"{server.address}/nowhere/s.zip"}
     with pytest.raises(DataError, match=r"/nowhere/s\.zip: the server answers 404 .*https://streets.example/") as caught:
         fetch(archive, root)
     assert "\n" not in str(caught.value)
     assert len(server.requests) == 1
-    assert left(root) == []
+    assert work_files(root) == []
 
 
-def test_busy_server_is_asked_again(server, root):
+def test_busy_server_is_retried(server, root):
     server.statuses = [503, 429]
     fetch(offer(server, "s.zip", make_zip()), root)
     assert len(server.requests) == 3
     assert tree(root) == FILES
 
 
-def test_nobody_answers(server, root):
+def test_unreachable_server(server, root):
     with socketserver.TCPServer(("127.0.0.1", 0), Handler, bind_and_activate=True) as closed:
         port = closed.server_address[1]
     with pytest.raises(DataError, match="refused.* 0 of unknown bytes"):
         fetch({"file": "s.zip", "url": f"http://127.0.0.1:{port}/s.zip"}, root)
 
 
-def test_small_disk_is_found_before_fetching(server, root, monkeypatch):
+def test_too_little_disk_space_is_reported_before_the_download(server, root, monkeypatch):
     data = make_zip()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * len(data) - 1))
     archive = offer(server, "s.zip", data)
-    with pytest.raises(DataError, match="GB of free space, expected .* make room"):
+    with pytest.raises(DataError, match="GB of free space, expected .* free some space"):
         fetch(archive, root)
-    assert left(root) == []
+    assert work_files(root) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2 * len(data)))
     fetch(archive, root)
     assert tree(root) == FILES
@@ -384,12 +387,12 @@ def test_small_disk_is_found_before_fetching(server, root, monkeypatch):
 def test_wrong_digest(server, root):
     data = make_zip()
     archive = offer(server, "s.zip", data[:-1] + b"!", **digest(data, "md5"))
-    found = digest(data[:-1] + b"!", "md5")["md5"]
+    actual = digest(data[:-1] + b"!", "md5")["md5"]
     with pytest.raises(
-        DataError, match=f"found md5 {found}, expected {archive['md5']}; it was deleted, run .* source has changed"
+        DataError, match=f"found md5 {actual}, expected {archive['md5']}; it was deleted, run .* source has changed"
     ):
         fetch(archive, root)
-    assert left(root) == []
+    assert work_files(root) == []
     assert tree(root) == {}
     server.files["/s.zip"] = data
     fetch(archive, root)
@@ -403,7 +406,7 @@ def damaged_zip():
 
 
 def damaged_tar():
-    """The header of the third file is overwritten; tarfile takes that for the end."""
+    """Overwrite the header of the third file; tarfile treats that as the end of the archive."""
     data = bytearray(make_tar())
     position = data.index(b"Set/list.txt")
     data[position : position + 512] = b"?" * 512
@@ -439,11 +442,11 @@ def damaged_tar():
         "tgz, checksum",
     ],
 )
-def test_damage_without_a_known_digest(server, root, file, data):
+def test_damaged_archive_without_a_known_digest(server, root, file, data):
     with pytest.raises(DataError, match=f"{file}: is damaged .* deleted") as caught:
         fetch(offer(server, file, data), root)
     assert "\n" not in str(caught.value)
-    assert left(root) == []
+    assert work_files(root) == []
     assert tree(root) == {}
 
 
@@ -452,11 +455,11 @@ EVIL = ["../evil", "Set/../../evil", "/evil", "C:/evil", "C:evil", "..\\evil", "
 
 @pytest.mark.parametrize("name", EVIL)
 @pytest.mark.parametrize("file", ["s.zip", "s.tar"])
-def test_names_that_lead_outside_are_refused(server, root, tmp_path, file, name):
+def test_names_outside_the_folder_are_refused(server, root, tmp_path, file, name):
     files = {"Set/good.txt": b"good", name: b"evil"}
     archive = offer(server, file, make_zip(files) if file == "s.zip" else make_tar(files))
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(DataError, match="which leads out of its folder"):
+    with pytest.raises(DataError, match="which is outside its folder"):
         fetch(archive, root)
     assert set(tmp_path.rglob("*")) - before == {root, root / ".download"}
 
@@ -489,22 +492,22 @@ def test_hard_link_within_the_archive_becomes_a_copy(server, root):
     assert tree(root) == {"a.txt": b"a", "same.txt": b"a"}
 
 
-def test_permissions_of_the_archive_are_not_taken_over(server, root):
+def test_permissions_of_the_archive_are_ignored(server, root):
     fetch(offer(server, "s.tar", make_tar()), root)
     assert not (root / "Set" / "list.txt").stat().st_mode & 0o111
 
 
-def test_zip_in_a_way_that_python_cannot_unpack(server, root):
+def test_zip_compression_that_python_cannot_unpack(server, root):
     data = make_zip({"a.txt": b"a"}).replace(
         b"PK\x01\x02\x14\x03\x14\x00\x00\x00\x08", b"PK\x01\x02\x14\x03\x14\x00\x00\x00\x09"
     )
-    with pytest.raises(DataError, match=r"s\.zip: cannot be unpacked here .* another program"):
+    with pytest.raises(DataError, match=r"s\.zip: cannot be unpacked .* another program"):
         fetch(offer(server, "s.zip", data), root)
-    assert "s.zip" in left(root)  # intact, so it stays
+    assert "s.zip" in work_files(root)  # the archive is intact, so it is kept
     assert tree(root) == {}
 
 
-def test_other_files_in_the_same_folders_stay(server, root):
+def test_other_files_in_the_same_folders_are_kept(server, root):
     (root / "Set" / "images").mkdir(parents=True)
     (root / "Set" / "images" / "mine.jpg").write_bytes(b"mine")
     (root / "Set" / "list.txt").write_bytes(b"old")
@@ -525,7 +528,7 @@ def test_only_and_into(server, root, file, only):
 def test_nothing_below_only_is_an_error(server, root):
     with pytest.raises(DataError, match="holds no file below Elsewhere/"):
         fetch(offer(server, "s.zip", make_zip(), only="Elsewhere/"), root)
-    assert left(root) == []
+    assert work_files(root) == []
 
 
 def test_folders_and_dots_in_names(server, root):
@@ -535,11 +538,11 @@ def test_folders_and_dots_in_names(server, root):
     assert (root / "void").is_dir()
 
 
-def test_plain_file_is_placed(server, root):
+def test_plain_file_is_copied(server, root):
     data = b"1\n2\n"
     fetch(offer(server, "list.txt", data, into="lists", **digest(data)), root)
     assert tree(root) == {"lists/list.txt": data}
-    assert left(root) == ["list.txt.done"]
+    assert work_files(root) == ["list.txt.done"]
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -563,7 +566,7 @@ def test_damaged_archive_in_the_root_is_named_and_kept(server, root, known):
     assert tree(root) == {"s.zip": data[:-300]}
 
 
-def test_plain_file_in_the_root_stays(server, root):
+def test_plain_file_in_the_root_is_kept(server, root):
     root.mkdir()
     (root / "list.txt").write_bytes(b"1\n")
     fetch(offer(server, "list.txt", b"1\n"), root)
@@ -571,32 +574,32 @@ def test_plain_file_in_the_root_stays(server, root):
     assert tree(root) == {"list.txt": b"1\n"}
 
 
-@pytest.mark.parametrize("step", ["_unpack", "_move_into"])
-def test_interrupted_unpacking_is_done_again_without_fetching(server, root, monkeypatch, step):
+@pytest.mark.parametrize("step", ["_unpack", "_merge_into"])
+def test_interrupted_unpacking_is_repeated_without_a_download(server, root, monkeypatch, step):
     data = make_zip()
     archive = offer(server, "s.zip", data, **digest(data))
     real = getattr(module, step)
 
-    def interrupted(*args):
-        real(*args)
+    def interrupted(*args, **options):
+        real(*args, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(module, step, interrupted)
         with pytest.raises(KeyboardInterrupt):
             fetch(archive, root)
-    assert "s.zip.done" not in left(root)
+    assert "s.zip.done" not in work_files(root)
     (root / ".download" / "s.zip.unpacking").mkdir(exist_ok=True)
     (root / ".download" / "s.zip.unpacking" / "stale.txt").write_text("stale")
     fetch(archive, root)
     assert len(server.requests) == 1
     assert tree(root) == FILES
-    assert left(root) == ["s.zip.done"]
+    assert work_files(root) == ["s.zip.done"]
 
 
 def test_root_that_cannot_be_written_to(server, root):
     root.write_text("a file")
-    with pytest.raises(DataError, match="expected a folder with room"):
+    with pytest.raises(DataError, match="expected a writable folder"):
         fetch(offer(server, "s.zip", make_zip()), root)
 
 
@@ -610,17 +613,17 @@ def test_benchmark_that_needs_an_account(server, root, capsys):
         "Streets, https://streets.example/\n"
         "licence: research only\n"
         "Register first.\n"
-        "to get by hand, with an account (start at https://streets.example/):\n"
+        "download by hand, with an account (start at https://streets.example/):\n"
         f"  images.zip, 11 GB, images of train and val, {server.address}/images.zip\n"
         "  masks.zip, fine masks\n"
-        f"unpacked, {root} has to hold\n"
+        f"unpack them, so that {root} holds\n"
         "  Set/images/<id>.jpg\n"
         "  Set/list.txt\n"
         f"then: mcseg fit --config streets --data.root {root}\n"
     )
 
 
-def test_archive_that_needs_an_account_is_described_after_the_others(server, root, capsys):
+def test_archive_that_needs_an_account_is_listed_after_the_downloads(server, root, capsys):
     first = {"file": "test.tar", "url": f"{server.address}/test.tar", "by_hand": True, "content": "images of test"}
     download("streets", facts(first, offer(server, "s.zip", make_zip())), root, progress=False)
     assert server.requests == [("/s.zip", None)]
@@ -630,8 +633,8 @@ def test_archive_that_needs_an_account_is_described_after_the_others(server, roo
 
 
 @pytest.mark.parametrize("name", benchmark_names())
-def test_what_is_known_of_each_benchmark_suffices(name, capsys, root):
-    """Every archive can be fetched, or is one to get by hand; digests have the length that theirs have."""
+def test_facts_of_each_benchmark_are_complete(name, capsys, root):
+    """Every archive has an address or needs an account, and digests have the length of their algorithm."""
     source = benchmark_facts(name)["download"]
     assert source["tree"].strip()
     lengths = {"md5": 32, "sha1": 40, "sha256": 64}
@@ -644,8 +647,8 @@ def test_what_is_known_of_each_benchmark_suffices(name, capsys, root):
         assert source["archives"][0]["file"] in capsys.readouterr().out
 
 
-def test_a_benchmark_is_fetched_by_the_command_and_read(server, root, tmp_path, monkeypatch, capsys):
-    """CamVid's repository from the loopback: the command's last line, as it stands, finds the data."""
+def test_a_benchmark_is_downloaded_by_the_command_and_read(server, root, tmp_path, monkeypatch, capsys):
+    """Serve CamVid's repository; the arguments in the command's last line find the data."""
     folder = tmp_path / "repository"
     row = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]
     for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""The examples: each runs as it is, and what it prints and writes is right."""
+"""Run each example and check its output and files."""
 
 import math
 import os
@@ -23,18 +23,18 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
-    """Run an example in this process; return its variables and what it printed."""
+    """Run an example in this process; return its variables and its output."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
-    def example(name, *words):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    def example(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         return runpy.run_path(str(EXAMPLES / name), run_name="__main__"), capsys.readouterr().out
 
     return example
 
 
 def predicted(module, image):
-    """(H,W) classes of an image (H,W,3) uint8."""
+    """Predict the classes (H,W) of an image (H,W,3) uint8."""
     with torch.no_grad():
         return module(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]).argmax(1)[0].numpy()
 
@@ -48,33 +48,33 @@ def test_each_example_has_a_test_and_is_short():
 
 
 def test_own_folder(run):
-    found, printed = run("own_folder.py")
+    variables, printed = run("own_folder.py")
     score, checkpoint = re.search(r"mIoU ([\d.]+) %, checkpoint (\S+)", printed).groups()
     module = SegmentationModule.load_from_checkpoint(checkpoint).eval()
-    samples = found["data"].samples("val")
+    samples = variables["data"].samples("val")
     assert len(samples) == 6
     confusion = np.zeros((3, 3))
     for sample in samples:
-        mask = np.array(Image.open(found["root"] / "masks" / f"{sample.name}.png"))
-        preds = predicted(module, Image.open(found["root"] / "images" / f"{sample.name}.jpg"))
+        mask = np.array(Image.open(variables["root"] / "masks" / f"{sample.name}.png"))
+        preds = predicted(module, Image.open(variables["root"] / "images" / f"{sample.name}.jpg"))
         np.add.at(confusion, (mask[mask != 255], preds[mask != 255]), 1)
     iou = np.diag(confusion) / (confusion.sum(0) + confusion.sum(1) - np.diag(confusion))
     assert float(score) == pytest.approx(100 * iou.mean(), abs=0.051)
-    assert iou.min() > 0.3  # has learned each class
+    assert iou.min() > 0.3  # each class has been learned
 
 
-def test_own_folder_takes_a_folder(run, photo_folder):
-    found, printed = run("own_folder.py", photo_folder)
-    assert found["data"].class_names == ("background", "ground", "thing")
+def test_own_folder_with_a_given_folder(run, photo_folder):
+    variables, printed = run("own_folder.py", photo_folder)
+    assert variables["data"].class_names == ("background", "ground", "thing")
     assert "mIoU" in printed
 
 
 def test_loss_only(run):
-    found, printed = run("loss_only.py")
-    masks = found["masks"][:48].numpy()
-    assert found["class_pixels"].tolist() == [int((masks == index).sum()) for index in range(8)]
+    variables, printed = run("loss_only.py")
+    masks = variables["masks"][:48].numpy()
+    assert variables["class_pixels"].tolist() == [int((masks == index).sum()) for index in range(8)]
     lines = re.findall(r"(?m)^(cross entropy|power Dice|margin calibration) +(.*)$", printed)
-    numbers = {name: [float(word) for word in rest.split()] for name, rest in lines}
+    numbers = {name: [float(number) for number in rest.split()] for name, rest in lines}
     assert len(numbers) == 3
     for miou, *iou in numbers.values():
         assert miou == pytest.approx(np.mean(iou), abs=0.11)
@@ -83,10 +83,10 @@ def test_loss_only(run):
 
 
 def test_own_objective(run):
-    found, printed = run("own_objective.py")
+    variables, printed = run("own_objective.py")
     assert "PolyLoss with epsilon 2.0" in printed
-    assert found["again"].objective is not found["module"].objective
-    loss = found["PolyLoss"](epsilon=3.0)
+    assert variables["again"].objective is not variables["module"].objective
+    loss = variables["PolyLoss"](epsilon=3.0)
     logits, target = torch.randn(2, 4, 3, 5, dtype=torch.float64), torch.randint(4, (2, 3, 5))
     target[0, 0, :2] = 255
     total, number = 0.0, 0
@@ -100,8 +100,8 @@ def test_own_objective(run):
 
 
 def test_own_data(run):
-    found, printed = run("own_data.py")
-    data, root = found["data"], found["root"]
+    variables, printed = run("own_data.py")
+    data, root = variables["data"], variables["root"]
     assert [len(data.samples(split)) for split in ("train", "val", "test")] == [16, 4, 0]
     assert {sample.image.parent.name for sample in data.samples("val")} == {"8", "9"}
     pixels = np.zeros(3, dtype=int)
@@ -119,41 +119,41 @@ def test_predict(run, tmp_path):
     photo = tmp_path / "photo.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(photo)
     given = run("predict.py", trained[0]["checkpoint"], photo)
-    for (found, printed), size in ((trained, (64, 96)), (given, (50, 70))):
-        labels = predicted(found["module"], Image.open(found["photo"]).convert("RGB"))
-        assert np.array_equal(labels, found["labels"].numpy())
+    for (variables, printed), size in ((trained, (64, 96)), (given, (50, 70))):
+        labels = predicted(variables["module"], Image.open(variables["photo"]).convert("RGB"))
+        assert np.array_equal(labels, variables["labels"].numpy())
         shares = dict(re.findall(r"(?m)^(\w+) +([\d.]+) % of the pixels$", printed))
         for index, name in enumerate(SyntheticData().class_names):
             assert float(shares[name]) == pytest.approx(100 * (labels == index).mean(), abs=0.051)
-        mask = np.array(Image.open(found["folder"] / "mask.png"))
+        mask = np.array(Image.open(variables["folder"] / "mask.png"))
         assert mask.shape == labels.shape == size
         changed = float(re.search(r"change ([\d.]+) %", printed)[1])
         assert changed == pytest.approx(100 * (mask != labels).mean(), abs=0.051)
 
 
-@pytest.mark.filterwarnings("ignore:No complete tensor found")  # torch 2.15 warns about its own file
-@pytest.mark.filterwarnings("ignore:.*buffer is not writable")  # torch 2.7 warns about its own buffer
-def test_export_needs_torch_alone(run, tmp_path):
-    found, _ = run("export.py")
+@pytest.mark.filterwarnings("ignore:No complete tensor found")  # torch 2.15 warns about a file that it wrote
+@pytest.mark.filterwarnings("ignore:.*buffer is not writable")  # torch 2.7 warns about a buffer that it created
+def test_exported_network_needs_only_torch(run, tmp_path):
+    variables, _ = run("export.py")
     images = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8)
     torch.save(images, tmp_path / "images.pt")
     code = """
 import sys
-sys.modules |= dict.fromkeys(("mcseg", "segmentation_models_pytorch", "timm", "pytorch_lightning"))  # not to be imported
+sys.modules |= dict.fromkeys(("mcseg", "segmentation_models_pytorch", "timm", "pytorch_lightning"))  # importing these fails
 import torch
 network = torch.export.load(sys.argv[1]).module()
 torch.save(network(torch.load("images.pt")), "logits.pt")
 """
-    subprocess.run([sys.executable, "-c", code, found["folder"] / "network.pt2"], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", code, variables["folder"] / "network.pt2"], check=True, cwd=tmp_path)
     with torch.no_grad():
-        expected = found["network"](images)
+        expected = variables["network"](images)
     assert F.mse_loss(torch.load(tmp_path / "logits.pt"), expected) < 1e-10
 
 
 def test_two_processes():
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    words = [sys.executable, EXAMPLES / "two_processes.py"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    command = [sys.executable, EXAMPLES / "two_processes.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         assert f"process {rank} of 2: same weights as process 0: True" in done.stdout

@@ -1,4 +1,4 @@
-"""Reading files: pixel values as stored, errors that name the file."""
+"""Reading of files: pixel values as stored, errors that name the file."""
 
 import numpy as np
 import pytest
@@ -72,11 +72,11 @@ def test_other_image_modes_become_rgb(tmp_path, mode):
     assert (image.int() - 90).abs().max() <= 3
 
 
-def test_exif_orientation_turns_the_image_and_its_size(tmp_path):
+def test_exif_orientation_applies_to_the_image_and_its_size(tmp_path):
     picture = Image.fromarray(np.zeros((20, 40, 3), dtype=np.uint8))
     picture.paste((255, 0, 0), (0, 0, 8, 8))  # red at the top left of the stored image
     exif = picture.getexif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to view
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise for display
     picture.save(tmp_path / "i.jpg", exif=exif, quality=95)
     image = read_image(tmp_path / "i.jpg")
     assert image.shape == (3, 40, 20)
@@ -94,7 +94,7 @@ def test_unreadable_files_are_named(tmp_path, content):
             read(path)
 
 
-def test_truncated_image_passes_the_header_and_fails_the_pixels(tmp_path):
+def test_truncated_image_has_a_readable_header_and_unreadable_pixels(tmp_path):
     path = tmp_path / "i.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
     path.write_bytes(path.read_bytes()[:1500])
@@ -103,7 +103,7 @@ def test_truncated_image_passes_the_header_and_fails_the_pixels(tmp_path):
         read_image(path)
 
 
-def test_sizes_that_differ_name_both_files(tmp_path):
+def test_error_of_different_sizes_names_both_files(tmp_path):
     write_png(tmp_path / "i.png", np.zeros((4, 6, 3), dtype=np.uint8))
     write_png(tmp_path / "m.png", np.zeros((6, 4), dtype=np.uint8))
     reader = FileReader(table_from_names(["a", "b"]))
@@ -120,7 +120,7 @@ def test_missing_mask(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["L", "P", "RGB", "16 bits", "1 bit"])
-def test_counts_are_those_of_the_mask(tmp_path, kind):
+def test_counts_equal_the_pixels_of_the_mask(tmp_path, kind):
     values = np.array([[0, 1, 1, 2], [255, 0, 1, 0]])
     if kind == "1 bit":
         values = values % 2
@@ -137,14 +137,14 @@ def test_counts_are_those_of_the_mask(tmp_path, kind):
     assert reader.counts(Sample("m", tmp_path / "i.png", path)).tolist() == expected
 
 
-def test_counts_of_an_unknown_value_name_file_value_and_pixels(tmp_path):
+def test_error_of_an_unknown_value_names_file_value_and_pixels(tmp_path):
     write_png(tmp_path / "m.png", np.array([[0, 9, 9]], dtype=np.uint8))
     reader = FileReader(table_from_names(["a", "b", "c"]))
     with pytest.raises(DataError, match=r"m\.png: 2 pixels of the mask have the unknown values 9"):
         reader.counts(Sample("m", tmp_path / "i.png", tmp_path / "m.png"))
 
 
-def test_counts_of_values_that_are_not_listed(tmp_path):
+def test_counts_of_unlisted_values(tmp_path):
     write_png(tmp_path / "m.png", np.array([[0, 9, 9, 1]], dtype=np.uint8))
     sample = Sample("m", tmp_path / "i.png", tmp_path / "m.png")
     table = LabelTable(("a", "b"), ((0, 0, 0), (1, 1, 1)), {0: 0, 1: 1}, unlisted=1)

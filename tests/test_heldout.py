@@ -1,4 +1,4 @@
-"""Held-out bounds: counts of images and margins against plain loops, the files and the table, the command."""
+"""Held-out bounds: counts of images and margins against plain loops, files, table and command."""
 
 import json
 import sys
@@ -29,17 +29,17 @@ def plain_margins(logits, target, margins, classes):
             continue
         for k in range(classes):
             margin = logits[k, pixel] - max(logits[j, pixel] for j in range(classes) if j != k)
-            for place, wanted in enumerate(margins):
+            for column, required in enumerate(margins):
                 if k == label:
-                    cleared[k, place] += margin > wanted
+                    cleared[k, column] += margin > required
                 else:
-                    alarms[k, place] += margin > -wanted
+                    alarms[k, column] += margin > -required
     return cleared, alarms
 
 
 @pytest.mark.parametrize("classes", [2, 5])
 def test_margins_pixel_by_pixel(classes):
-    logits = torch.randint(-4, 5, (3, classes, 6, 7)).float()  # ties, and margins that are exactly met
+    logits = torch.randint(-4, 5, (3, classes, 6, 7)).float()  # with ties and margins of exactly the required size
     target = torch.randint(0, classes, (3, 6, 7))
     target[target == classes - 1] = 255 if classes == 5 else classes - 1  # a class without pixels
     target[0, 0] = 255
@@ -59,7 +59,7 @@ def test_margins_are_taken_at_the_size_of_the_mask(monkeypatch):
     preds = torch.nn.functional.interpolate(logits, (12, 13), mode="bilinear", align_corners=False).argmax(1)
     whole, banded = MarginCounts(4), MarginCounts(4)
     whole.update(logits, target)
-    monkeypatch.setattr("mcseg.evaluation.inference._BAND", 2 * 4 * 13 * 5)  # bands of five rows, counted by two
+    monkeypatch.setattr("mcseg.evaluation.inference._BAND", 2 * 4 * 13 * 5)  # bands of five rows, counted in chunks of two
     monkeypatch.setattr("mcseg.evaluation.margin_counts._CHUNK", 2 * 4 * 13 * 2)
     banded.update(logits, target)
     torch.testing.assert_close(whole.iou()[:, 0], score(preds, target, 4).iou)
@@ -82,22 +82,17 @@ class FakeTrainer:
         self.default_root_dir = str(root)
         self.lightning_module = lambda image: logits[image[:, 0, 0, 0].long()]
         self.lightning_module.device = "cpu"
-        self.precision_plugin = torch.autograd.profiler  # anything with a context
 
     @property
     def precision_plugin(self):
         return self
-
-    @precision_plugin.setter
-    def precision_plugin(self, _):
-        pass
 
     def forward_context(self):
         return torch.no_grad()
 
 
 def run(tmp_path, names, **settings):
-    """Images of 2x4 whose left half is class 0; the k-th prediction is wrong in k pixels of class 1."""
+    """Evaluate images of 2x4 whose left half is class 0; the k-th prediction is wrong in k mod 4 pixels of class 1."""
     target = torch.tensor([[0, 0, 1, 1]] * 2).repeat(len(names), 1, 1)
     preds = target.clone()
     for k in range(len(names)):
@@ -136,7 +131,7 @@ def test_result_of_images_as_units(tmp_path):
     assert result["miou_lower_bound"] == pytest.approx(expected)
     assert 0 < expected["concentration"] < expected["bootstrap"] < result["miou"]
     assert result["unit_weighted"] == {"miou": pytest.approx(result["miou"]), "miou_lower_bound": pytest.approx(expected)}
-    at = {margin: place for place, margin in enumerate(result["margins"])}
+    at = {margin: column for column, margin in enumerate(result["margins"])}
     right = result["classes"]["right"]
     assert right["cleared"][at[2.5]] == pytest.approx(20 / 32)  # every margin is 3 or -3
     assert right["cleared"][at[3.0]] == 0
@@ -149,7 +144,7 @@ def test_result_of_images_as_units(tmp_path):
 
 
 def evaluate(tmp_path, images, **settings):
-    """Result of (preds, target) pairs of any size, two classes."""
+    """Return the result for (preds, target) pairs of any size with two classes."""
     trainer = FakeTrainer(tmp_path, None)
     trainer.lightning_module = lambda image: torch.nn.functional.one_hot(image[:, 0].long(), 2).movedim(-1, 1).float()
     callback = HeldOutBounds(**settings)
@@ -161,10 +156,10 @@ def evaluate(tmp_path, images, **settings):
     return callback.result(Data.class_names, "val")
 
 
-def test_what_is_promised_holds_for_images_of_different_sizes(tmp_path):
-    """Most sets have none of the large images, and nothing in them tells of these."""
+def test_bounds_hold_for_images_of_different_sizes(tmp_path):
+    """Most of the sets have no large image, so the size limit cannot be estimated from them."""
     source, sets, rng = coverage.TwoSizes(small=10), 100, np.random.default_rng(0)
-    promised, held = 0, {"pixel": 0, "image": 0}
+    bounded, held = 0, {"pixel": 0, "image": 0}
     for _ in range(sets):
         images = []
         for hits, target, _ in source.images(20, rng):
@@ -173,17 +168,17 @@ def test_what_is_promised_holds_for_images_of_different_sizes(tmp_path):
             images.append((torch.where(wrong, 1 - labels, labels)[None], labels[None]))
         result = evaluate(tmp_path, images)
         bound = result["miou_lower_bound"]["concentration"]
-        promised += bound is not None
+        bounded += bound is not None
         held["pixel"] += bound is None or bound <= source.miou("pixel")
         held["image"] += result["unit_weighted"]["miou_lower_bound"]["concentration"] <= source.miou("image")
     at_least = binom.ppf(0.001, sets, 0.95)
     assert held["pixel"] >= at_least
     assert held["image"] >= at_least
-    assert promised == 0, "no limit was stated"
+    assert bounded == 0, "no size limit was given"
     assert evaluate(tmp_path, images, largest_pixels=800)["miou_lower_bound"]["concentration"] <= source.miou("pixel")
 
 
-def test_an_image_beyond_the_stated_limit_is_named(tmp_path):
+def test_an_image_beyond_the_size_limit_is_named(tmp_path):
     images = [(torch.zeros(1, pixels, dtype=torch.int64),) * 2 for pixels in (10, 11)]
     with pytest.raises(ValueError, match="found 10, but 'image 1' has 11 labelled pixels"):
         evaluate(tmp_path, images, largest_pixels=10)
@@ -212,7 +207,7 @@ def test_groups_are_units(tmp_path):
     assert "fewer than 50 groups" in bound_table(result)
 
 
-def test_a_chosen_checkpoint_costs_confidence(tmp_path):
+def test_selection_of_the_checkpoint_lowers_the_bound(tmp_path):
     names = [f"a{k}" for k in range(8)]
     result, preds, target = run(tmp_path, names, selected_from=5, largest_pixels=8)
     counts = image_counts(preds, target)
@@ -221,7 +216,7 @@ def test_a_chosen_checkpoint_costs_confidence(tmp_path):
     )
     assert "among no more than 5" in bound_table(result)
     assert "best.ckpt" not in bound_table(result)
-    assert "best.ckpt" in bound_table(run(tmp_path, names)[0]), "which val has chosen"
+    assert "best.ckpt" in bound_table(run(tmp_path, names)[0]), "the val split selects best.ckpt"
 
 
 def test_bad_settings_are_named(tmp_path):
@@ -233,7 +228,7 @@ def test_bad_settings_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             HeldOutBounds(**settings)
-    with pytest.raises(ValueError, match="not found in the image name 'b0'"):
+    with pytest.raises(ValueError, match="found the image name 'b0'"):
         run(tmp_path, ["b0"], group="^a")
     assert not (tmp_path / "bound.json").exists()
     trainer = FakeTrainer(tmp_path, torch.zeros(1))
@@ -259,34 +254,36 @@ def test_command(photo_folder, capsys, caplog):
     half = ["--ckpt_path", "fit/checkpoints/best.ckpt", "--data.image_scale=0.5", "--trainer.precision=32-true"]
     with caplog.at_level("INFO", "pytorch_lightning.utilities.rank_zero"):
         main(["bound", *common, *half, "--level", "0.9", "--group", r"\d$", "--trainer.default_root_dir=out"])
-    said = "\n".join(caplog.messages)
+    output = "\n".join(caplog.messages)
     result = json.loads(Path("out/bound.json").read_text())
     assert (result["split"], result["units"], result["level"]) == ("val", 6, 0.9)
     assert list(result["classes"]) == ["background", "ground", "thing"]
-    assert f"val: mIoU {100 * result['miou']:.2f} %" in said, "the same as validation says"
-    for name, found in result["classes"].items():
-        # at margin 0 the margins give the IoU of the predictions
-        assert found["iou_at_margin"][0] == pytest.approx(found["iou"], abs=1e-9), name
-        assert len(found["cleared"]) == len(MARGINS)
-        assert found["iou_lower_bound"] is None, "no size limit was stated"
-        assert found["unit_weighted_iou_lower_bound"] <= found["unit_weighted_iou"]
+    assert f"val: mIoU {100 * result['miou']:.2f} %" in output, "the mIoU of validation"
+    for name, values in result["classes"].items():
+        # IoU at margin 0 is that of the predictions
+        assert values["iou_at_margin"][0] == pytest.approx(values["iou"], abs=1e-9), name
+        assert len(values["cleared"]) == len(MARGINS)
+        assert values["iou_lower_bound"] is None, "no size limit was given"
+        assert values["unit_weighted_iou_lower_bound"] <= values["unit_weighted_iou"]
     assert result["miou_lower_bound"]["concentration"] is None
     assert 0 <= result["miou_lower_bound"]["bootstrap"] < result["miou"]
     assert all(
         0 <= bound < result["unit_weighted"]["miou"] for bound in result["unit_weighted"]["miou_lower_bound"].values()
     )
-    assert "by bootstrap" in said
-    assert "--bound.largest_pixels" in said
+    assert "by bootstrap" in output
+    assert "--bound.largest_pixels" in output
     with Image.open("out/margins.png") as picture:
         assert picture.width > 1000
 
     limit = ["--bound.largest_pixels", "5000"]
-    main(["bound", *common, *half, "--split=test", *limit, "--trainer.default_root_dir=test"])  # a folder has no test split
+    main(
+        ["bound", *common, *half, "--split=test", *limit, "--trainer.default_root_dir=test"]
+    )  # FolderData tests on its val split
     result = json.loads(Path("test/bound.json").read_text())
     assert (result["split"], result["largest_pixels"]) == ("test", 5000)
     assert all(0 <= bound < result["miou"] for bound in result["miou_lower_bound"].values())
-    for found in result["classes"].values():
-        assert found["iou_lower_bound"] <= found["iou"]
+    for values in result["classes"].values():
+        assert values["iou_lower_bound"] <= values["iou"]
     assert "mcseg bound needs trained weights" in fails(capsys, ["bound", *common])
     assert "largest_pixels: found 9, but 'photo 0' has" in fails(
         capsys, ["bound", *common, *half, "--bound.largest_pixels=9"]

@@ -1,4 +1,4 @@
-"""Log errors weighted by running IoU counts: the weights are the gradient of mIoU, the loss is what its formula says."""
+"""IoUWeightedLoss: the weights are the gradient of mIoU, and the loss equals its formula."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ def make(**options):
 
 
 def test_the_loss_against_a_loop():
-    """Shares, weights and errors by plain Python, in the first training step, which sees (1 - decay) of its own counts."""
+    """Compute shares, weights and errors in plain Python for the first training step; `decay` cancels there."""
     logits, target = case()
     pixels = [
         (logits[n, :, y, x].tolist(), int(target[n, y, x]))
@@ -62,7 +62,7 @@ def test_the_loss_against_a_loop():
 
 
 def test_weights_are_the_gradient_of_miou():
-    """mIoU as a function of misses a and false alarms b, differentiated by autograd."""
+    """Differentiate mIoU as a function of misses a and false alarms b by autograd."""
     torch.manual_seed(0)
     p = torch.tensor([0.6, 0.25, 0.1, 0.05], dtype=torch.float64)
     a = (p * 0.3).requires_grad_()
@@ -92,7 +92,7 @@ def test_confusion_shares_against_scikit_learn():
     assert np.allclose(confusion_shares(logits, target, 255).numpy(), expected, atol=1e-15)
 
 
-def test_running_shares_move_in_training_alone_and_travel_in_the_checkpoint():
+def test_running_shares_change_in_training_only_and_are_in_the_state_dict():
     loss = make(decay=0.75)
     first, second = case(0), case(1)
     loss(*first)
@@ -101,7 +101,7 @@ def test_running_shares_move_in_training_alone_and_travel_in_the_checkpoint():
     assert torch.allclose(loss.running_shares, 0.25 * (0.75 * a + b))
     loss.eval()(*first)
     assert torch.allclose(loss.running_shares, 0.25 * (0.75 * a + b))
-    loss.train()(first[0], torch.full_like(first[1], 255))  # nothing labelled, nothing learned: only the scale changes
+    loss.train()(first[0], torch.full_like(first[1], 255))  # without labels only the scale changes
     copy = IoUWeightedLoss(4)
     copy.load_state_dict(loss.state_dict())
     assert torch.equal(copy.eval()(*first), loss.eval()(*first))
@@ -109,7 +109,7 @@ def test_running_shares_move_in_training_alone_and_travel_in_the_checkpoint():
 
 
 def test_contract():
-    """Blind to void, 0 without gradient where all is void, the gradient that of the function, finite in half precision."""
+    """Check that void has no effect, that all void gives 0, and that gradients are correct and finite in half precision."""
     logits, target = case()
     loss = make()
     loss(logits, target)
@@ -142,7 +142,7 @@ def test_contract():
 
 
 def run_as_rank(rank, folder):
-    """One of two processes with half of the batch each: loss, gradient as DDP averages it, running shares."""
+    """Run one of two processes with half of the batch: loss, gradient as averaged by DDP, running shares."""
     store = torch.distributed.FileStore(f"{folder}/store", 2)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     logits, target = case()
@@ -163,7 +163,7 @@ def test_two_processes_give_the_loss_of_one(tmp_path):
     loss = make()
     value = loss(z, target)
     value.backward()
-    assert sum(found for found, _, _ in results) / 2 == pytest.approx(float(value.detach()), rel=1e-12)
+    assert sum(loss for loss, _, _ in results) / 2 == pytest.approx(float(value.detach()), rel=1e-12)
     for rank, (_, gradient, shares) in enumerate(results):
         assert np.allclose(gradient, z.grad[rank].flatten(), atol=1e-15)
         assert np.allclose(shares, loss.running_shares.numpy(), atol=1e-15)
@@ -179,7 +179,7 @@ def test_two_processes_give_the_loss_of_one(tmp_path):
     ],
     ids=str,
 )
-def test_refusals(options, message):
+def test_invalid_settings_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         IoUWeightedLoss(**{"num_classes": 4, **options})
     with pytest.raises(RuntimeError, match="IoUWeightedLoss is not calibrated"):

@@ -1,4 +1,4 @@
-"""Label tables and class lists: what a mask's values become."""
+"""Label tables and class lists: mapping from mask values to train ids."""
 
 import numpy as np
 import pytest
@@ -52,7 +52,7 @@ def test_unknown_colours_are_named():
         table.train_ids(np.array([[[0, 0, 0], [1, 2, 3]]], dtype=np.uint8), "x.png")
 
 
-def test_unlisted_values_take_the_stated_id():
+def test_unlisted_values_map_to_the_given_id():
     table = LabelTable(NAMES, COLORS, {1: 0}, unlisted=255)
     assert table.train_ids(np.array([[1, 2, 77]], dtype=np.uint8), "x.png").tolist() == [[0, 255, 255]]
 
@@ -76,7 +76,7 @@ def test_coloured_mask_for_an_index_table():
         (("a", "b"), COLORS[:2], {0: 2}, "train id 2; expected 0 to 1"),
     ],
 )
-def test_impossible_tables(names, palette, raw_ids, message):
+def test_invalid_tables_are_refused(names, palette, raw_ids, message):
     with pytest.raises(DataError, match=message):
         LabelTable(names, palette, raw_ids)
 

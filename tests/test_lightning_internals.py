@@ -1,7 +1,7 @@
 """Private and undocumented parts of Lightning, jsonargparse and torch: each works as in the versions named here.
 
-Seen in Lightning 2.6.6, jsonargparse 4.53.0, torch 2.10 and 2.14.1. After an upgrade, look here first: what fails names the
-function of `mcseg.lightning_internals` that has to follow.
+Seen in Lightning 2.6.6, jsonargparse 4.53.0, torch 2.10 and 2.14.1. After an upgrade, run this file first: a failing test names
+the function of `mcseg.lightning_internals` that needs a change.
 """
 
 import ast
@@ -25,7 +25,7 @@ PACKAGE = Path(mcseg.__file__).parent
 
 
 class Line(pl.LightningModule):
-    """A module that takes any batch."""
+    """A module with one weight that accepts any batch."""
 
     def __init__(self):
         super().__init__()
@@ -65,14 +65,14 @@ def test_class_method_is_refused_on_an_instance():
         Kind().name()
 
 
-def test_a_module_is_made_from_these_keys():
-    """Lightning 2.6.6 takes arguments from each of them, the last one first, and trusts the one instantiator."""
-    made = {}
+def test_module_arguments_are_read_from_these_keys():
+    """Lightning 2.6.6 reads arguments from all of them, later ones override, and accepts only one instantiator."""
+    arguments = {}
 
     class Kind(Line):
         def __init__(self, a=0, b=0, c=0):
             super().__init__()
-            made.update(a=a, b=b, c=c)
+            arguments.update(a=a, b=b, c=c)
 
     globals()["Kind"] = Kind
     Kind.__qualname__ = "Kind"
@@ -86,7 +86,7 @@ def test_a_module_is_made_from_these_keys():
     content["hyper_parameters"][internals.INSTANTIATOR_KEY] = internals.INSTANTIATOR
     torch.save(content, "x.ckpt")
     Kind.load_from_checkpoint("x.ckpt", weights_only=True)
-    assert made == {"a": 1, "b": 2, "c": 3}
+    assert arguments == {"a": 1, "b": 2, "c": 3}
     content["hyper_parameters"][internals.INSTANTIATOR_KEY] = "builtins.dict"
     torch.save(content, "x.ckpt")
     with pytest.raises(ValueError, match="instantiator"):
@@ -101,13 +101,13 @@ def test_url_is_loaded_as_plain_types(tmp_path):
         internals.load_from_url(f"file://{tmp_path}/y.ckpt")
 
 
-def test_settings_of_a_subclass_go_by_its_path():
+def test_settings_of_a_subclass_contain_its_class_path():
     assert internals.as_settings({"a": 1, "_instantiator": "x"}) == {"a": 1}
     assert internals.as_settings({"a": 1, "_class_path": "p.C"}) == {"class_path": "p.C", "dict_kwargs": {"a": 1}}
 
 
-def test_settings_of_a_checkpoint_are_taken_before_anything_is_made(tmp_path):
-    """Lightning 2.6.6 calls its method between parsing and making the objects, once."""
+def test_settings_of_a_checkpoint_are_merged_before_instantiation(tmp_path):
+    """Lightning 2.6.6 calls its method once, between parsing and instantiation."""
     seen = []
 
     class CLI(internals.CheckpointSettingsCLI):
@@ -124,11 +124,11 @@ def test_settings_of_a_checkpoint_are_taken_before_anything_is_made(tmp_path):
     torch.save({}, path)
     CLI(Line, args=["validate", f"--ckpt_path={path}", *options], save_config_callback=None, seed_everything_default=0)
     assert seen == ["ran", ("validate", path, False), "ran"]
-    # the hook is in place of Lightning's own, which would have read the file
+    # the method replaces one of Lightning, which would have read the file
     assert "_parse_ckpt_path" in vars(pl.cli.LightningCLI)
 
 
-def test_accumulated_gradient_is_seen():
+def test_accumulated_gradient_is_reported():
     class Watch(pl.Callback):
         seen = []
 
@@ -136,10 +136,10 @@ def test_accumulated_gradient_is_seen():
             self.seen.append(internals.accumulates_gradient(trainer))
 
     trainer(Watch(), accumulate_grad_batches=4).fit(Line(), loader())
-    assert Watch.seen == [True, True, True, False, True, False]  # the last batch of an epoch steps
+    assert Watch.seen == [True, True, True, False, True, False]  # the last batch of an epoch always steps
 
 
-def test_a_requested_stop_ends_after_the_batch():
+def test_a_requested_stop_happens_after_the_batch():
     class Stop(pl.Callback):
         validations = 0
 
@@ -150,14 +150,15 @@ def test_a_requested_stop_ends_after_the_batch():
         def on_validation_start(self, trainer, module):
             self.validations += 1
 
-    run, stop = trainer(stop := Stop(), num_sanity_val_steps=0), stop
+    stop = Stop()
+    run = trainer(stop, num_sanity_val_steps=0)
     with pytest.raises(SIGTERMException):
         run.fit(Line(), loader(), loader())
     assert run.global_step == 3
     assert stop.validations == 0
 
 
-def test_an_interrupted_validation_is_repeated_whole(tmp_path):
+def test_an_interrupted_validation_is_repeated_from_its_start(tmp_path):
     class Interrupt(pl.Callback):
         def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, *_):
             if batch_idx == 3:
@@ -182,7 +183,7 @@ def test_an_interrupted_validation_is_repeated_whole(tmp_path):
 @pytest.mark.parametrize(("step", "expected"), [(3, (0, 3)), (6, (1, 0)), (8, (1, 2))])
 def test_position_of_a_resumed_training(tmp_path, step, expected):
     class Order(torch.utils.data.Sampler):
-        """Asks when the loader's iterator is made, as the sampler of a loader with workers is asked."""
+        """Records the position when the loader's iterator is made."""
 
         run, seen = None, []
 
@@ -206,7 +207,7 @@ def test_position_of_a_resumed_training(tmp_path, step, expected):
     assert Order.run.global_step == 18
 
 
-def test_rows_are_added_to_a_csv_file(tmp_path):
+def test_rows_are_appended_to_a_csv_file(tmp_path):
     path = tmp_path / "metrics.csv"
     logger = CSVLogger(tmp_path, "", "")
     writer = logger.experiment
@@ -218,14 +219,14 @@ def test_rows_are_added_to_a_csv_file(tmp_path):
 
 
 def test_bfloat16_of_the_cpu():
-    """torch 2.14.1 has both names; what they say is the machine's affair."""
+    """torch 2.14.1 has both functions; their results depend on the machine."""
     assert callable(torch.cpu._is_avx512_bf16_supported)
     assert callable(torch.cpu._is_amx_tile_supported)
     assert internals.cpu_computes_bfloat16() == (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def test_hooks_of_modules_that_losses_override():
-    """torch 2.14.1 casts by `_apply`, which has the buffers in `_buffers`, and loads by `_load_from_state_dict`."""
+    """torch 2.14.1 casts by `_apply`, keeps buffers in `_buffers`, and loads by `_load_from_state_dict`."""
     called = []
 
     class Part(nn.Module):
@@ -245,9 +246,9 @@ def test_hooks_of_modules_that_losses_override():
     assert called == ["apply", "load"]
 
 
-# Not private, whatever they look like: documented by Python
+# Documented by Python, although they begin with an underscore
 PUBLIC = {"os._exit", "_fields", "_replace", "_asdict"}
-# What subclasses of nn.Module override and use of it; tested above
+# Parts of nn.Module that losses override or use; tested above
 LOSSES = {"_apply", "_buffers", "_load_from_state_dict"}
 
 
@@ -256,7 +257,7 @@ def is_private(name):
 
 
 def names_of(tree):
-    """Names that a file defines, as functions, classes, variables or attributes."""
+    """Yield the names that a file defines: functions, classes, variables and attributes."""
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name
@@ -271,17 +272,17 @@ def names_of_package():
     return {name for path in PACKAGE.rglob("*.py") for name in names_of(ast.parse(path.read_text()))}
 
 
-def foreign_parts(path):
-    """Private names that a file takes from a library: imported, of an object, of a base class, or by a string."""
+def private_parts(path):
+    """Yield the private names of libraries that a file uses: imported, of an object, of a base class, or by a string."""
     tree = ast.parse(path.read_text())
-    own, inherited = set(names_of(tree)), names_of_package()
+    defined_here, defined_in_package = set(names_of(tree)), names_of_package()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and not node.module.startswith("mcseg"):
             yield from (part for alias in node.names for part in (*node.module.split("."), alias.name) if is_private(part))
         elif isinstance(node, ast.Attribute) and is_private(node.attr) and ast.unparse(node) not in PUBLIC:
-            of_own_class = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
-            calls_base = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super"
-            if node.attr not in ((own | inherited) if of_own_class or calls_base else own) | PUBLIC:
+            of_self = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            of_super = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super"
+            if node.attr not in defined_here | (defined_in_package if of_self or of_super else set()) | PUBLIC:
                 yield node.attr
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr", "hasattr"):
             yield from (a.value for a in node.args[1:2] if isinstance(a, ast.Constant) and is_private(str(a.value)))
@@ -291,13 +292,16 @@ def foreign_parts(path):
 def test_private_parts_of_libraries_are_used_in_one_file(path):
     allowed = LOSSES if path.parent.name == "losses" else set()
     if path.name != "lightning_internals.py":
-        assert set(foreign_parts(path)) <= allowed
+        assert set(private_parts(path)) <= allowed
 
 
-def test_what_is_used_is_found():
-    """The search itself: it sees the parts that lightning_internals uses."""
-    found = set(foreign_parts(PACKAGE / "lightning_internals.py"))
-    assert found >= {"_load", "_restricted_classmethod", "_should_accumulate", "_signal_connector"}
+def test_search_finds_the_private_parts_of_lightning_internals():
+    assert set(private_parts(PACKAGE / "lightning_internals.py")) >= {
+        "_load",
+        "_restricted_classmethod",
+        "_should_accumulate",
+        "_signal_connector",
+    }
 
 
 def test_no_class_overrides_a_private_method_of_a_library():

@@ -1,4 +1,4 @@
-"""The objective: values worked by hand, numbers of the authors' implementation, reductions, and life as a module."""
+"""MarginCalibrationLoss: values by hand, values of the authors' implementation, reductions, and behaviour as a module."""
 
 import copy
 import inspect
@@ -56,7 +56,7 @@ def test_by_hand(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_numbers_of_the_authors_implementation(path, backend):
+def test_values_of_the_authors_implementation(path, backend):
     numbers = np.load(path)
     logits = torch.from_numpy(numbers["logits"]).double().requires_grad_()
     loss = MarginCalibrationLoss(
@@ -66,7 +66,7 @@ def test_numbers_of_the_authors_implementation(path, backend):
     value.backward()
     assert value.item() == pytest.approx(numbers["margin_loss"].item(), rel=1e-10)
     gradient = torch.from_numpy(numbers["margin_grad"])
-    # gradients that cancel to 1e-10 of the largest have no more digits than that
+    # elements that cancel to 1e-10 of the largest element have no exact digits left
     torch.testing.assert_close(logits.grad, gradient, rtol=1e-10, atol=1e-13 * gradient.abs().max().item())
 
 
@@ -105,7 +105,7 @@ def test_nothing_labelled(loss, case, backend, reduction):
     assert loss(logits[:0], case[1][:0]).item() == 0
 
 
-def test_arguments_of_the_module_reach_the_function(case):
+def test_the_module_passes_its_arguments_to_the_function(case):
     settings = {"foreground_weight": 2.0, "ignore_index": 3, "reduction": "none", "backend": "reference"}
     loss = MarginCalibrationLoss(4, scheme="miou", max_margin=2.0, **settings).calibrate(COUNTS)
     logits, target = case[0], case[1].clamp(max=3)
@@ -118,7 +118,7 @@ def test_arguments_of_the_module_reach_the_function(case):
     assert (other.num_classes, other.tau, other.upsilon, other.foreground_weight) == (4, 2.0, 3.0, None)
 
 
-def test_uncalibrated(case):
+def test_an_uncalibrated_loss_raises(case):
     loss = MarginCalibrationLoss(4)
     assert not loss.is_calibrated
     assert loss.foreground_offsets.isnan().all()
@@ -153,7 +153,7 @@ def test_state_dict_round_trip(loss, case):
         other.load_state_dict(state, assign=assign)
         assert other.is_calibrated
         assert torch.equal(other(*case), loss(*case))
-    # as part of a model, and back to uncalibrated
+    # as part of a model, then uncalibrated again
     model = nn.ModuleDict({"objective": MarginCalibrationLoss(4)})
     model.load_state_dict({f"objective.{name}": value for name, value in state.items()})
     assert torch.equal(model["objective"](*case), loss(*case))
@@ -162,19 +162,19 @@ def test_state_dict_round_trip(loss, case):
 
 
 @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, lambda m: m.to("cpu", torch.half)])
-def test_casting_leaves_the_offsets(loss, cast):
+def test_casting_does_not_change_the_offsets(loss, cast):
     expected = margin_offsets(COUNTS)
     model = nn.ModuleDict({"layer": nn.Linear(2, 2), "objective": loss})
     before = model["layer"].weight.dtype
     cast(model)
     assert model["layer"].weight.dtype != before
-    for found, offsets in zip(loss.offsets, expected, strict=True):
-        assert found.dtype == torch.float64
-        assert torch.equal(found, offsets)
+    for actual, offsets in zip(loss.offsets, expected, strict=True):
+        assert actual.dtype == torch.float64
+        assert torch.equal(actual, offsets)
     assert list(loss.state_dict()) == ["foreground_offsets", "background_offsets"]
 
 
-def test_built_without_storage(case):
+def test_built_on_the_meta_device(case):
     with torch.device("meta"):
         loss = MarginCalibrationLoss(4)
     loss.to_empty(device="cpu")
@@ -222,8 +222,8 @@ def test_export(loss, case, strict, backend):
     if backend == "auto" and hasattr(torch.compiler, "is_exporting"):
         z = logits.clone().requires_grad_()
         (expected,) = torch.autograd.grad(loss(z, target), z)
-        (found,) = torch.autograd.grad(exported(z, target), z)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-8)
+        (actual,) = torch.autograd.grad(exported(z, target), z)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -275,7 +275,7 @@ def test_dtype_of_the_loss(loss, case, dtype):
         ),
     ],
 )
-def test_refusals(logits, target, settings, error, message):
+def test_invalid_arguments_are_refused(logits, target, settings, error, message):
     with pytest.raises(error, match=message) as caught:
         margin_calibration_loss(logits, target, margin_offsets(COUNTS), **settings)
     assert "\n" not in str(caught.value)
@@ -314,7 +314,7 @@ def test_settings_without_effect_are_refused(settings, message):
         MarginCalibrationLoss(4, **settings)
 
 
-def test_every_argument_is_one_of_the_nine():
+def test_the_loss_has_nine_arguments():
     names = list(inspect.signature(MarginCalibrationLoss).parameters)
     nine = "num_classes scheme tau upsilon foreground_weight ignore_index reduction backend max_margin"
     assert names == nine.split()
@@ -338,7 +338,7 @@ def test_cross_entropy_against_a_loop():
     assert float(half) == pytest.approx(sum(losses) / len(losses), abs=2e-3)
 
 
-def test_cross_entropy_of_nothing_is_zero():
+def test_cross_entropy_is_zero_without_labels():
     logits = torch.randn(1, 4, 3, 5, requires_grad=True)
     loss = CrossEntropyLoss()(logits, torch.full((1, 3, 5), 255))
     loss.backward()
@@ -347,7 +347,7 @@ def test_cross_entropy_of_nothing_is_zero():
 
 
 def test_uint8_labels_and_an_ignore_index_that_uint8_cannot_hold():
-    """-100 is 156 in uint8: pixels of class 156 are labelled all the same."""
+    """-100 wraps to 156 in uint8, but pixels of class 156 stay labelled."""
     logits = torch.randn(1, 171, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     target = torch.tensor([[[156, 0, 170], [156, 3, 156]]], dtype=torch.uint8)
     loss = MarginCalibrationLoss(171, scheme="none", ignore_index=-100)

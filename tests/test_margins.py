@@ -1,4 +1,4 @@
-"""Offsets: against the formulas in plain Python, numbers of the authors' implementation, and their own invariances."""
+"""Margin offsets: the formulas in plain Python, values of the authors' implementation, and invariances."""
 
 import math
 from pathlib import Path
@@ -26,13 +26,13 @@ def by_hand(counts, tau, upsilon):
 
 
 def assert_close(offsets, foreground, background, rtol=1e-12):
-    for found, expected in zip(offsets, (foreground, background), strict=True):
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found, torch.as_tensor(expected, dtype=torch.float64), rtol=rtol, atol=0)
+    for actual, expected in zip(offsets, (foreground, background), strict=True):
+        assert actual.dtype == torch.float64
+        torch.testing.assert_close(actual, torch.as_tensor(expected, dtype=torch.float64), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_numbers_of_the_authors_implementation(path):
+def test_values_of_the_authors_implementation(path):
     case = np.load(path)
     offsets = margin_offsets(case["class_pixels"], tau=float(case["tau"]), upsilon=float(case["upsilon"]))
     assert_close(offsets, case["foreground_offsets"], case["background_offsets"])
@@ -57,7 +57,7 @@ def test_miou_ratios_scale_and_independence_of_size(counts, max_margin, factor):
     torch.testing.assert_close(offsets.background / offsets.foreground, (m / n) ** 0.25, rtol=1e-12, atol=0)
     torch.testing.assert_close(
         offsets.foreground / offsets.foreground[0], (n[0] / n) ** 0.25, rtol=1e-12, atol=0
-    )  # the same unit for all classes
+    )  # the same scale for all classes
     assert max(offsets.foreground.max(), offsets.background.max()).item() == pytest.approx(max_margin, rel=1e-14)
     assert_close(margin_offsets([n * factor for n in counts], "miou", max_margin=max_margin), *offsets)
 
@@ -66,7 +66,7 @@ def test_miou_ignores_tau_and_upsilon():
     assert_close(margin_offsets([5, 70], "miou", tau=3, upsilon=0.001), *margin_offsets([5, 70], "miou"))
 
 
-def test_ways_to_pass_counts():
+def test_types_of_counts():
     expected = by_hand([3, 50, 7], 10.0, 1.0)
     as_array = np.array([3, 50, 7])
     read_only = as_array.astype(np.float64)
@@ -85,7 +85,7 @@ def test_ways_to_pass_counts():
 
 
 @pytest.mark.parametrize("scheme", ["ijcv2022", "miou"])
-def test_class_without_pixels_is_named_and_leaves_the_others_alone(scheme):
+def test_a_class_without_pixels_is_named_and_does_not_change_the_other_offsets(scheme):
     with pytest.warns(UserWarning, match=r"no pixels of class 1, 4; its offsets are 0"):
         offsets = margin_offsets([10, 0, 30, 5, 0], scheme)
     present = margin_offsets([10, 30, 5], scheme)
@@ -99,14 +99,14 @@ def test_class_without_pixels_is_named_and_leaves_the_others_alone(scheme):
     [
         ([[1, 2], [3, 4]], {}, r"found shape \(2, 2\), expected \(C,\)"),
         (5, {}, r"found shape \(\), expected \(C,\)"),
-        ("many", {}, r"expected one number of pixels per class, found 'many'"),
-        ([5], {}, r"found 1 class\(es\), expected at least two"),
+        ("many", {}, r"class_pixels: found 'many'"),
+        ([5], {}, r"found 1 class\(es\), expected at least 2"),
         ([5, -1, 3, -2], {}, r"found -1 for class 1, 3, expected finite counts"),
         ([5, math.nan, 3], {}, r"found nan for class 1, expected finite counts"),
         ([5, 4, math.inf], {}, r"found inf for class 2, expected finite counts"),
         ([0.25, 0.75], {}, r"found 0.25 for class 0, 1, .*not shares; multiply"),
-        ([0, 7, 0], {}, r"found all pixels in class 1, expected pixels of at least two classes"),
-        ([0, 0], {}, r"found no pixels at all"),
+        ([0, 7, 0], {}, r"found pixels of class 1 only, expected pixels of at least two classes"),
+        ([0, 0], {}, r"found no pixels, expected"),
         ([5, 4], {"tau": 0.0}, r"tau: found 0.0, expected a finite number > 0"),
         ([5, 4], {"tau": math.inf}, r"tau: found inf"),
         ([5, 4], {"upsilon": -1.0}, r"upsilon: found -1.0"),
@@ -116,13 +116,13 @@ def test_class_without_pixels_is_named_and_leaves_the_others_alone(scheme):
     ],
 )
 @pytest.mark.filterwarnings("ignore:class_pixels")
-def test_refusals(counts, settings, message):
+def test_invalid_arguments_are_refused(counts, settings, message):
     with pytest.raises(ValueError, match=message) as caught:
         margin_offsets(counts, **settings)
     assert "\n" not in str(caught.value)
 
 
-def test_upsilon_too_small_names_the_class_and_an_upsilon_that_works():
+def test_the_error_for_a_small_upsilon_names_the_class_and_a_valid_upsilon():
     counts = [10, 1000, 20]
     with pytest.raises(ValueError, match=r"foreground offset of class 1 negative or infinite; expected at least") as e:
         margin_offsets(counts, upsilon=0.1)

@@ -26,7 +26,7 @@ def test_hand_counted():
     assert scores.share.tolist() == [4 / 7, 2 / 7, 1 / 7, 0.0]
 
 
-def test_a_class_predicted_where_it_is_not_counts_with_zero():
+def test_a_class_with_false_alarms_only_has_iou_zero():
     scores = score(torch.tensor([0, 0, 1]), torch.tensor([0, 0, 0]), 3)
     assert scores.iou[:2].tolist() == [2 / 3, 0.0]
     assert scores.classes_averaged == 2
@@ -64,7 +64,7 @@ def test_counts_beyond_float32_are_exact():
     assert scores.recall[0] == (2**40 + 1) / (2**40 + 2)
 
 
-def test_everything_void():
+def test_scores_without_labels():
     scores = score(torch.zeros(4, dtype=torch.long), torch.full((4,), 255), 3)
     assert math.isnan(scores.miou)
     assert scores.classes_averaged == 0
@@ -89,9 +89,9 @@ def test_classes_out_of_range_are_refused(preds, target):
         metric.update(torch.tensor(preds), torch.tensor(target))
 
 
-def test_counts_of_an_image_with_an_ignore_index_that_uint8_cannot_hold():
+def test_image_counts_with_an_ignore_index_outside_uint8():
     target = torch.tensor([[156, 156, 3]], dtype=torch.uint8)
-    found = image_counts(torch.tensor([[156, 0, 3]]), target, 171, ignore_index=-100)
-    assert found[:, [0, 3, 156]].tolist() == [[0, 1, 1], [0, 1, 2], [1, 1, 1]]
+    counts = image_counts(torch.tensor([[156, 0, 3]]), target, 171, ignore_index=-100)
+    assert counts[:, [0, 3, 156]].tolist() == [[0, 1, 1], [0, 1, 2], [1, 1, 1]]
     with pytest.raises(ValueError, match=r"\(3, 1\).*\(1, 3\)"):
         image_counts(target.T, target, 171)

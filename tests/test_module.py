@@ -1,4 +1,4 @@
-"""SegmentationModule: it learns, keeps the void out, and its checkpoints rebuild it without data or network."""
+"""SegmentationModule: it learns, ignores void, and its checkpoints rebuild it without data or internet."""
 
 import csv
 import json
@@ -29,11 +29,11 @@ TINY = {
     "encoder": "tu-test_resnet.r160_in1k",
     "network_options": {"decoder_channels": [16, 16, 8, 8, 8]},
 }
-MARGINS = partial(MarginCalibrationLoss, num_classes=8)  # an objective that needs counts
+MARGINS = partial(MarginCalibrationLoss, num_classes=8)  # an objective that needs pixel counts
 
 
 class KeepsItsArguments(nn.Module):
-    """A user's objective."""
+    """A user's objective with its argument as an attribute."""
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
@@ -44,6 +44,8 @@ class KeepsItsArguments(nn.Module):
 
 
 class ForgetsItsArguments(nn.Module):
+    """A user's objective without its argument as an attribute."""
+
     def __init__(self, weight: float = 1.0):
         super().__init__()
 
@@ -114,7 +116,7 @@ def test_calibration_happens_at_fit_start_from_the_training_labels(tmp_path):
     torch.testing.assert_close(module.objective.offsets.background, expected.background, rtol=1e-12, atol=0)
 
 
-def test_without_counts_an_uncalibrated_objective_says_what_to_do(tmp_path):
+def test_without_counts_an_uncalibrated_objective_is_refused(tmp_path):
     source = data()
     source.setup("fit")
     loader = source.train_dataloader()
@@ -132,7 +134,7 @@ def test_without_counts_an_uncalibrated_objective_says_what_to_do(tmp_path):
         partial(smp.losses.LovaszLoss, mode="multiclass", ignore_index=255),
         KeepsItsArguments(0.5),
     ],
-    ids=["default", "miou", "cross entropy", "lovasz", "own"],
+    ids=["default", "miou", "cross entropy", "lovasz", "user"],
 )
 def test_checkpoint_round_trip_from_python(tmp_path, objective):
     module = SegmentationModule(
@@ -147,19 +149,19 @@ def test_checkpoint_round_trip_from_python(tmp_path, objective):
         "class_path": "torch.optim.sgd.SGD",
         "init_args": {"lr": 0.01, "momentum": 0.9},
     }
-    again = SegmentationModule.load_from_checkpoint(path, weights_only=True)
-    assert same_weights(module, again)
-    assert type(again.objective) is type(module.objective)
+    loaded = SegmentationModule.load_from_checkpoint(path, weights_only=True)
+    assert same_weights(module, loaded)
+    assert type(loaded.objective) is type(module.objective)
     for name in ("tau", "scheme", "max_margin", "weight", "ignore_index"):
-        assert getattr(again.objective, name, None) == getattr(module.objective, name, None)
+        assert getattr(loaded.objective, name, None) == getattr(module.objective, name, None)
     image = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8)
     with torch.no_grad():
-        torch.testing.assert_close(again.eval()(image), module.eval()(image))
-    optimizer = again.optimizer(again.parameters())
+        torch.testing.assert_close(loaded.eval()(image), module.eval()(image))
+    optimizer = loaded.optimizer(loaded.parameters())
     assert optimizer.defaults["momentum"] == 0.9
-    # What was loaded can be trained and saved once more.
+    # The loaded module can be trained and saved again.
     second = trainer(tmp_path)
-    second.fit(again.train(), data())
+    second.fit(loaded.train(), data())
     second.save_checkpoint(path)
     assert torch.load(path, weights_only=True)["hyper_parameters"] == content["hyper_parameters"]
 
@@ -169,18 +171,18 @@ def test_a_loaded_margin_loss_needs_no_labels(tmp_path):
     module = SegmentationModule(**TINY, num_classes=8, objective=MARGINS())
     run.fit(module, data())
     run.save_checkpoint(tmp_path / "x.ckpt")
-    again = SegmentationModule.load_from_checkpoint(tmp_path / "x.ckpt")
-    assert again.objective.is_calibrated
-    for mine, theirs in zip(again.objective.offsets, module.objective.offsets, strict=True):
-        assert torch.equal(mine, theirs)
-        assert mine.dtype == torch.float64
+    loaded = SegmentationModule.load_from_checkpoint(tmp_path / "x.ckpt")
+    assert loaded.objective.is_calibrated
+    for actual, expected in zip(loaded.objective.offsets, module.objective.offsets, strict=True):
+        assert torch.equal(actual, expected)
+        assert actual.dtype == torch.float64
 
 
 # No function that jsonargparse denies by itself from 4.53 on, as it does os.system
 TOUCH = {"class_path": "torch.save", "init_args": {"obj": 1, "f": "owned"}}
-# By this package, by Lightning, or by the parser, whose words and whose order of trying differ from version to version
+# Refused by this package, by Lightning, or by the parser, whose messages and order of checks differ between versions
 REFUSED = (
-    "nothing else is called|without dots|not in the allowlist|does not correspond to a subclass|Expected 'torch.save' to be"
+    "expected a class of networks|without dots|not in the allowlist|does not correspond to a subclass|Expected 'torch.save' to be"
     "|Option 'obj' is not accepted|does not accept option"
 )
 
@@ -210,17 +212,17 @@ REFUSED = (
     ],
     ids=str,
 )
-def test_a_checkpoint_has_nothing_called(tmp_path, monkeypatch, arguments):
-    """Plain text is no pickle, but the parser that makes the objects calls what it names."""
+def test_a_checkpoint_cannot_call_functions(tmp_path, monkeypatch, arguments):
+    """Plain text is not unpickled, but the parser that instantiates classes would call any function that the text names."""
     monkeypatch.chdir(tmp_path)
     module = SegmentationModule(**TINY, num_classes=3, objective=nn.CrossEntropyLoss())
-    kept = {
+    content = {
         "state_dict": module.state_dict(),
         "hyper_parameters": dict(module.hparams),
         "pytorch-lightning_version": "2.6.6",
     }
-    torch.save(kept, "good.ckpt")
-    torch.save(kept | {"hyper_parameters": kept["hyper_parameters"] | arguments}, "bad.ckpt")
+    torch.save(content, "good.ckpt")
+    torch.save(content | {"hyper_parameters": content["hyper_parameters"] | arguments}, "bad.ckpt")
     with open("good.ckpt", "rb") as file:
         assert same_weights(SegmentationModule.load_from_checkpoint(file), module)
     for options in ({}, {"aux_weight": 0.0}):
@@ -228,27 +230,27 @@ def test_a_checkpoint_has_nothing_called(tmp_path, monkeypatch, arguments):
             SegmentationModule.load_from_checkpoint("bad.ckpt", **options)
         assert "\n" not in str(refusal.value)
     assert not Path("owned").exists()
-    if "objective" in arguments:  # the caller's own goes before it
-        again = SegmentationModule.load_from_checkpoint("bad.ckpt", objective=partial(nn.CrossEntropyLoss, reduction="sum"))
-        assert again.objective.reduction == "sum"
+    if "objective" in arguments:  # the caller's objective replaces it
+        loaded = SegmentationModule.load_from_checkpoint("bad.ckpt", objective=partial(nn.CrossEntropyLoss, reduction="sum"))
+        assert loaded.objective.reduction == "sum"
 
 
 @pytest.mark.parametrize("key", ["hparams", "module_arguments"])
-def test_a_checkpoint_has_nothing_called_by_the_names_of_old(tmp_path, monkeypatch, key):
-    """Lightning still takes arguments from where its first versions kept them."""
+def test_a_checkpoint_cannot_call_functions_by_older_keys(tmp_path, monkeypatch, key):
+    """Lightning still reads arguments from the keys of its first versions."""
     monkeypatch.chdir(tmp_path)
     module = SegmentationModule(**TINY, num_classes=3, objective=nn.CrossEntropyLoss())
     arguments = dict(module.hparams)
     del arguments["objective"]
-    kept = {"state_dict": module.state_dict(), "hyper_parameters": arguments, "pytorch-lightning_version": "2.6.6"}
-    torch.save(kept | {key: {"objective": TOUCH}}, "bad.ckpt")
+    content = {"state_dict": module.state_dict(), "hyper_parameters": arguments, "pytorch-lightning_version": "2.6.6"}
+    torch.save(content | {key: {"objective": TOUCH}}, "bad.ckpt")
     with pytest.raises(ValueError, match=REFUSED):
         SegmentationModule.load_from_checkpoint("bad.ckpt")
     assert not Path("owned").exists()
 
 
-def test_a_plateau_is_followed_in_training_alone(tmp_path):
-    """Once for each validation of a training; not by the sanity check, nor when the trained module is scored."""
+def test_a_plateau_schedule_is_stepped_in_training_only(tmp_path):
+    """It steps once for each validation of a training, not for the sanity check or a later `validate`."""
     schedule = partial(torch.optim.lr_scheduler.ReduceLROnPlateau, mode="max", patience=0, threshold=10.0)
     module = SegmentationModule(**TINY, num_classes=8, optimizer=partial(torch.optim.SGD, lr=0.1), scheduler=schedule)
     run = trainer(tmp_path, max_epochs=3, val_check_interval=0.5)
@@ -272,8 +274,8 @@ def test_reload_and_resume_fetch_no_encoder_weights(tmp_path, monkeypatch):
     run.fit(module, data())
     assert fetched == ["imagenet"]
     run.save_checkpoint(tmp_path / "x.ckpt")
-    again = SegmentationModule.load_from_checkpoint(tmp_path / "x.ckpt")
-    trainer(tmp_path).test(again, data(), verbose=False)
+    loaded = SegmentationModule.load_from_checkpoint(tmp_path / "x.ckpt")
+    trainer(tmp_path).test(loaded, data(), verbose=False)
     trainer(tmp_path, max_epochs=2).fit(
         SegmentationModule(**TINY, encoder_weights="imagenet", num_classes=8), data(), ckpt_path=tmp_path / "x.ckpt"
     )
@@ -287,10 +289,10 @@ def test_resuming_keeps_the_offsets_and_the_schedule(tmp_path):
     run.fit(whole, data())
     run.save_checkpoint(tmp_path / "x.ckpt")
     more = SegmentationModule(**TINY, num_classes=8, objective=MARGINS())
-    changed = data(seed=9)  # other labels must not move the offsets of a run that goes on
+    changed = data(seed=9)  # other labels must not change the offsets of a resumed run
     trainer(tmp_path, max_epochs=3).fit(more, changed, ckpt_path=tmp_path / "x.ckpt")
     assert torch.equal(more.objective.offsets.background, whole.objective.offsets.background)
-    # A new run from loaded weights is another matter.
+    # A new run from loaded weights is calibrated again.
     fresh = SegmentationModule.load_from_checkpoint(tmp_path / "x.ckpt").train()
     trainer(tmp_path).fit(fresh, changed)
     torch.testing.assert_close(fresh.objective.offsets.background, margin_offsets(changed.class_pixels()).background)
@@ -302,16 +304,16 @@ def test_resuming_keeps_the_offsets_and_the_schedule(tmp_path):
     [
         (
             {"objective": ForgetsItsArguments()},
-            r"ForgetsItsArguments does not keep its argument weight.*functools\.partial\(ForgetsItsArguments",
+            r"ForgetsItsArguments has no attribute for its argument weight.*functools\.partial\(ForgetsItsArguments",
         ),
         (
             {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1)},
-            "optimizer: found <function .*lambda.*a checkpoint cannot rebuild",
+            "optimizer: found <function .*lambda.*cannot be recreated from a checkpoint",
         ),
         ({"scheduler": partial(lambda o: o)}, "cannot be imported by name"),
     ],
 )
-def test_what_a_checkpoint_could_not_rebuild_is_refused_before_training(tmp_path, arguments, message):
+def test_arguments_that_a_checkpoint_cannot_rebuild_are_refused_before_training(tmp_path, arguments, message):
     module = SegmentationModule(**TINY, num_classes=8, **arguments)
     with pytest.raises(ValueError, match=message) as error:
         trainer(tmp_path).fit(module, data())
@@ -356,7 +358,7 @@ def test_another_schedule_by_class(tmp_path):
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5**2)
 
 
-def test_prediction_at_the_files_own_size():
+def test_prediction_has_the_size_of_the_file():
     module = SegmentationModule(**TINY, num_classes=8).eval()
     with torch.no_grad():
         preds = module.predict_step(
@@ -365,8 +367,8 @@ def test_prediction_at_the_files_own_size():
     assert [(p.shape, p.dtype) for p in preds] == [((41, 59), torch.uint8)]
 
 
-def test_evaluation_scores_at_the_size_of_the_mask():
-    """A network that answers with the class of its half-size input is scored on the full-size mask."""
+def test_evaluation_has_the_size_of_the_mask():
+    """Logits of a half-size image give predictions in the size of the mask."""
     module = SegmentationModule(
         **TINY, num_classes=2, objective=partial(MarginCalibrationLoss, num_classes=2)
     )  # not calibrated: no loss
@@ -400,7 +402,7 @@ def test_objectives_compute_in_float32(tmp_path, precision):
 @pytest.mark.parametrize(
     ("shape", "size"), [((2, 5, 13, 17), (50, 71)), ((1, 3, 40, 60), (20, 31)), ((2, 4, 7, 9), (7, 30))]
 )
-def test_labels_in_bands_are_those_of_the_resized_logits(shape, size, monkeypatch):
+def test_labels_computed_in_bands_are_those_of_the_resized_logits(shape, size, monkeypatch):
     logits = torch.randn(shape)
     expected = nn.functional.interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1)
     assert torch.equal(labels_at(logits, size).long(), expected)
@@ -408,7 +410,7 @@ def test_labels_in_bands_are_those_of_the_resized_logits(shape, size, monkeypatc
     assert torch.equal(labels_at(logits, size).long(), expected)
 
 
-def test_labels_of_a_huge_photo_take_little_memory():
+def test_labels_of_a_large_image_take_little_memory():
     logits = torch.randn(1, 65, 96, 128)
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         labels = labels_at(logits, (1500, 2000))
@@ -417,7 +419,7 @@ def test_labels_of_a_huge_photo_take_little_memory():
     assert largest <= 2 * 64 * 2**20  # the resized logits are 780 MB
 
 
-def test_validation_loss_is_taken_at_the_networks_resolution():
+def test_validation_loss_is_computed_at_the_networks_resolution():
     module = SegmentationModule(**TINY, num_classes=2, objective=KeepsItsArguments())
     logits = torch.randn(1, 2, 5, 6)
     module.network.forward = lambda image: logits
@@ -429,7 +431,7 @@ def test_validation_loss_is_taken_at_the_networks_resolution():
     assert module._evaluated.tolist() == [float(nn.functional.cross_entropy(logits, nearest)), 1]
 
 
-def test_init_from_takes_the_network_and_nothing_else(tmp_path):
+def test_init_from_loads_only_the_network(tmp_path):
     first = SegmentationModule(**TINY, num_classes=8, objective=KeepsItsArguments())
     one = trainer(tmp_path)
     one.fit(first, data())
@@ -443,8 +445,8 @@ def test_init_from_takes_the_network_and_nothing_else(tmp_path):
     assert second.objective.is_calibrated
 
 
-def test_a_run_that_goes_on_needs_no_weights_to_start_from(tmp_path):
-    """The first stage's folder may have been tidied away by the time that the second one is killed."""
+def test_a_resumed_run_does_not_need_the_file_of_init_from(tmp_path):
+    """The first stage's folder may be deleted when the second stage is resumed."""
     path = tmp_path / "first.ckpt"
     one = trainer(tmp_path)
     one.fit(SegmentationModule(**TINY, num_classes=8), data())
@@ -454,14 +456,14 @@ def test_a_run_that_goes_on_needs_no_weights_to_start_from(tmp_path):
     second.fit(SegmentationModule(**options), data())
     second.save_checkpoint(tmp_path / "second.ckpt")
     path.unlink()
-    again = trainer(tmp_path / "again", max_epochs=2)
-    again.fit(SegmentationModule(**options), data(), ckpt_path=tmp_path / "second.ckpt")
-    assert again.global_step == 2 * second.global_step > 0
+    resumed = trainer(tmp_path / "resumed", max_epochs=2)
+    resumed.fit(SegmentationModule(**options), data(), ckpt_path=tmp_path / "second.ckpt")
+    assert resumed.global_step == 2 * second.global_step > 0
     with pytest.raises(FileNotFoundError, match=r"init_from: no checkpoint .*first.ckpt"):
-        trainer(tmp_path / "anew").fit(SegmentationModule(**options), data())
+        trainer(tmp_path / "new").fit(SegmentationModule(**options), data())
 
 
-def test_init_from_leaves_out_a_head_of_other_classes(tmp_path, caplog):
+def test_init_from_leaves_out_a_head_for_another_number_of_classes(tmp_path, caplog):
     first = SegmentationModule(**TINY, num_classes=5, objective=KeepsItsArguments())
     torch.save({"state_dict": first.state_dict()}, tmp_path / "first.ckpt")
     second = SegmentationModule(**TINY, num_classes=8, init_from=str(tmp_path / "first.ckpt"), objective=KeepsItsArguments())
@@ -484,8 +486,8 @@ def test_init_from_another_network_is_refused(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in second.network.state_dict().items())
 
 
-def test_whole_images_are_labelled_as_the_inference_says(tmp_path):
-    """Validation, test and prediction take the labels of Inference; without averaging they are the plain ones."""
+def test_whole_images_are_labelled_by_the_inference(tmp_path):
+    """Validation and prediction return the labels of Inference; without averaging, these are the argmax of the logits."""
     module = SegmentationModule(**TINY, num_classes=8, objective=MARGINS())
     module.objective.calibrate(torch.arange(1, 9) * 1000)
     module.has_weights = True
@@ -504,8 +506,8 @@ def test_whole_images_are_labelled_as_the_inference_says(tmp_path):
         assert torch.equal(seen.preds[0].long(), expected.long())
         assert ("val/loss" in run.callback_metrics) == (inference is not settings)
         source = data(predict_split="val")
-        found = trainer(tmp_path).predict(module, source)
-        assert torch.equal(found[0][0].long(), expected[0].long())
+        predicted = trainer(tmp_path).predict(module, source)
+        assert torch.equal(predicted[0][0].long(), expected[0].long())
 
 
 def evaluation_loader(source):
@@ -523,7 +525,7 @@ class Seen(pl.Callback):
         self.preds.append(outputs["preds"])
 
 
-def test_auxiliary_head_is_trained_along_and_left_out_of_predictions(tmp_path):
+def test_auxiliary_head_is_trained_and_not_used_for_predictions(tmp_path):
     torch.manual_seed(0)
     module = SegmentationModule(**TINY, num_classes=8, objective=MARGINS(), aux_weight=0.4, aux_channels=16)
     source = data(train_scenes=2)
@@ -537,9 +539,9 @@ def test_auxiliary_head_is_trained_along_and_left_out_of_predictions(tmp_path):
     module.train()
     with torch.no_grad(), seeded(seed_of(3, 0, 0, 0)):  # the head has dropout
         logits, aux = module.network.forward_with_aux(batch["image"])
-    own = module.objective(logits, batch["mask"])
+    main = module.objective(logits, batch["mask"])
     expected = nn.functional.cross_entropy(aux, batch["mask"], ignore_index=255)
-    assert float(loss.detach()) == pytest.approx(float(own + 0.4 * expected), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(main + 0.4 * expected), rel=1e-5)
     assert logged["train/loss"] == pytest.approx(float(loss.detach()))
     assert logged["train/loss/aux"] == pytest.approx(float(expected), rel=1e-5)
 
@@ -548,19 +550,19 @@ def test_auxiliary_head_is_trained_along_and_left_out_of_predictions(tmp_path):
     )
     path = tmp_path / "aux.ckpt"
     module.trainer.save_checkpoint(path)
-    again = SegmentationModule.load_from_checkpoint(path, weights_only=True)
-    assert same_weights(again, module)
-    # A network without the head starts from one with it, and the other way round.
+    loaded = SegmentationModule.load_from_checkpoint(path, weights_only=True)
+    assert same_weights(loaded, module)
+    # init_from works from a network with the head to one without it, and in reverse.
     for weight in (0.0, 0.4):
         other = SegmentationModule(**TINY, num_classes=8, aux_weight=weight, init_from=str(path))
         initialize_network(other.network, str(path))
-        assert torch.equal(other.eval()(batch["image"]), again.eval()(batch["image"]))
+        assert torch.equal(other.eval()(batch["image"]), loaded.eval()(batch["image"]))
     with pytest.raises(ValueError, match="aux_weight: found -1"):
         SegmentationModule(**TINY, num_classes=8, aux_weight=-1)
 
 
-def test_moving_average_of_the_weights_is_validated_and_kept(tmp_path):
-    """Lightning's callback: the checkpoint holds the average of the weights after each step, by a loop written here."""
+def test_moving_average_of_the_weights_is_validated_and_saved(tmp_path):
+    """With Lightning's callback, the checkpoint holds the moving average of the weights, computed here by a loop."""
 
     class Steps(pl.Callback):
         weights = []
@@ -575,16 +577,16 @@ def test_moving_average_of_the_weights_is_validated_and_kept(tmp_path):
     assert len(Steps.weights) == 4
     path = tmp_path / "ema.ckpt"
     run.save_checkpoint(path)
-    kept = torch.load(path, weights_only=True)
-    assert not torch.isnan(kept["state_dict"]["objective.background_offsets"]).any()
+    content = torch.load(path, weights_only=True)
+    assert not torch.isnan(content["state_dict"]["objective.background_offsets"]).any()
     for name in Steps.weights[0]:
         average = Steps.weights[0][name]
         for step in Steps.weights[1:]:
             average = 0.7 * average + 0.3 * step[name]
-        assert torch.allclose(kept["state_dict"][f"network.{name}"], average, rtol=1e-4, atol=1e-6), name
-    again = SegmentationModule.load_from_checkpoint(path, weights_only=True)
-    scored = trainer(tmp_path).validate(again, data(), verbose=False)[0]["val/miou"]
-    assert scored == pytest.approx(float(run.callback_metrics["val/miou"]), abs=1e-6)
+        assert torch.allclose(content["state_dict"][f"network.{name}"], average, rtol=1e-4, atol=1e-6), name
+    loaded = SegmentationModule.load_from_checkpoint(path, weights_only=True)
+    score = trainer(tmp_path).validate(loaded, data(), verbose=False)[0]["val/miou"]
+    assert score == pytest.approx(float(run.callback_metrics["val/miou"]), abs=1e-6)
 
 
 class Poisoned(KeepsItsArguments):
@@ -607,9 +609,9 @@ def fit_poisoned(tmp_path, call, **options):
     return module, run
 
 
-@pytest.mark.parametrize("call", [2, 4, 7])  # also the last of an epoch, which has no step behind it
+@pytest.mark.parametrize("call", [2, 4, 7])  # also the last step of an epoch
 def test_a_loss_that_is_not_finite_stops_with_the_images(tmp_path, call):
-    with pytest.raises(RuntimeError, match=rf"train/loss is nan in step {call - 1}, of the images train-\d+, train-\d+; "):
+    with pytest.raises(RuntimeError, match=rf"train/loss is nan in step {call - 1}, images train-\d+, train-\d+; "):
         fit_poisoned(tmp_path, call)
     for path in tmp_path.rglob("*.ckpt"):
         weights = torch.load(path, weights_only=True)["state_dict"].values()
@@ -619,15 +621,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_images(tmp_path, call):
 
 @pytest.mark.filterwarnings("ignore:.*`training_step` returned `None`")
 def test_a_loss_that_is_not_finite_can_be_skipped(tmp_path):
-    with pytest.warns(
-        UserWarning, match=r"1 steps were skipped, as the loss was not finite, of the images: train-\d+, train"
-    ):
+    with pytest.warns(UserWarning, match=r"1 steps were skipped because the loss was not finite.*: train-\d+, train"):
         fit_poisoned(tmp_path, 3, on_nonfinite="skip")
     rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
     losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
     assert [math.isnan(loss) for loss in losses] == [False, False, True, *[False] * 5]
     norms = [float(row["train/grad_norm"]) for row in rows if row["train/grad_norm"]]
-    assert norms[2] == 0  # nothing moved
+    assert norms[2] == 0  # the step has no gradient
     assert min(norms[:2] + norms[3:]) > 0
 
 

@@ -1,4 +1,4 @@
-"""Networks: any size in, logits of that size out; normalisation; no network access."""
+"""Networks: any image size, normalisation, checkpointing, frozen batch norms, auxiliary head, COPLE-Net."""
 
 import copy
 import pickle
@@ -13,8 +13,8 @@ from mcseg.networks import SegmentationNetwork
 ENCODER = "tu-test_resnet.r160_in1k"
 
 
-def with_its_weights(network, arch, encoder):
-    """SMP's own model, whose upsampling is its own as well."""
+def smp_model(network, arch, encoder):
+    """Build SMP's model, which includes the upsampling, with the weights of the network."""
     import segmentation_models_pytorch as smp
 
     model = smp.create_model(arch, encoder, encoder_weights=None, classes=network.model.segmentation_head[0].out_channels)
@@ -23,12 +23,12 @@ def with_its_weights(network, arch, encoder):
 
 
 @pytest.mark.parametrize("arch", ["unet", "fpn", "deeplabv3", "deeplabv3plus", "pspnet", "upernet", "segformer"])
-def test_logits_are_those_of_smp(arch):
+def test_logits_equal_those_of_smp(arch):
     encoder = "resnet18" if arch.startswith("deeplab") else ENCODER
     network = SegmentationNetwork(arch, encoder, 4, channels_last=False).eval()
     image = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
-        expected = with_its_weights(network, arch, encoder)((image - network.mean) / network.std)
+        expected = smp_model(network, arch, encoder)((image - network.mean) / network.std)
         torch.testing.assert_close(network(image), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -63,14 +63,14 @@ def test_dpt_takes_any_size():
         assert network(torch.zeros(1, 3, 50, 70)).shape == (1, 3, 50, 70)
 
 
-def test_integer_and_float_images_are_the_same_image():
+def test_integer_and_float_images_give_the_same_logits():
     network = SegmentationNetwork("unet", ENCODER, 3).eval()
     image = torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(network(image), network(image / 255))
 
 
-def test_normalisation_reaches_the_model(monkeypatch):
+def test_images_are_normalised(monkeypatch):
     network = SegmentationNetwork("unet", ENCODER, 3).eval()
     seen = []
     network.model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -80,21 +80,21 @@ def test_normalisation_reaches_the_model(monkeypatch):
     torch.testing.assert_close(seen[0][0, :, 5, 5], torch.tensor(expected))
 
 
-def test_padding_is_cut_off_and_leaves_divisible_sizes_alone():
+def test_padding_is_cropped():
     network = SegmentationNetwork("fpn", ENCODER, 3).eval()
     seen = []
     network.model.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2:]))
     image = torch.rand(1, 3, 33, 64)
     with torch.no_grad():
         logits = network(image)
-        direct = with_its_weights(network, "fpn", ENCODER)(
+        direct = smp_model(network, "fpn", ENCODER)(
             ((torch.nn.functional.pad(image, (0, 0, 0, 31), mode="replicate")) - network.mean) / network.std
         )
     assert seen[0] == (64, 64)
     torch.testing.assert_close(logits, direct[..., :33, :64])
 
 
-def test_channels_last_is_a_matter_of_memory_only():
+def test_channels_last_does_not_change_the_logits():
     torch.manual_seed(3)
     first = SegmentationNetwork("unet", ENCODER, 3, channels_last=True).eval()
     second = SegmentationNetwork("unet", ENCODER, 3, channels_last=False).eval()
@@ -112,21 +112,21 @@ def test_channels_last_is_a_matter_of_memory_only():
         (("unet", ENCODER, {"decoder_chanels": [1]}), "decoder_chanels"),
     ],
 )
-def test_unknown_names_are_one_line(arguments, message):
+def test_errors_for_unknown_names_are_one_line(arguments, message):
     arch, encoder, options = arguments
     with pytest.raises(ValueError, match=message) as error:
         SegmentationNetwork(arch, encoder, 3, options=options)
     assert "\n" not in str(error.value)
 
 
-def test_pretrained_weights_that_cannot_be_had(monkeypatch):
+def test_unavailable_pretrained_weights_are_refused(monkeypatch):
     network = SegmentationNetwork("unet", "resnet18", 3)
     with pytest.raises(ValueError, match="encoder_weights: imagenet for resnet18 .* set encoder_weights to null"):
         network.load_pretrained_encoder("imagenet")
 
 
-def test_pretrained_weights_bring_their_normalisation(monkeypatch):
-    """The hub is replaced; what is copied where is ours."""
+def test_pretrained_weights_set_the_normalisation(monkeypatch):
+    """Replace the download, and check the copied weights and normalisation."""
     import segmentation_models_pytorch as smp
     from segmentation_models_pytorch import encoders
 
@@ -153,7 +153,7 @@ def test_pretrained_weights_bring_their_normalisation(monkeypatch):
 
 
 def pair(encoder, arch="unet", dtype=torch.float64, **options):
-    """The same network twice, without and with checkpointing, in training mode."""
+    """Build the same network without and with checkpointing, in training mode."""
     networks = []
     for checkpointing in (False, True):
         torch.manual_seed(5)
@@ -167,7 +167,7 @@ def pair(encoder, arch="unet", dtype=torch.float64, **options):
         (ENCODER, "unet"),
         ("resnet18", "unet"),
         ("resnet18", "deeplabv3plus"),
-        ("densenet121", "unet"),  # hands lists from layer to layer
+        ("densenet121", "unet"),  # passes lists from layer to layer
         ("mit_b0", "segformer"),
         ("tu-test_efficientnet.r160_in1k", "unet"),
         ("any", "coplenet"),  # dropout: the second run must draw the same numbers
@@ -193,7 +193,7 @@ def test_checkpointing_changes_neither_gradients_nor_statistics(encoder, arch):
 
 
 def saved_bytes(network, image):
-    """Bytes of the storages that autograd keeps after a forward pass, parameters aside."""
+    """Count the bytes that autograd saves in a forward pass, without parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     saved = {}
 
@@ -208,13 +208,13 @@ def saved_bytes(network, image):
 
 
 @pytest.mark.parametrize(("arch", "share"), [("unet", 0.65), ("deeplabv3plus", 0.55)])
-def test_checkpointing_keeps_less(arch, share):
+def test_checkpointing_saves_memory(arch, share):
     plain, checkpointed = pair("resnet50", arch, torch.float32)
     image = torch.rand(2, 3, 64, 64)
     assert saved_bytes(checkpointed, image) < share * saved_bytes(plain, image)
 
 
-def test_a_copy_of_a_checkpointed_network_is_on_its_own():
+def test_a_copy_of_a_checkpointed_network_is_independent():
     network = pair("resnet18", dtype=torch.float32)[1]
     image = torch.rand(2, 3, 32, 32)
     for again in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
@@ -242,7 +242,8 @@ def test_frozen_batch_norms_keep_statistics_and_parameters(checkpointing):
     before = [{name: value.clone() for name, value in norm.state_dict().items()} for norm in norms]
     weight = network.model.encoder.conv1.weight.clone()
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, weight_decay=0.1)
-    network(torch.rand(1, 3, 32, 32)).square().mean().backward()  # one image: the statistics of ASPP's pooling need two
+    # one image: batch norms in training mode would need two after ASPP's pooling
+    network(torch.rand(1, 3, 32, 32)).square().mean().backward()
     optimizer.step()
     for norm, kept in zip(norms, before, strict=True):
         for name, value in norm.state_dict().items():
@@ -250,7 +251,7 @@ def test_frozen_batch_norms_keep_statistics_and_parameters(checkpointing):
     assert not torch.equal(network.model.encoder.conv1.weight, weight)
 
 
-def test_batch_norms_are_not_frozen_unless_asked():
+def test_batch_norms_are_not_frozen_by_default():
     network = SegmentationNetwork("unet", "resnet18", 3).train()
     assert all(module.training for module in network.modules())
     assert all(parameter.requires_grad for parameter in network.parameters())
@@ -267,7 +268,7 @@ def test_auxiliary_head(arch, encoder):
     network.train()
     logits, aux = network.forward_with_aux(image)
     assert logits.shape == aux.shape == (2, 3, 50, 70)
-    aux.square().mean().backward()  # reaches the encoder and leaves decoder and head alone
+    aux.square().mean().backward()  # reaches the encoder, but not the decoder and the segmentation head
     assert next(network.model.encoder.parameters()).grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in network.model.segmentation_head.parameters())
     network.eval()
@@ -281,7 +282,7 @@ def test_auxiliary_head(arch, encoder):
         plain.forward_with_aux(image)
 
 
-def test_auxiliary_logits_are_the_heads(monkeypatch):
+def test_auxiliary_logits_are_resized_from_the_head(monkeypatch):
     network = SegmentationNetwork("unet", "resnet18", 3, aux_channels=8).train()
     network.aux_head[3].p = 0.0
     image = torch.rand(2, 3, 33, 64)
@@ -304,7 +305,7 @@ def test_coplenet_has_the_published_size():
     assert network.output_stride == 16
 
 
-def test_coplenet_takes_any_size_and_drops_nothing_in_evaluation():
+def test_coplenet_takes_any_size_and_has_no_dropout_in_evaluation():
     torch.manual_seed(9)
     network = coplenet().eval()
     image = torch.rand(2, 3, 37, 53)
@@ -338,25 +339,25 @@ def test_coplenet_overfits_one_batch():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"feature_channels": [8, 16, 32, 64]}, "network coplenet: feature_channels: found .*; expected 5 numbers"),
+        ({"feature_channels": [8, 16, 32, 64]}, "network coplenet: feature_channels: found .*, expected 5 numbers"),
         ({"feature_channels": [8, 16, 32, 64, 100]}, "each twice the one before"),
         ({"feature_channels": [4, 8, 16, 32, 64]}, "multiple of 8"),
-        ({"dropout": [0, 0, 0, 0, 1.0]}, "dropout: found .*; expected 5 numbers from 0 to below 1"),
+        ({"dropout": [0, 0, 0, 0, 1.0]}, "dropout: found .*, expected 5 numbers"),
         ({"decoder_channels": [1]}, "decoder_channels"),
     ],
 )
-def test_unusable_options_of_coplenet_are_one_line(options, message):
+def test_errors_for_invalid_options_of_coplenet_are_one_line(options, message):
     with pytest.raises(ValueError, match=message) as error:
         SegmentationNetwork("coplenet", "", 3, options=options)
     assert "\n" not in str(error.value)
 
 
 def test_coplenet_has_no_pretrained_weights():
-    with pytest.raises(ValueError, match="encoder_weights: found imagenet; coplenet has no pretrained weights"):
+    with pytest.raises(ValueError, match="encoder_weights: found imagenet, .*coplenet has no pretrained weights"):
         coplenet().load_pretrained_encoder("imagenet")
 
 
-def test_coplenet_comes_back_from_a_checkpoint(tmp_path):
+def test_coplenet_is_restored_from_a_checkpoint(tmp_path):
     options = {"feature_channels": [8, 16, 32, 64, 128]}
     module = SegmentationModule("coplenet", num_classes=3, network_options=options)
     run = pl.Trainer(logger=False, accelerator="cpu", barebones=True)
@@ -368,7 +369,7 @@ def test_coplenet_comes_back_from_a_checkpoint(tmp_path):
         assert torch.equal(again(image), module.eval()(image))
 
 
-@pytest.mark.filterwarnings("ignore")  # the compiler itself warns, with every version of other things
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler itself change with its version
 def test_a_checkpointed_network_can_be_compiled():
     plain, checkpointed = pair("resnet18", dtype=torch.float32)
     checkpointed.model.compile(backend="aot_eager")

@@ -1,4 +1,4 @@
-"""Losses that are NaN or infinite: stop with the images' names, or leave the step out in all processes."""
+"""Losses that are NaN or infinite: stop with the images' names, or skip the step in all processes."""
 
 import json
 import warnings
@@ -16,13 +16,13 @@ def test_it_stops_one_step_later_with_the_names():
     guard = LossGuard("stop")
     assert guard.accepts(GOOD, ["a"], 4)
     guard.check()
-    assert guard.accepts(INFINITE, ["b", "c"], 5)  # nobody has looked at it yet
-    with pytest.raises(RuntimeError, match=r"train/loss is inf in step 5, of the images b, c; .*set model\.on_nonfinite"):
+    assert guard.accepts(INFINITE, ["b", "c"], 5)  # not checked yet
+    with pytest.raises(RuntimeError, match=r"train/loss is inf in step 5, images b, c; .*set model\.on_nonfinite"):
         guard.check()
-    guard.check()  # it was said once
+    guard.check()  # raised only once
 
 
-def test_it_leaves_steps_out_and_names_the_first_ten():
+def test_it_skips_steps_and_names_the_first_ten():
     guard = LossGuard("skip")
     for step in range(24):
         assert guard.accepts(NAN if step % 2 else GOOD, [f"image {step}"] if step > 2 else [], step) == (step % 2 == 0)
@@ -31,7 +31,7 @@ def test_it_leaves_steps_out_and_names_the_first_ten():
         guard.summarize()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        guard.summarize()  # once
+        guard.summarize()  # warned only once
 
 
 def test_an_unknown_policy():
@@ -49,6 +49,6 @@ def guard_as_rank(rank, world, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_all_processes_leave_out_the_same_steps(tmp_path):
+def test_all_processes_skip_the_same_steps(tmp_path):
     torch.multiprocessing.spawn(guard_as_rank, (2, str(tmp_path)), nprocs=2)
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [[True, False, True]] * 2

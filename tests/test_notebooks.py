@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom on the embedded data and find what their text says; what is committed is small."""
+"""The notebooks run, their results agree with their text, and the committed files are small."""
 
 import math
 import re
@@ -11,7 +11,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the Jupyter machinery, in this process
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of Jupyter, in this process
 
 
 def outputs(notebook):
@@ -23,9 +23,9 @@ def printed(notebook, stream="stdout"):
 
 
 def table(notebook, heading):
-    """Rows below the line that ends with `heading`, up to one that is no row: name and numbers."""
+    """Parse the table below the line that ends with `heading`: numbers by row name."""
     lines = iter(printed(notebook).splitlines())
-    assert any(line.endswith(heading) for line in lines)  # and takes the lines up to there
+    assert any(line.endswith(heading) for line in lines)  # advances to the heading
     rows = {}
     for line in lines:
         match = re.fullmatch(r"(\S.*?)\s{2,}([-+.\de ]+)", line)
@@ -41,7 +41,7 @@ def pictures(notebook):
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """Give a notebook by its name, executed once."""
+    """Return a function that executes a notebook by name, once."""
     done = {}
 
     def run(name):
@@ -52,7 +52,7 @@ def executed(tmp_path_factory):
                 notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
             )
             with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("OMP_NUM_THREADS", "1")  # on a busy machine threads wait for each other, five times as long
+                patch.setenv("OMP_NUM_THREADS", "1")  # threads on a busy machine take five times as long
                 client.execute()
             done[name] = notebook
         return done[name]
@@ -69,7 +69,7 @@ def test_notebook_runs(name, executed):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_committed_notebook_is_small_and_has_its_outputs(path):
+def test_committed_notebook_is_small_and_has_outputs(path):
     assert path.stat().st_size < 400_000
     notebook = nbformat.read(path, as_version=4)
     assert len(pictures(notebook)) >= 2
@@ -87,15 +87,15 @@ def sigmoid(value):
 
 
 def miou(threshold):
-    """mIoU of two normal distributions cut at `threshold`, in %."""
+    """Compute the mIoU in % of two normal distributions separated at `threshold`."""
     recall, false_alarms = 1 - NormalDist(DISTANCE).cdf(threshold), 1 - NormalDist().cdf(threshold)
     rare = 0.02 * recall / (0.02 + 0.98 * false_alarms)
     common = 0.98 * (1 - false_alarms) / (0.98 + 0.02 * (1 - recall))
     return 50 * (rare + common)
 
 
-def test_objectives_pulls_at_the_boundary(executed):
-    """Slopes of one pixel's loss from the formulas of the papers, written for two classes."""
+def test_objectives_slopes_at_the_boundary(executed):
+    """Expected slopes of one pixel's loss, from the papers' formulas for two classes."""
     common, rare = COUNTS
     total = common + rare
     background = [10 * math.sqrt(total - n) / n for n in COUNTS]
@@ -116,24 +116,24 @@ def test_objectives_pulls_at_the_boundary(executed):
         ),
         "1 - p": (0.25, 0.25),
     }
-    found = table(executed("objectives"), "balance at P(rare)")
-    assert found.keys() == expected.keys()
+    rows = table(executed("objectives"), "balance at P(rare)")
+    assert rows.keys() == expected.keys()
     for name, (pull_up, pull_down) in expected.items():
-        assert found[name] == pytest.approx([pull_up, pull_down, pull_down / (pull_up + pull_down)], abs=6e-4), name
+        assert rows[name] == pytest.approx([pull_up, pull_down, pull_down / (pull_up + pull_down)], abs=6e-4), name
 
 
-def test_objectives_end_where_the_text_says(executed):
-    found = table(executed("objectives"), "mIoU %")
-    assert len(found) == 13
-    for name, (threshold, probability, recall, precision, iou, mean) in found.items():
+def test_objectives_thresholds_agree_with_the_text(executed):
+    rows = table(executed("objectives"), "mIoU %")
+    assert len(rows) == 13
+    for name, (threshold, probability, recall, precision, iou, mean) in rows.items():
         odds = 0.02 * NormalDist(DISTANCE).pdf(threshold) / (0.98 * NormalDist().pdf(threshold))
         assert probability == pytest.approx(odds / (1 + odds), abs=2e-3), name
         assert iou == pytest.approx(100 / (100 / recall + 100 / precision - 1), abs=0.02), name
-        assert mean == pytest.approx(miou(threshold), abs=0.4), name  # the pixels are few, the distributions are not
-    best = found.pop("best mIoU (search)")[-1]
+        assert mean == pytest.approx(miou(threshold), abs=0.4), name  # 10,000 pixels approximate the distributions
+    best = rows.pop("best mIoU (search)")[-1]
     assert best == pytest.approx(max(miou(step / 100) for step in range(500)), abs=0.2)
-    assert all(row[-1] <= best for row in found.values())
-    # the optima of pixel accuracy and of the mean recall
+    assert all(row[-1] <= best for row in rows.values())
+    # Optima of pixel accuracy and of mean recall
     even, accurate = DISTANCE / 2, DISTANCE / 2 + math.log(49) / DISTANCE
     for name, threshold in {
         "cross entropy": accurate,
@@ -141,23 +141,23 @@ def test_objectives_end_where_the_text_says(executed):
         "weighted cross entropy": even,
         "logit adjustment": even,
     }.items():
-        assert found[name][0] == pytest.approx(threshold, abs=0.02), name
+        assert rows[name][0] == pytest.approx(threshold, abs=0.02), name
     near = {"IoU weights", "Dice", "Jaccard", "Lovász"}
-    assert all((row[-1] > best - 0.5) == (name in near) for name, row in found.items())
-    # margins for the background of the rare class make it rarer still, the more the larger they are
-    cautious = [found[name][0] for name in ("cross entropy", "margin calibration", "margin calibration, tau 100")]
+    assert all((row[-1] > best - 0.5) == (name in near) for name, row in rows.items())
+    # Larger background margins of the rare class make its predictions rarer
+    cautious = [rows[name][0] for name in ("cross entropy", "margin calibration", "margin calibration, tau 100")]
     assert cautious == sorted(cautious)
 
 
-def test_offsets_follow_from_the_counts(executed):
-    found = table(
+def test_offsets_agree_with_the_formulas(executed):
+    rows = table(
         executed("objectives"), "ijcv2022: background            foreground      miou: background            foreground"
     )
-    pixels = [row[0] for row in found.values()]
+    pixels = [row[0] for row in rows.values()]
     assert pixels == sorted(pixels, reverse=True)
     total = sum(pixels)
     largest = max((total - n) ** 0.25 * n**-0.5 for n in pixels)
-    for name, (n, *offsets) in found.items():
+    for name, (n, *offsets) in rows.items():
         others, share = total - n, n / total
         background = 10 * math.sqrt(others) / n
         foreground = background * share * math.sqrt(n) / (others - share * math.sqrt(others))
@@ -166,21 +166,21 @@ def test_offsets_follow_from_the_counts(executed):
 
 
 def test_training_comparison(executed):
-    found = table(executed("objectives"), "light")  # its columns: classes in the order of their pixels, this one the last
-    assert len(found) == 5
-    for name, (mean, tail, *iou) in found.items():
+    rows = table(executed("objectives"), "light")  # the last column, as classes are sorted by pixels
+    assert len(rows) == 5
+    for name, (mean, tail, *iou) in rows.items():
         assert len(iou) == 8, name
         assert all(0 <= value <= 100 for value in iou), name
         assert mean == pytest.approx(fmean(iou), abs=0.011), name
         assert tail == pytest.approx(fmean(iou[-3:]), abs=0.011), name
-        assert iou[0] > 60, name  # has learned; a network that predicts road alone has 51
-    assert found["logit adjustment"][1] > 0  # predicts the rare classes
+        assert iou[0] > 60, name  # has learned; predicting only road gives 51
+    assert rows["logit adjustment"][1] > 0  # rare classes are predicted
 
 
-def test_study_prints_the_scores_of_the_stored_counts(executed):
-    found = re.findall(r"(?m)^(\S.*?)\s{2,}(\d)\s+([\d.]+) ± ([\d.]+) ", printed(executed("study")))
-    assert len(found) == 2 * 14
-    for regime, table in (("scratch", found[:14]), ("finetune", found[14:])):
+def test_study_prints_scores_of_the_stored_counts(executed):
+    rows = re.findall(r"(?m)^(\S.*?)\s{2,}(\d)\s+([\d.]+) ± ([\d.]+) ", printed(executed("study")))
+    assert len(rows) == 2 * 14
+    for regime, table in (("scratch", rows[:14]), ("finetune", rows[14:])):
         runs = pd.read_csv(NOTEBOOKS[0].parents[1] / "benchmarks" / "study" / f"{regime}.csv.xz")
         runs = runs[(runs.role == "final") & ~runs.shifted]
         scores = {}
@@ -193,4 +193,4 @@ def test_study_prints_the_scores_of_the_stored_counts(executed):
             assert int(seeds) == len(scores[name]) == 3
             assert float(mean) == pytest.approx(fmean(scores[name]), abs=0.006), name
             assert float(deviation) == pytest.approx(stdev(scores[name]), abs=0.006), name
-    assert (found[0][0], found[14][0]) == ("power dice (ours)", "dice")
+    assert (rows[0][0], rows[14][0]) == ("power dice (ours)", "dice")

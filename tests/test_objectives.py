@@ -1,4 +1,4 @@
-"""The objectives of the comparison: one contract for all, values from loops over their papers' formulas, corners."""
+"""All objectives: a common contract, values from loops over the papers' formulas, and special cases."""
 
 import copy
 import io
@@ -35,7 +35,7 @@ COUNTS = [5000, 30, 900, 7]
 WEIGHTINGS = ["inverse", "median_frequency", "effective_number", "enet"]
 ALPHA = [0.5, 2.0, 0.1, 1.0]
 
-# name -> (built anew, not yet calibrated; takes `ignore_index`)
+# name -> function that builds the uncalibrated objective and accepts `ignore_index`
 OBJECTIVES = {
     "cross_entropy": CrossEntropyLoss,
     "cross_entropy_smooth": partial(CrossEntropyLoss, label_smoothing=0.1),
@@ -80,7 +80,7 @@ def ready(name, **settings):
 
 
 def case(scale=2.0, n=2, height=4, width=5, dtype=torch.float64):
-    """Two images with void; class 3 is missing in the second, class 1 in both."""
+    """Create two images with void; the second has no class 3, and none has class 1."""
     torch.manual_seed(1)
     target = torch.tensor([0, 2, 3])[torch.randint(3, (n, height, width))]
     target[-1][target[-1] == 3] = 0
@@ -124,7 +124,7 @@ def test_void_changes_nothing(name):
 
 
 @every
-def test_void_can_be_cut_off(name):
+def test_void_borders_can_be_cropped(name):
     logits, target = case()
     loss = ready(name)
     padded = nn.functional.pad(logits, (0, 3, 2, 0), value=3.0)
@@ -134,7 +134,7 @@ def test_void_can_be_cut_off(name):
 
 
 @every
-def test_images_of_void_do_not_dilute_the_mean(name):
+def test_images_without_labels_do_not_change_the_mean(name):
     logits, target = case()
     loss = ready(name)
     more = torch.cat([logits, logits[:1]]), torch.cat([target, torch.full_like(target[:1], 255)])
@@ -156,7 +156,7 @@ def test_nothing_labelled(name):
 
 
 @every
-def test_extreme_logits(name):
+def test_extreme_logits_give_finite_values(name):
     _, target = case()
     loss = ready(name)
     signs = torch.randint(0, 2, (2, C, 4, 5)) * 2.0 - 1
@@ -211,8 +211,8 @@ def test_gradient_is_that_of_the_value(name):
 
 
 @every
-def test_shapes_are_static_and_nothing_is_read_back(name):
-    # On the meta device there are no values: boolean indexing, .item() and branches on data raise.
+def test_shapes_are_static_and_the_host_does_not_wait(name):
+    # the meta device has no values: boolean indexing, .item() and branches on data raise
     logits, target = (t.detach().to("meta") for t in case())
     value, gradient = value_and_gradient(ready(name).to("meta"), logits, target)
     assert value.is_meta
@@ -227,7 +227,7 @@ def test_compiles_in_one_graph(name):
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     for one, other in zip(
         value_and_gradient(compiled, logits, target), value_and_gradient(loss, logits, target), strict=True
-    ):  # compiled code may take the reference where the loss by itself takes the fused way
+    ):  # the compiled loss may use the reference backend where the loss itself uses the fused one
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-15)
 
 
@@ -243,7 +243,7 @@ def test_rebuilt_from_attributes(name):
 
 
 @every
-def test_copies(name):
+def test_copies_are_independent(name):
     loss = ready(name)
     expected = loss(*case())
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
@@ -264,7 +264,7 @@ def test_casting_changes_nothing(name):
 
 
 @every
-def test_built_without_storage(name):
+def test_built_on_the_meta_device(name):
     with torch.device("meta"):
         loss = OBJECTIVES[name]()
     loss.to_empty(device="cpu")
@@ -276,7 +276,7 @@ def test_built_without_storage(name):
 
 
 @every
-def test_refusals(name):
+def test_invalid_inputs_are_refused(name):
     loss = ready(name)
     for logits, target, error, message in [
         (torch.zeros(1, C, 2, 2).long(), torch.zeros(1, 2, 2).long(), TypeError, "logits: found dtype torch.int64"),
@@ -292,11 +292,11 @@ def test_refusals(name):
         assert "\n" not in str(caught.value)
 
 
-# Life with counts
+# Calibration
 
 
 @counted
-def test_uncalibrated(name):
+def test_an_uncalibrated_objective_raises(name):
     loss = OBJECTIVES[name]()
     assert not loss.is_calibrated
     assert all(getattr(loss, stored).isnan().all() for stored in STORED.get(name, ["class_pixels"]))
@@ -337,7 +337,7 @@ def test_state_dict_round_trip(name):
 
 
 @counted
-def test_a_class_without_pixels_is_named_and_stays_finite(name):
+def test_a_class_without_pixels_is_named_and_gives_finite_values(name):
     with pytest.warns(UserWarning, match="no pixels of class 1; ") as caught:
         loss = OBJECTIVES[name]().calibrate([500, 0, 30, 7])
     assert caught[0].filename == __file__
@@ -345,7 +345,7 @@ def test_a_class_without_pixels_is_named_and_stays_finite(name):
     for constants in loss.class_constants.values():
         assert constants.isfinite().all()
         assert constants[1].item() == pytest.approx(expected)
-    # validation labels that hold it all the same, alone as well
+    # validation labels with this class, with and without other classes
     logits, target = case()
     for labels in (target.masked_fill(target == 2, 1), target.masked_fill(target != 255, 1)):
         value, gradient = value_and_gradient(loss, logits, labels)
@@ -353,7 +353,7 @@ def test_a_class_without_pixels_is_named_and_stays_finite(name):
         assert gradient.isfinite().all()
 
 
-def test_what_needs_no_counts_asks_for_none():
+def test_objectives_without_counts_have_no_calibrate():
     for loss in (CrossEntropyLoss(), CrossEntropyLoss(ignore_index=255), CrossEntropyLoss(C), FocalLoss(), DiceLoss()):
         assert not hasattr(loss, "calibrate")
         assert getattr(loss, "is_calibrated", True)
@@ -394,7 +394,7 @@ def test_settings_are_checked_when_built(make, message):
     assert "\n" not in str(caught.value)
 
 
-def test_alpha_of_another_number_of_classes():
+def test_alpha_with_the_wrong_number_of_classes_is_refused():
     with pytest.raises(ValueError, match="alpha: found 2 weights, expected 4"):
         FocalLoss(alpha=[1.0, 2.0])(*case())
 
@@ -409,7 +409,7 @@ def softmax(z):
 
 
 def pixels_of(logits, target):
-    """List labelled pixels of each image as (logits, label)."""
+    """List the labelled pixels of each image as (logits, label)."""
     return [
         [
             ([float(v) for v in logits[n, :, y, x]], int(target[n, y, x]))
@@ -542,7 +542,7 @@ def test_ldam_against_a_loop(max_margin, scale):
 
 
 def region_loop(region, per_image, classes):
-    """Average ``region(true positives, false positives, false negatives)``, soft, over classes and images."""
+    """Average ``region(tp, fp, fn)`` of soft counts over classes and images."""
 
     def loop(images):
         sets = [image for image in images if image] if per_image else [[pixel for image in images for pixel in image]]
@@ -613,7 +613,7 @@ def test_generalized_dice_against_a_loop(per_image, classes):
 
 
 def jaccard_of_errors(wrong, truth):
-    """Jaccard loss of a class if exactly these pixels were wrong: 1 - |truth and guess| / |truth or guess|."""
+    """Compute the Jaccard loss of a class if exactly these pixels are wrong: 1 - |truth and guess| / |truth or guess|."""
     guess = truth ^ wrong
     return 1 - len(truth & guess) / len(truth | guess) if truth | guess else 0.0
 
@@ -621,7 +621,7 @@ def jaccard_of_errors(wrong, truth):
 @per_set
 @over_classes
 def test_lovasz_against_a_loop(per_image, classes):
-    # the definition (their eq. 8 and 9) with sets of pixels, no cumulative sums
+    # the definition (eq. 8 and 9 of the paper) with sets of pixels, without cumulative sums
     def loop(images):
         sets = images if per_image else [[pixel for image in images for pixel in image]]
         means = []
@@ -652,16 +652,16 @@ def test_lovasz_against_the_authors_implementation(path, kind):
     value, gradient = value_and_gradient(LovaszSoftmaxLoss(per_image=kind == "per_image"), logits, target)
     assert value.item() == pytest.approx(numbers[f"lovasz_softmax_{kind}"].item(), rel=1e-10)
     expected = torch.from_numpy(numbers[f"lovasz_grad_{kind}"])
-    # gradients that cancel to 1e-10 of the largest have no more digits than that
+    # elements that cancel to 1e-10 of the largest element have no exact digits left
     torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-13 * expected.abs().max().item())
 
 
-# Corners
+# Special cases
 
 
 def same(one, other, rel=1e-12):
-    for found, expected in zip(value_and_gradient(one, *case()), value_and_gradient(other, *case()), strict=True):
-        torch.testing.assert_close(found, expected, rtol=rel, atol=rel * expected.abs().max().item())
+    for actual, expected in zip(value_and_gradient(one, *case()), value_and_gradient(other, *case()), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=rel, atol=rel * expected.abs().max().item())
 
 
 def test_focal_of_gamma_0_is_cross_entropy():
@@ -677,11 +677,11 @@ def test_balanced_softmax_is_logit_adjustment_of_tau_1():
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_equal_counts_are_no_weights(weighting):
+def test_equal_counts_give_the_unweighted_loss(weighting):
     same(CrossEntropyLoss(C, weighting, label_smoothing=0.1).calibrate([50] * C), CrossEntropyLoss(label_smoothing=0.1))
 
 
-def test_weighted_cross_entropy_is_that_of_torch():
+def test_weighted_cross_entropy_equals_that_of_torch():
     loss = ready("cross_entropy_inverse", label_smoothing=0.1)
     same(loss, nn.CrossEntropyLoss(loss.class_terms, ignore_index=255, label_smoothing=0.1))
 
@@ -689,7 +689,7 @@ def test_weighted_cross_entropy_is_that_of_torch():
 @per_set
 @over_classes
 @pytest.mark.parametrize("smooth", [0.0, 2.0])
-def test_tversky_has_dice_and_jaccard_as_corners(per_image, classes, smooth):
+def test_dice_and_jaccard_are_special_cases_of_tversky(per_image, classes, smooth):
     same(TverskyLoss(0.5, 0.5, 1.0, per_image, classes, smooth / 2), DiceLoss(per_image, classes, smooth))
     same(TverskyLoss(1.0, 1.0, 1.0, per_image, classes, smooth), JaccardLoss(per_image, classes, smooth))
 
@@ -697,10 +697,10 @@ def test_tversky_has_dice_and_jaccard_as_corners(per_image, classes, smooth):
 @per_set
 @over_classes
 @pytest.mark.parametrize("cls", [LovaszSoftmaxLoss, GeneralizedDiceLoss, partial(DiceLoss, smooth=0.0), JaccardLoss])
-def test_right_and_wrong(cls, per_image, classes):
+def test_right_predictions_have_loss_0_and_wrong_ones_loss_1(cls, per_image, classes):
     _, target = case()
     if classes == "all" and isinstance(cls, partial):
-        target[:, 0, 3] = 1  # without smoothing, an absent class of all has loss 1
+        target[:, 0, 3] = 1  # with classes='all' and without smoothing, an absent class has loss 1
         target[:, 0, 4] = 3
     right = nn.functional.one_hot(target.masked_fill(target == 255, 0), C).movedim(-1, 1) * 100.0
     wrong = nn.functional.one_hot((target + 1) % C, C).movedim(-1, 1) * 100.0
@@ -709,7 +709,7 @@ def test_right_and_wrong(cls, per_image, classes):
     if cls is LovaszSoftmaxLoss:
         expected = pytest.approx(1, abs=1e-6)
         if classes == "all":
-            # a class that is neither labelled nor predicted has no error, every other is all wrong
+            # a class that is neither labelled nor predicted has no error; in all others every pixel is wrong
             sets = [t[t != 255] for t in target] if per_image else [target[target != 255]]
             shares = [len({int(v) for y in t.unique() for v in (y, (y + 1) % C)}) / C for t in sets]
             expected = pytest.approx(sum(shares) / len(shares), abs=1e-6)
@@ -727,15 +727,15 @@ def test_lovasz_of_a_hard_prediction_is_the_jaccard_loss():
     assert loss.item() == pytest.approx(1 - sum(jaccards).item() / 3, abs=1e-6)
 
 
-def test_lovasz_with_ties_is_the_limit_of_broken_ties():
+def test_lovasz_with_ties_is_the_limit_without_ties():
     _, target = case()
     logits = torch.randint(3, (2, C, 4, 5)).double()
     tied = LovaszSoftmaxLoss()(logits, target).item()
     assert LovaszSoftmaxLoss()(logits + 1e-9 * torch.randn_like(logits), target).item() == pytest.approx(tied, abs=1e-8)
 
 
-def test_counts_of_many_pixels_keep_their_digits():
-    """Float32 is as good on 260,000 pixels as on twenty: no sum or difference loses the small steps."""
+def test_float32_is_accurate_for_many_pixels():
+    """The relative error in float32 does not grow with the number of pixels, here 260,000."""
     torch.manual_seed(2)
     logits, target = 3 * torch.randn(4, C, 256, 256), (torch.rand(4, 256, 256) ** 8 * C).long()
     for loss in (LovaszSoftmaxLoss(), DiceLoss(), JaccardLoss(), GeneralizedDiceLoss(), TverskyLoss(), FocalLoss()):

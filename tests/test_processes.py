@@ -1,4 +1,4 @@
-"""Several processes compute what one does: losses, gradients, and a whole training with its scores."""
+"""Several processes compute the same as one: losses, gradients, and a whole training with its scores."""
 
 import copy
 import csv
@@ -54,13 +54,13 @@ OBJECTIVES = {
 }
 
 
-def made(name):
+def objective(name):
     loss = OBJECTIVES[name]()
     return loss.calibrate(PIXELS) if hasattr(loss, "calibrate") else loss
 
 
 def batch():
-    """Six images: all labelled, half of them, a quarter, one pixel, none, none."""
+    """Return logits and targets of six images with all, half, a quarter, one, none and none of the pixels labelled."""
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(6, 4, 4, 5, generator=generator, dtype=torch.float64)
     target = torch.randint(4, (6, 4, 5), generator=generator)
@@ -76,29 +76,29 @@ def objectives_as_rank(rank, world, folder):
     share = slice(rank * 6 // world, (rank + 1) * 6 // world)
     results = {}
     for name in OBJECTIVES:
-        loss = made(name)
+        loss = objective(name)
         steps = []
-        for _ in range(2):  # the second step of what runs along
+        for _ in range(2):  # running averages act in the second step
             z = logits[share].clone().requires_grad_()
             value = loss(z, target[share])
             value.backward()
-            steps.append([float(value.detach()), (z.grad / world).flatten().tolist()])  # as DDP averages it
+            steps.append([float(value.detach()), (z.grad / world).flatten().tolist()])  # as DDP averages gradients
         results[name] = steps
     if rank == 0:
-        with torch.no_grad():  # one process's own affair: nobody else takes part
-            results["alone"] = {name: float(made(name)(logits[:1], target[:1])) for name in OBJECTIVES}
+        with torch.no_grad():  # on one process, where a collective would deadlock
+            results["without gradient"] = {name: float(objective(name)(logits[:1], target[:1])) for name in OBJECTIVES}
     torch.distributed.barrier()
     Path(folder, f"{rank}.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_losses_are_those_of_one_process_with_all_pixels(world, tmp_path):
+def test_losses_equal_those_of_one_process_with_all_pixels(world, tmp_path):
     torch.multiprocessing.spawn(objectives_as_rank, (world, str(tmp_path)), nprocs=world)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(world)]
     logits, target = batch()
     for name in OBJECTIVES:
-        loss = made(name)
+        loss = objective(name)
         for step in range(2):
             z = logits.clone().requires_grad_()
             value = loss(z, target)
@@ -107,8 +107,8 @@ def test_losses_are_those_of_one_process_with_all_pixels(world, tmp_path):
             assert sum(values) / world == pytest.approx(float(value.detach()), rel=1e-6), name
             gradient = torch.cat([torch.tensor(part, dtype=torch.float64) for part in gradients])
             torch.testing.assert_close(gradient, z.grad.flatten(), rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-    for name, value in found[0]["alone"].items():
-        assert value == pytest.approx(float(made(name)(logits[:1], target[:1])), rel=1e-12), name
+    for name, value in found[0]["without gradient"].items():
+        assert value == pytest.approx(float(objective(name)(logits[:1], target[:1])), rel=1e-12), name
 
 
 TRAIN = """
@@ -151,11 +151,11 @@ if trainer.is_global_zero:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What a training found, by its number of processes."""
-    found = {}
+    """Return a function from the number of processes to the results of a training and its logged rows."""
+    results = {}
 
     def run(processes):
-        if processes not in found:
+        if processes not in results:
             folder = tmp_path_factory.mktemp(f"processes{processes}")
             script = folder / "train.py"
             script.write_text(TRAIN)
@@ -163,38 +163,38 @@ def trained(tmp_path_factory):
             words = [sys.executable, str(script), str(processes), str(folder)]
             done = subprocess.run(words, capture_output=True, text=True, timeout=300, check=False, env=environment)
             assert done.returncode == 0, done.stderr[-3000:]
-            found[processes] = (
+            results[processes] = (
                 torch.load(folder / "found.pt", weights_only=True),
                 list(csv.DictReader((folder / "metrics.csv").read_text().splitlines())),
             )
-        return found[processes]
+        return results[processes]
 
     return run
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_training_is_that_of_one_process(trained, processes):
-    (alone, one_log), (together, log) = trained(1), trained(processes)
+def test_training_equals_that_of_one_process(trained, processes):
+    (single, single_log), (together, log) = trained(1), trained(processes)
     first, *others = together["weights"]
     assert len(others) == processes - 1
     assert all(torch.equal(first, weights) for weights in others)
-    assert torch.equal(together["start"], alone["start"])
-    moved = (alone["weights"][0] - alone["start"]).abs()
-    assert float((first - alone["weights"][0]).abs().max()) < 1e-4 * float(moved.max())
-    # seven images on two or three processes: repeated ones must not count
-    assert torch.equal(together["confusion"], alone["confusion"])
+    assert torch.equal(together["start"], single["start"])
+    moved = (single["weights"][0] - single["start"]).abs()
+    assert float((first - single["weights"][0]).abs().max()) < 1e-4 * float(moved.max())
+    # Seven images on two or three processes: repeated images must not count
+    assert torch.equal(together["confusion"], single["confusion"])
     data = SyntheticData(val_scenes=7, size=(64, 96), num_workers=0)
     labelled = sum(int((data.reader.mask(sample) != 255).sum()) for sample in data.samples("val"))
-    assert int(alone["confusion"].sum()) == labelled
-    torch.testing.assert_close(together["shares"], alone["shares"], rtol=1e-5, atol=1e-9)
-    assert len(log) == len(one_log)  # one process writes, and what it writes is that of all
-    for row, one_row in zip(log, one_log, strict=True):
+    assert int(single["confusion"].sum()) == labelled
+    torch.testing.assert_close(together["shares"], single["shares"], rtol=1e-5, atol=1e-9)
+    assert len(log) == len(single_log)  # only rank 0 writes, and it writes the values of all processes
+    for row, single_row in zip(log, single_log, strict=True):
         for name, value in row.items():
-            assert (float(value or 0), name) == (pytest.approx(float(one_row[name] or 0), rel=1e-4, abs=1e-7), name)
+            assert (float(value or 0), name) == (pytest.approx(float(single_row[name] or 0), rel=1e-4, abs=1e-7), name)
 
 
 def sharded_as_rank(rank, world, folder):
-    """A step of a network whose weights are shared out, and of a whole one on all images."""
+    """Compute loss and gradients with sharded weights, and with a whole copy on all images."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -202,9 +202,9 @@ def sharded_as_rank(rank, world, folder):
     torch.distributed.init_process_group("gloo", f"file://{folder}/shards", rank=rank, world_size=world)
     torch.manual_seed(0)
     module = SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=4, frozen_batch_norm=True)
-    module.objective.smooth = 0.0  # the whole network's counts are added up over both processes as well
-    alone = copy.deepcopy(module)
-    module._trainer = SimpleNamespace(strategy=FSDPStrategy())  # Lightning's own needs a GPU
+    module.objective.smooth = 0.0  # the counts of the whole copy are summed over both processes as well
+    whole_copy = copy.deepcopy(module)
+    module._trainer = SimpleNamespace(strategy=FSDPStrategy())  # Lightning's Trainer accepts this strategy only with a GPU
     module.setup("validate")
     mesh = init_device_mesh("cpu", (world,))
     fully_shard(module.network.model.encoder, mesh=mesh)
@@ -213,10 +213,10 @@ def sharded_as_rank(rank, world, folder):
     image = torch.randint(0, 256, (world, 3, 32, 32), dtype=torch.uint8, generator=generator)
     target = torch.randint(0, 4, (world, 32, 32), generator=generator)
     found = []
-    for one, mine in ((module, slice(rank, rank + 1)), (alone, slice(None))):
-        loss = one.objective(one(image[mine]), target[mine])
+    for copied, images in ((module, slice(rank, rank + 1)), (whole_copy, slice(None))):
+        loss = copied.objective(copied(image[images]), target[images])
         loss.backward()
-        gradients = {name: p.grad for name, p in one.network.named_parameters() if p.grad is not None}
+        gradients = {name: p.grad for name, p in copied.network.named_parameters() if p.grad is not None}
         whole = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in gradients.items()}
         found.append((loss.detach(), {name: grad.contiguous() for name, grad in whole.items()}))
     if rank == 0:
@@ -224,7 +224,7 @@ def sharded_as_rank(rank, world, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_weights_that_are_shared_out_train_as_whole_ones(tmp_path):
+def test_sharded_weights_train_like_whole_ones(tmp_path):
     torch.multiprocessing.spawn(sharded_as_rank, (2, str(tmp_path)), nprocs=2)
     (loss, gradients), (expected, whole) = torch.load(tmp_path / "found.pt", weights_only=True)
     assert float(loss) == pytest.approx(float(expected), rel=1e-6)
@@ -259,10 +259,10 @@ main(["fit", "synthetic", *sys.argv[2:]])
     [
         ("SIGKILL", 1, "error: another process of this run died"),
         ("raised", 1, "the disk is on fire"),
-        ("SIGTERM", 128 + 15, "told to end; to go on: mcseg fit --resume"),
+        ("SIGTERM", 128 + 15, "stopped by a signal; resume with: mcseg fit --resume"),
     ],
 )
-def test_a_process_that_ends_ends_the_job_with_its_reason(how, code, reason, tmp_path):
+def test_a_process_that_dies_ends_the_job_with_its_reason(how, code, reason, tmp_path):
     script = tmp_path / "train.py"
     script.write_text(DYING)
     words = [
@@ -272,16 +272,16 @@ def test_a_process_that_ends_ends_the_job_with_its_reason(how, code, reason, tmp
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(script), how, *words]
-    # The time that both take to start is a part of it.
+    # The time limit includes the start of both processes.
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == code
     assert reason in done.stdout + done.stderr
-    if how == "SIGTERM":  # which only the second process got
+    if how == "SIGTERM":  # received by the second process only
         assert steps_done(tmp_path / "run" / "checkpoints" / "last.ckpt") == 2
 
 
-def test_evaluation_waits_for_no_process_without_images(photo_folder, tmp_path):
-    """Three images on two processes: the second has one that cannot be read, and the first image once more."""
+def test_evaluation_does_not_deadlock_if_a_process_has_no_image(photo_folder, tmp_path):
+    """Three images on two processes: the second has an unreadable image and a repetition of the first."""
     (photo_folder / "train.txt").write_text("".join(f"photo {index}\n" for index in range(3, 10)))
     (photo_folder / "val.txt").write_text("photo 0\nphoto 1\nphoto 2\n")
     words = [f"--data.root={photo_folder}", "--data.num_workers=0", "--trainer.accelerator=cpu", "--data.on_error=skip"]
@@ -301,15 +301,15 @@ def test_evaluation_waits_for_no_process_without_images(photo_folder, tmp_path):
         folder = tmp_path / str(processes)
         mcseg("validate", folder, f"--ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}", f"--trainer.devices={processes}")
         found.append(next(csv.DictReader((folder / "metrics.csv").read_text().splitlines())))
-    alone, together = found
-    assert float(alone["val/loss"]) > 0
-    assert alone.keys() == together.keys()
+    single, together = found
+    assert float(single["val/loss"]) > 0
+    assert single.keys() == together.keys()
     for name, value in together.items():
-        assert (name, float(value)) == (name, pytest.approx(float(alone[name]), rel=1e-6))
+        assert (name, float(value)) == (name, pytest.approx(float(single[name]), rel=1e-6))
 
 
-def test_a_run_of_two_processes_goes_on_with_its_log(tmp_path):
-    """Only one of them takes the rows over; on several nodes the other one failed, on one node rows were lost."""
+def test_a_resumed_run_of_two_processes_appends_to_its_log(tmp_path):
+    """Only rank 0 copies the existing rows; otherwise rows are lost."""
     folder = tmp_path / "run"
     words = [
         "--data.train_scenes=8", "--data.val_scenes=3", "--data.size=[32,48]", "--data.crop_size=[32,32]", "--data.batch_size=2",

@@ -1,4 +1,4 @@
-"""A run that is killed and goes on ends as one that was never stopped: weights, optimiser, scores and rows, bit by bit."""
+"""A killed and resumed run ends like an uninterrupted one, bit by bit: weights, optimiser, scores and logged rows."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from conftest import at_work
 
 from mcseg.checkpoints.files import CheckpointFile, steps_done
 
-# Imports once and forks for each attempt; the parent computes nothing, so that no thread is missing in its children.
+# Imports once and forks for each attempt. The parent computes nothing, as its threads would be missing in the children.
 ATTEMPTS = """
 import json, os, signal, sys
 import pytorch_lightning as pl
@@ -35,7 +35,7 @@ class Killer(pl.Callback):
                     os.kill(os.getpid(), signal.SIGKILL)
                 save(checkpoint, file)
             checkpoints.torch.save = half
-        if self.kind == "written":  # the file is there, and nothing behind it
+        if self.kind == "written":  # the file is complete, and nothing follows
             write = checkpoints.CheckpointFile.save_checkpoint
             def last(self_, checkpoint, path, **options):
                 write(self_, checkpoint, path, **options)
@@ -114,9 +114,12 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Folder of a run of 20 steps that was killed at moments, the exit codes of its attempts and the steps of its checkpoint."""
+    """Return a function that trains for 20 steps and kills the run at the given moments.
 
-    def made(*moments, more=()):
+    It returns the run folder, the exit codes of the attempts, the steps of the checkpoint after each, and the output.
+    """
+
+    def train(*moments, more=()):
         folder = tmp_path_factory.mktemp("run") / "run"
         script = folder.with_name("attempts.py")
         script.write_text(ATTEMPTS)
@@ -125,11 +128,11 @@ def run(tmp_path_factory):
         done = subprocess.run(
             words, capture_output=True, text=True, timeout=500, check=True, env=environment, cwd=folder.parent
         )
-        said = next((line for line in done.stdout.splitlines() if line.startswith("ATTEMPTS")), None)
-        assert said, done.stderr[-3000:]
-        return folder, *json.loads(said.removeprefix("ATTEMPTS")), done.stdout + done.stderr
+        result = next((line for line in done.stdout.splitlines() if line.startswith("ATTEMPTS")), None)
+        assert result, done.stderr[-3000:]
+        return folder, *json.loads(result.removeprefix("ATTEMPTS")), done.stdout + done.stderr
 
-    return made
+    return train
 
 
 def rows(folder):
@@ -138,7 +141,7 @@ def rows(folder):
 
 
 def assert_same_end(whole, folder):
-    """Of two runs; the last checkpoint of the first."""
+    """Compare the last checkpoints and rows of two runs; return the checkpoint of the first."""
     one, other = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (whole, folder))
     assert one["global_step"] == other["global_step"]
     for part in ("state_dict", "current_model_state"):
@@ -152,43 +155,43 @@ def assert_same_end(whole, folder):
     return one
 
 
-def test_a_run_that_was_killed_ends_like_one_that_was_not(run):
-    """In a step before there is a checkpoint, in validation, while a checkpoint is written, by SIGTERM in a step and in validation."""
-    whole, codes, _, told = run()
-    assert codes == [0], told[-3000:]
-    # five steps an epoch: before the first checkpoint, in the second validation, in the third checkpoint, and in steps
-    folder, codes, steps, told = run(
+def test_a_killed_run_ends_like_an_uninterrupted_one(run):
+    """Killed before the first checkpoint, in validation and while writing a checkpoint; SIGTERM in a step and in validation."""
+    whole, codes, _, output = run()
+    assert codes == [0], output[-3000:]
+    # Five steps an epoch: before the first checkpoint, in the second validation, in the third checkpoint, and in steps
+    folder, codes, steps, output = run(
         "step 3", "validation 10", "written 10", "checkpoint 15", "step 12", "term 13", "term-validation 15", "step 17"
     )
-    assert codes == [-9, -9, -9, -9, -9, 128 + 15, 128 + 15, -9, 0], told[-3000:]
-    assert steps == [0, 5, 10, 10, 10, 14, 15, 15, 20]  # SIGTERM costs no step
-    assert told.count("to go on: mcseg fit --resume") == 2
+    assert codes == [-9, -9, -9, -9, -9, 128 + 15, 128 + 15, -9, 0], output[-3000:]
+    assert steps == [0, 5, 10, 10, 10, 14, 15, 15, 20]  # SIGTERM loses no step
+    assert output.count("resume with: mcseg fit --resume") == 2
     assert assert_same_end(whole, folder)["global_step"] == 20
     assert {int(row["step"]) for row in rows(folder) if "train/loss" in row} == set(range(20))
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert left == {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
 
 
-def test_gradients_averages_and_schedule_of_a_run_that_was_killed(run):
-    """Two batches to a step, averaged weights, and a learning rate that falls where the score does not rise by half."""
+def test_gradients_averages_and_schedule_of_a_killed_run(run):
+    """Two batches per step, averaged weights, and a learning rate that falls if the score does not rise by half."""
     more = ["--trainer.accumulate_grad_batches", "2", "--config", "options/ema", "--model.scheduler"]
     more += ["torch.optim.lr_scheduler.ReduceLROnPlateau", "--model.scheduler.mode", "max"]
     more += ["--model.scheduler.patience", "0", "--model.scheduler.threshold", "0.5"]
-    whole, codes, _, told = run(more=more)
-    assert codes == [0], told[-3000:]
-    # three steps an epoch, told in the first batch of a step and in validation; the gradient of half a step is in no checkpoint
-    folder, codes, steps, told = run("step 4", "term 4", "term-validation 6", "validation 9", "term 10", more=more)
-    assert codes == [-9, 143, 143, -9, 143, 0], told[-3000:]
+    whole, codes, _, output = run(more=more)
+    assert codes == [0], output[-3000:]
+    # Three steps an epoch, SIGTERM in the first batch of a step and in validation; no checkpoint holds a partial gradient
+    folder, codes, steps, output = run("step 4", "term 4", "term-validation 6", "validation 9", "term 10", more=more)
+    assert codes == [-9, 143, 143, -9, 143, 0], output[-3000:]
     assert steps == [3, 5, 6, 6, 11, 12]
     last = assert_same_end(whole, folder)
     assert last["current_model_state"].keys() == last["state_dict"].keys()
     assert last["lr_schedulers"][0]["_last_lr"][0] < last["lr_schedulers"][0]["factor"] * float(rows(whole)[0]["lr-AdamW"])
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not tell who sent a signal")
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not report the sender of a signal")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_all_processes_of_a_run(number, code, tmp_path):
-    """As SLURM, systemd and the terminal send it: loaders' processes get it as well, and live until the step is done."""
+    """As SLURM, systemd and the terminal send it: loader workers get it as well and must finish the step."""
     folder = tmp_path / "run"
     words = [*WORDS, "--data.num_workers", "2", "--trainer.max_epochs", "1000", "--trainer.default_root_dir", str(folder)]
     command = [sys.executable, "-m", "mcseg", "fit", *words]
@@ -200,36 +203,36 @@ def test_a_signal_to_all_processes_of_a_run(number, code, tmp_path):
             time.sleep(0.1)
         before = steps_done(folder / "checkpoints/last.ckpt")
         os.killpg(process.pid, number)
-        said = process.communicate(timeout=60)[0]
-    assert process.returncode == code, said[-3000:]
-    assert "to go on: mcseg fit --resume" in said
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output[-3000:]
+    assert "resume with: mcseg fit --resume" in output
     assert steps_done(folder / "checkpoints/last.ckpt") > before
     assert max(int(row["step"]) for row in rows(folder)) == steps_done(folder / "checkpoints/last.ckpt") - 1
 
 
-@pytest.mark.parametrize("tensors", [1, 40])  # torch's writer fails in its first write, or between two
-def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(tensors, tmp_path):
-    """Files may not become larger than 40 kB, which a program sees like a disk that is full."""
+@pytest.mark.parametrize("tensors", [1, 40])  # torch's writer fails in its first write, or in a later one
+def test_a_checkpoint_that_cannot_be_written_leaves_the_former_one(tensors, tmp_path):
+    """A limit of 40 kB on the size of files acts like a full disk."""
     resource = pytest.importorskip("resource")
-    place = tmp_path / "checkpoints" / "last.ckpt"
+    path = tmp_path / "checkpoints" / "last.ckpt"
     writer = CheckpointFile()
-    writer.save_checkpoint({"global_step": 1, "weights": torch.ones(3)}, place)
+    writer.save_checkpoint({"global_step": 1, "weights": torch.ones(3)}, path)
     large = {"global_step": 2, "weights": [torch.ones(40_000 // tensors) for _ in range(tensors)]}
     limit, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, most))
     try:
-        with pytest.raises(OSError, match=r"last.ckpt: the checkpoint cannot be written \(File too large\); .*is whole"):
-            writer.save_checkpoint(large, place)
-        with pytest.raises(OSError, match=r"\(File too large\); there is none"):
-            writer.save_checkpoint(large, place.with_name("other.ckpt"))
+        with pytest.raises(OSError, match=r"last.ckpt: the checkpoint cannot be written \(File too large\); .*is intact"):
+            writer.save_checkpoint(large, path)
+        with pytest.raises(OSError, match=r"\(File too large\); there is no earlier one"):
+            writer.save_checkpoint(large, path.with_name("other.ckpt"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
-    assert writer.load_checkpoint(place)["global_step"] == 1
-    assert [path.name for path in place.parent.iterdir()] == ["last.ckpt"]
+    assert writer.load_checkpoint(path)["global_step"] == 1
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
 def test_one_run_at_a_time_in_a_folder(tmp_path, capsys):
-    """A second one would write over the checkpoints of the first, and their rows would be mixed."""
+    """A second one would overwrite the checkpoints of the first and mix its rows with theirs."""
     from mcseg.run.main import main
 
     folder = tmp_path / "run"
@@ -238,14 +241,14 @@ def test_one_run_at_a_time_in_a_folder(tmp_path, capsys):
         with pytest.raises(SystemExit) as end:
             main(words)
         assert end.value.code == 1
-        assert f"{folder}: another mcseg fit is at work here; wait for it, or end it" in capsys.readouterr().err
+        assert f"{folder}: another mcseg fit uses this folder" in capsys.readouterr().err
         assert {path.name for path in folder.iterdir()} == {".lock"}
-    main(words)  # the other one was killed
+    main(words)  # the lock of a killed process is released
     assert steps_done(folder / "checkpoints" / "last.ckpt") == 5
 
 
 class Malicious:
-    """What a pickle can do when it is read."""
+    """Runs code when its pickle is read."""
 
     def __reduce__(self):
         return Path.write_text, (Path("owned"), "")
@@ -262,11 +265,12 @@ def test_a_checkpoint_with_a_malicious_pickle_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["validate", "--resume", "runs"], "--resume: found with 'validate', expected mcseg fit --resume RUN_FOLDER"),
+        (["validate", "--resume", "runs"], "--resume: found the verb 'validate', expected mcseg fit --resume RUN_FOLDER"),
+        (["--resume", "runs"], "--resume: found no verb, expected mcseg fit --resume RUN_FOLDER"),
         (["fit", "--resume", "nowhere"], "no nowhere/config.yaml; expected the folder of a run"),
     ],
 )
-def test_what_cannot_go_on(words, message, capsys):
+def test_wrong_uses_of_resume(words, message, capsys):
     from mcseg.run.main import main
 
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""The drawn scenes: reproducible, as imbalanced as promised, labels that fit the picture."""
+"""Drawn scenes: reproducible, imbalanced as documented, with labels that match the image."""
 
 import hashlib
 import itertools
@@ -10,7 +10,7 @@ from mcseg.data.scenes import SCENE_CLASSES, SCENE_PALETTE, draw_scene
 
 N_SCENES = 150
 VOID = 255
-# name -> least and greatest share of the labelled pixels, in percent
+# name -> smallest and largest share of the labelled pixels, in percent
 SHARES = {
     "road": (50.0, 56.0),
     "building": (20.0, 32.0),
@@ -30,7 +30,7 @@ def scenes():
 
 @pytest.fixture(scope="module")
 def counts(scenes):
-    """Pixels of each label in each scene, (scenes, 256)."""
+    """Count the pixels of each label in each scene, (scenes, 256)."""
     return np.stack([np.bincount(labels.ravel(), minlength=256) for _, labels in scenes])
 
 
@@ -39,28 +39,28 @@ def digest(image, labels):
 
 
 def contrast(image, labels, name):
-    """Distance (RGB, maximum over channels) of each pixel of a class from the median of its other neighbours."""
+    """Largest channel difference between each pixel of a class and the median of its neighbours of other classes."""
     index = SCENE_CLASSES.index(name)
-    found = []
+    differences = []
     for row, col in np.argwhere(labels == index):
         window = (slice(max(0, row - 3), row + 4), slice(max(0, col - 3), col + 4))
         other = image[window][labels[window] != index]
         if len(other):
-            found.append(np.abs(image[row, col] - np.median(other, axis=0)).max())
-    return found
+            differences.append(np.abs(image[row, col] - np.median(other, axis=0)).max())
+    return differences
 
 
 def test_names_and_colours():
     assert len(SCENE_CLASSES) == len(set(SCENE_CLASSES)) == 8
     assert set(SCENE_CLASSES) == set(SHARES)
     assert all(len(colour) == 3 and all(0 <= value <= 255 for value in colour) for colour in SCENE_PALETTE)
-    apart = [np.abs(np.subtract(a, b)).sum() for a, b in itertools.combinations(SCENE_PALETTE, 2)]
+    differences = [np.abs(np.subtract(a, b)).sum() for a, b in itertools.combinations(SCENE_PALETTE, 2)]
     assert len(SCENE_PALETTE) == 8
-    assert min(apart) > 90
+    assert min(differences) > 90
 
 
-def test_same_seed_same_bytes_whatever_the_global_state():
-    np.random.seed(0)  # noqa: NPY002  the global state is what must not matter
+def test_bytes_depend_on_the_seed_and_not_on_numpys_global_state():
+    np.random.seed(0)  # noqa: NPY002  tests that the global state has no effect
     state = np.random.get_state()[1].copy()  # noqa: NPY002
     first = draw_scene([3, 14])
     assert np.array_equal(np.random.get_state()[1], state)  # noqa: NPY002
@@ -69,13 +69,13 @@ def test_same_seed_same_bytes_whatever_the_global_state():
     assert digest(*first) == digest(*second)
 
 
-def test_other_seeds_other_scenes():
+def test_different_seeds_give_different_scenes():
     digests = {digest(*draw_scene(seed)) for seed in [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (2**40, 1)]}
     assert len(digests) == 6
 
 
 def test_known_scene():
-    """Guards against an unintended change of the drawing: datasets, and results on them, would change with it."""
+    """Detect unintended changes of the drawing, which would change the data set and all results on it."""
     image, labels = draw_scene((2024, 0))
     ids, counts = np.unique(labels, return_counts=True)
     assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == {
@@ -105,7 +105,7 @@ def test_sizes(height, width):
         assert image.std() > 10
 
 
-def test_larger_size_shows_the_same_kind_of_scene():
+def test_class_shares_at_a_larger_size():
     labels = np.stack([draw_scene((6, index), 256, 384)[1] for index in range(40)])
     share = np.bincount(labels.ravel(), minlength=256)[: len(SCENE_CLASSES)] / (labels != VOID).sum()
     assert share[SCENE_CLASSES.index("road")] > 0.45
@@ -123,31 +123,31 @@ def test_shares_of_the_classes(counts):
     share = dict(zip(SCENE_CLASSES, (100 * total / total.sum()).tolist(), strict=True))
     outside = {name: share[name] for name, (low, high) in SHARES.items() if not low <= share[name] <= high}
     assert not outside
-    falling = [share[name] for name in SHARES]
-    assert falling == sorted(falling, reverse=True)
-    # roughly geometric: no step of more than a factor of six
-    assert all(common / rare < 6 for common, rare in itertools.pairwise(falling))
+    ordered = [share[name] for name in SHARES]
+    assert ordered == sorted(ordered, reverse=True)
+    # Roughly geometric: no class is more than six times as frequent as the next
+    assert all(common / rare < 6 for common, rare in itertools.pairwise(ordered))
 
 
 def test_void_share(counts):
     assert 0.007 < counts[:, VOID].sum() / counts.sum() < 0.02
 
 
-def test_each_class_in_a_third_of_the_scenes_but_not_each_in_all(counts):
+def test_each_class_is_in_a_third_of_the_scenes_and_rare_classes_not_in_all(counts):
     occurrence = (counts[:, : len(SCENE_CLASSES)] > 0).mean(axis=0)
     assert occurrence.min() > 1 / 3
     assert occurrence[[SCENE_CLASSES.index(name) for name in ("person", "pole", "light")]].max() < 1
 
 
 @pytest.mark.parametrize(("name", "margin"), [("light", 25), ("pole", 15), ("person", 25)])
-def test_rare_classes_are_visible_where_they_are_labelled(scenes, name, margin):
-    found = [value for image, labels in scenes[:40] for value in contrast(image.astype(float), labels, name)]
-    assert len(found) > 300
-    assert np.mean(found) > margin
+def test_rare_classes_are_visible_at_their_labels(scenes, name, margin):
+    values = [value for image, labels in scenes[:40] for value in contrast(image.astype(float), labels, name)]
+    assert len(values) > 300
+    assert np.mean(values) > margin
 
 
 def test_rare_classes_stand_out_more_than_noise(scenes):
-    """The contrast is that of the objects: labels shifted to the side do not have it."""
+    """Labels shifted to the side have less contrast, so the contrast is due to the objects."""
     aligned, shifted = [], []
     for image, labels in scenes[:40]:
         aligned += contrast(image.astype(float), labels, "pole")
@@ -166,6 +166,6 @@ def test_sky_is_smoother_than_buildings(scenes):
 
 
 @pytest.mark.parametrize("seed", [(-1,), (0.5,)])
-def test_seeds_that_are_none(seed):
+def test_invalid_seeds_are_refused(seed):
     with pytest.raises((ValueError, TypeError)):
         draw_scene(seed)

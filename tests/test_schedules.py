@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the polynomial step by step, its length from the Trainer, what a resumed run takes over."""
+"""Learning-rate schedules: the polynomial in each step, its length from the Trainer, the state of a resumed run."""
 
 from types import SimpleNamespace
 
@@ -14,25 +14,25 @@ def sgd(*rates):
 
 
 def rates(schedule, steps):
-    seen = []
+    result = []
     for _ in range(steps):
-        seen.append(schedule.get_last_lr())
+        result.append(schedule.get_last_lr())
         schedule.optimizer.step()
         schedule.step()
-    return seen
+    return result
 
 
 def test_rates_are_those_of_the_formula():
-    found = rates(WarmupPolynomialLR(sgd(0.1, 2.0), total_steps=8, power=0.7, warmup_steps=3), 10)
-    for step, both in enumerate(found):
+    actual = rates(WarmupPolynomialLR(sgd(0.1, 2.0), total_steps=8, power=0.7, warmup_steps=3), 10)
+    for step, both in enumerate(actual):
         factor = min(1, (step + 1) / 4) * max(0.0, 1 - step / 8) ** 0.7
         assert both == pytest.approx([0.1 * factor, 2.0 * factor], rel=1e-12)
 
 
-def test_without_warmup_they_are_those_of_torch():
+def test_without_warmup_the_rates_are_those_of_torch():
     ours = rates(WarmupPolynomialLR(sgd(0.1), total_steps=20, power=0.9), 20)
-    theirs = rates(PolynomialLR(sgd(0.1), total_iters=20, power=0.9), 20)
-    assert [rate for (rate,) in ours] == pytest.approx([rate for (rate,) in theirs], rel=1e-9)
+    expected = rates(PolynomialLR(sgd(0.1), total_iters=20, power=0.9), 20)
+    assert [rate for (rate,) in ours] == pytest.approx([rate for (rate,) in expected], rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,12 @@ def test_without_warmup_they_are_those_of_torch():
         ({"warmup_steps": -1}, "warmup_steps -1"),
     ],
 )
-def test_settings_out_of_range(settings, message):
+def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         WarmupPolynomialLR(sgd(0.1), **settings)
 
 
-def test_the_length_is_needed_from_the_second_step_on():
+def test_total_steps_is_needed_from_the_second_step_on():
     schedule = WarmupPolynomialLR(sgd(0.1))
     assert schedule.get_last_lr() == [0.1]
     schedule.optimizer.step()
@@ -57,7 +57,7 @@ def test_the_length_is_needed_from_the_second_step_on():
         schedule.step()
 
 
-def test_the_length_comes_from_the_trainer_unless_it_is_given():
+def test_total_steps_comes_from_the_trainer_unless_it_is_given():
     unknown, given, other = (
         WarmupPolynomialLR(sgd(0.1)),
         WarmupPolynomialLR(sgd(0.1), total_steps=7),
@@ -68,15 +68,15 @@ def test_the_length_comes_from_the_trainer_unless_it_is_given():
     assert (unknown.total_steps, given.total_steps, hasattr(other, "total_steps")) == (12, 7, False)
 
 
-def test_a_run_without_an_end_needs_a_length():
+def test_a_run_without_limit_needs_total_steps():
     endless = SimpleNamespace(max_epochs=-1, max_steps=-1)
     with pytest.raises(ValueError, match="trainer.max_epochs, trainer.max_steps or model.scheduler.total_steps"):
         lightning_schedule(WarmupPolynomialLR(sgd(0.1)), endless)
     assert lightning_schedule(WarmupPolynomialLR(sgd(0.1), total_steps=5), endless)["interval"] == "step"
 
 
-def test_a_resumed_run_has_its_own_settings():
-    """Progress comes from the checkpoint, which may be one of an earlier version, whose schedule was a LambdaLR."""
+def test_a_resumed_run_keeps_its_own_settings():
+    """Only the progress comes from the checkpoint, which may be of an earlier version, with a LambdaLR as schedule."""
     before = WarmupPolynomialLR(sgd(0.1), total_steps=10, power=2.0)
     old = LambdaLR(sgd(0.1), lambda step: (1 - step / 10) ** 2)
     for first in (before, old):

@@ -1,4 +1,4 @@
-"""Settings that cannot be: one line that says which and what is expected, and no run folder left behind."""
+"""Wrong settings: an error of one line that names the setting and the expected value, and no run folder."""
 
 import os
 from pathlib import Path
@@ -19,8 +19,8 @@ TINY = [
 ]  # fmt: skip
 
 
-def said(capsys, words, code):
-    """Run, expect the exit code, and return the last line of standard error, which has to hold the whole error."""
+def error_line(capsys, words, code):
+    """Run, check the exit code, and return the last line of standard error, which must hold the whole error."""
     with pytest.raises(SystemExit) as end:
         main(words)
     assert end.value.code == code
@@ -42,21 +42,21 @@ RECIPE_KEYS = sorted({".".join(key) for path in RECIPES.rglob("*.yaml") for key 
 
 @pytest.mark.parametrize("key", RECIPE_KEYS)
 def test_a_key_of_a_recipe_misspelt(key, capsys, tmp_path, camvid_root):
-    """Each key that a recipe has, with its last letter twice, on the command line and in a file of one's own."""
+    """Each key of a recipe with its last letter doubled, on the command line and in a user's file."""
     wrong = key + key[-1]
-    code = 1 if ".network_options." in key else 2  # these are the network's own, which is asked later
+    code = 1 if ".network_options." in key else 2  # the network checks these later than the parser
     name = wrong.rpartition(".")[2]
-    assert name in said(capsys, ["fit", "camvid", f"--data.root={camvid_root}", f"--{wrong}=1"], code)
+    assert name in error_line(capsys, ["fit", "camvid", f"--data.root={camvid_root}", f"--{wrong}=1"], code)
     content = 1
     for part in reversed(wrong.split(".")):
         content = {part: content}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
-    assert name in said(capsys, ["fit", "camvid", f"--data.root={camvid_root}", "--config", "own.yaml"], code)
+    assert name in error_line(capsys, ["fit", "camvid", f"--data.root={camvid_root}", "--config", "own.yaml"], code)
     assert not Path("runs").exists()
 
 
 WRONG = {
-    # what does not exist
+    # names that do not exist
     "fitt": (1, "found the verb 'fitt', expected one of fit, validate, test, predict, stats, check, show, bound, compare"),
     "fit camvidd": (1, "--config camvidd: neither a file nor a recipe of mcseg, such as camvid"),
     "fit camvid --config objectives/dicee": (1, "neither a file nor a recipe of mcseg, such as objectives/dice"),
@@ -100,17 +100,17 @@ WRONG = {
     "fit --model.scheduler pytorch_lightning.cli.ReduceLROnPlateau --model.scheduler.monitor val/x": (1, "no score val/x"),
     "fit --model.aux_weight -1": (1, "aux_weight: found -1.0, expected a weight >= 0"),
     "fit --model.objective MarginCalibrationLoss --model.objective.tau -1": (1, "tau: found -1.0, expected a finite number > 0"),
-    "fit --inference.window [0,5]": (1, "window: found (0, 5); expected (height, width), each at least 1"),
-    "fit --inference.scales [0]": (1, "scales: found (0.0,); expected one or more factors above 0"),
+    "fit --inference.window [0,5]": (1, "window: found (0, 5), expected (height, width), each at least 1"),
+    "fit --inference.scales [0]": (1, "scales: found (0.0,), expected"),
     "show --split foo": (1, "found --split foo and --images 12; expected train, val, test"),
     "show --images 0": (1, "and at least 1 image"),
-    # places
+    # files and folders
     "fit camvid": (1, "data.root is not set"),
     "fit folder --data.root nowhere": (1, "data.root: no folder nowhere; expected one with images, masks and a class list"),
     "fit folder --data.root EMPTY": (1, "no class list: looked for "),
     "check folder --data.root nowhere": (1, "data.root: no folder nowhere"),
     "stats folder --data.root nowhere": (1, "data.root: no folder nowhere"),
-    "fit pascal_voc --root nowhere": (1, "below the root; `mcseg download pascal_voc --root DIR` fetches them"),
+    "fit pascal_voc --root nowhere": (1, "below the root; `mcseg download pascal_voc --root DIR` downloads them"),
     "download voc --root x": (1, "found the benchmark voc, expected one of bdd100k, camvid, cityscapes,"),
     "download pascal_voc": (2, "root"),
     "fit --trainer.default_root_dir PHOTOS/classes.txt": (1, "classes.txt: File exists"),
@@ -119,29 +119,30 @@ WRONG = {
     "fit --config EMPTY_YAML": (1, "empty.yaml: found NoneType, expected keys with values"),
     "fit --config UNSAFE_YAML": (1, "unsafe.yaml: not a YAML file (could not determine a constructor for the tag"),
     "fit --config OTHER_YAML": (2, "does not accept option 'modle.arch'"),
+    "fit synthetic --config NULL_YAML": (1, "model.scheduler: found null, expected a class path"),
     # checkpoints
     "test": (1, "mcseg test needs trained weights: give --ckpt_path"),
     "predict": (1, "mcseg predict needs trained weights"),
     "bound": (1, "mcseg bound needs trained weights"),
     "validate --ckpt_path nowhere.ckpt": (1, "--ckpt_path: no checkpoint nowhere.ckpt"),
     "validate --ckpt_path EMPTY": (1, "is a folder; expected a file such as"),
-    "validate --ckpt_path TEXT_CKPT": (1, "text.ckpt: not a checkpoint, or one that was cut off"),
-    "validate --ckpt_path CUT_CKPT": (1, "cut.ckpt: not a checkpoint, or one that was cut off"),
+    "validate --ckpt_path TEXT_CKPT": (1, "text.ckpt: not a checkpoint, or an incomplete one"),
+    "validate --ckpt_path CUT_CKPT": (1, "cut.ckpt: not a checkpoint, or an incomplete one"),
     "validate --ckpt_path FOREIGN_CKPT": (1, "foreign.ckpt: holds no state_dict"),
     "validate --ckpt_path MALICIOUS_CKPT": (1, "malicious.ckpt: holds other objects than tensors and plain types"),
-    "validate --ckpt_path CALLING_CKPT": (1, "calling.ckpt has settings that do not hold here"),
+    "validate --ckpt_path CALLING_CKPT": (1, "calling.ckpt has settings that this version refuses"),
     "fit --model.init_from nowhere.ckpt": (1, "model.init_from: no checkpoint nowhere.ckpt"),
-    "fit --model.init_from TEXT_CKPT": (1, "text.ckpt: not a checkpoint, or one that was cut off"),
+    "fit --model.init_from TEXT_CKPT": (1, "text.ckpt: not a checkpoint, or an incomplete one"),
     "fit --model.init_from MALICIOUS_CKPT": (1, "malicious.ckpt: holds other objects than tensors and plain types"),
 }  # fmt: skip
 
 
-# What the parser makes of a class path where the argument may be a callable
+# A function as class path, which the parser accepts if the argument may be a callable
 CALL = {"class_path": "torch.save", "init_args": {"obj": 1, "f": "owned"}}
 
 
 class Malicious:
-    """What a pickle can do when it is read."""
+    """Runs code when its pickle is read."""
 
     def __reduce__(self):
         return os.system, ("touch owned",)
@@ -149,7 +150,7 @@ class Malicious:
 
 @pytest.fixture
 def places(photo_folder, tmp_path):
-    """Files that are not what they should be, by the word that stands for them in a command line."""
+    """Wrong files and folders, by their placeholders in the commands."""
     (tmp_path / "empty").mkdir()
     files = {"PHOTOS": photo_folder, "EMPTY": tmp_path / "empty"}
     for name, text in {
@@ -157,6 +158,7 @@ def places(photo_folder, tmp_path):
         "empty": "",
         "unsafe": "model: !!python/object/apply:os.system ['touch owned']\n",
         "other": "modle:\n  arch: unet\n",
+        "null": "model:\n  scheduler: null\n",
     }.items():
         files[f"{name.upper()}_YAML"] = tmp_path / f"{name}.yaml"
         files[f"{name.upper()}_YAML"].write_text(text)
@@ -171,22 +173,22 @@ def places(photo_folder, tmp_path):
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_what_cannot_be_is_one_line_and_leaves_nothing_behind(words, capsys, places):
+def test_a_wrong_setting_is_one_line_and_leaves_no_files(words, capsys, places):
     code, expected = WRONG[words]
     verb, *rest = words.split()
     for name in sorted(places, key=len, reverse=True):
         rest = [word.replace(name, str(places[name])) for word in rest]
-    # before the words of the case, which are to have the last say
+    # before the arguments of the case, which take precedence
     recipe = [rest.pop(0)] if rest and not rest[0].startswith("-") else []
     tiny = TINY if verb == "fit" and "--resume" not in rest and code == 1 and "foo" not in words else []
-    assert expected in said(capsys, [verb, *recipe, *tiny, *rest], code)
+    assert expected in error_line(capsys, [verb, *recipe, *tiny, *rest], code)
     assert not Path("runs").exists()
     assert not Path("owned").exists()
 
 
 @pytest.mark.parametrize("name", ["objective", "optimizer", "scheduler"])
 def test_a_function_is_not_called_where_a_class_belongs(name, capsys, tmp_path):
-    """The parser, which in some versions takes it, or the check behind it says so."""
+    """Some versions of the parser refuse the function, others accept it; then mcseg's own check refuses it."""
     settings = tmp_path / "calling.yaml"
     settings.write_text(f"model:\n  {name}: {CALL}\n")
     with pytest.raises(SystemExit):
@@ -198,7 +200,7 @@ def test_a_function_is_not_called_where_a_class_belongs(name, capsys, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*using the validation split")
 def test_a_checkpoint_of_other_data(photo_folder, tmp_path, capsys):
-    """Three classes are not two; three others are told of, as their names may be all that differs."""
+    """Another number of classes is an error; other names are a warning, as only the names may differ."""
     settings = [*TINY, "--trainer.default_root_dir", str(tmp_path / "run")]
     main(["fit", "folder", "--data.root", str(photo_folder), *settings])
     weights = ["--ckpt_path", str(tmp_path / "run/checkpoints/last.ckpt")]
@@ -210,11 +212,11 @@ def test_a_checkpoint_of_other_data(photo_folder, tmp_path, capsys):
         values = np.array(Image.open(path))
         write_png(path, np.where(values == 2, 255, values).astype(np.uint8))
     for verb in ("validate", "fit", "predict"):
-        line = said(capsys, [verb, "folder", "--data.root", str(photo_folder), *settings, *weights], 1)
+        line = error_line(capsys, [verb, "folder", "--data.root", str(photo_folder), *settings, *weights], 1)
         assert "the checkpoint is of a network for 3 classes, the data have 2" in line
 
 
-def test_more_than_there_is_of_data_and_image_is_no_error(photo_folder, capsys):
-    """A batch larger than the data is a smaller batch, a crop larger than an image has void around it."""
+def test_batch_and_crop_larger_than_data_and_image(photo_folder, capsys):
+    """The batch shrinks to the data, and the crop is padded with void."""
     main(["fit", "folder", "--data.root", str(photo_folder), *TINY, "--data.batch_size=64", "--data.crop_size=[128,128]"])
     assert len(list(Path("runs/folder").iterdir())) == 1

@@ -1,4 +1,4 @@
-"""Every number of the study's README, and those that the main README quotes, follow from the tables of its pixel counts."""
+"""Every number of the study's README, and those that README.md and the site quote, follow from the tables of its pixel counts."""
 
 import importlib.util
 import itertools
@@ -39,7 +39,7 @@ def compared(regimes):
 
 @pytest.fixture(scope="module")
 def sentences(regimes, compared):
-    """Sentences of the README with the numbers that are computed, by subject."""
+    """Sentences of the README with the computed numbers, by subject."""
     return {source.__name__: list(source(regimes, compared)) for source in SOURCES}
 
 
@@ -48,24 +48,24 @@ def printed():
     return study.all_tables()
 
 
-# Scores by plain pandas, as an oracle of the scripts' own
+# Scores by plain pandas, as an oracle for the scripts
 
 
 def percent_iou(rows):
-    """IoU in % by class, from the counts summed over the rows."""
+    """Return IoU in % by class, from the counts summed over the rows."""
     names = [name.partition("/")[2] for name in rows.columns if name.startswith("correct/")]
     correct, target, predicted = (rows[[f"{part}/{name}" for name in names]].sum().to_numpy() for part in PARTS)
     return pd.Series(100 * correct / (target + predicted - correct), names)
 
 
 def finals(table, label, shifted=False):
-    """Final runs of an objective by seed."""
+    """Return the rows of an objective's final runs, one table per seed."""
     rows = table[(table.role == "final") & (table.objective == label) & (table.shifted == shifted)]
     return [rows[rows.seed == seed] for seed in sorted(rows.seed.unique())]
 
 
 def class_means(table, label):
-    """IoU in % by class, mean over seeds."""
+    """Return IoU in % by class, mean over seeds."""
     return pd.concat([percent_iou(rows) for rows in finals(table, label)], axis=1).mean(axis=1)
 
 
@@ -77,7 +77,7 @@ def accuracy(rows):
     return 100 * rows.filter(like="correct/").to_numpy().sum() / rows.filter(like="target/").to_numpy().sum()
 
 
-def test_final_scores_are_those_of_plain_pandas(regimes, compared):
+def test_final_scores_equal_those_of_plain_pandas(regimes, compared):
     for regime, comparison in compared.items():
         assert comparison.tail == [comparison.class_names.index(name) for name in TAIL]
         rows = {(row["objective"], row["shifted"]): row for row in comparison.rows}
@@ -85,15 +85,17 @@ def test_final_scores_are_those_of_plain_pandas(regimes, compared):
         for (label, shifted), row in rows.items():
             seeds = finals(regimes[regime], label, shifted)
             assert row["seeds"] == len(seeds) == 3
-            iou = [percent_iou(found) for found in seeds]
-            values = [(one.mean(), one[TAIL].mean(), accuracy(found)) for one, found in zip(iou, seeds, strict=True)]
+            iou = [percent_iou(rows_of_seed) for rows_of_seed in seeds]
+            values = [
+                (one.mean(), one[TAIL].mean(), accuracy(rows_of_seed)) for one, rows_of_seed in zip(iou, seeds, strict=True)
+            ]
             for measure, column in zip(("miou", "miou_tail", "pixel_accuracy"), zip(*values, strict=True), strict=True):
                 assert 100 * row[f"{measure}_mean"] == pytest.approx(statistics.fmean(column))
                 assert 100 * row[f"{measure}_sd"] == pytest.approx(statistics.stdev(column))
 
 
-def test_intervals_are_those_of_other_draws(regimes):
-    """A bootstrap written here, with draws of its own: two of three seeds, all images, in pairs."""
+def test_intervals_equal_those_of_an_independent_bootstrap(regimes):
+    """Bootstrap with other draws: two of three seeds and all images, with replacement, in pairs."""
     table, rng = regimes["scratch"], np.random.default_rng(7)
 
     def counts(label):
@@ -111,23 +113,23 @@ def test_intervals_are_those_of_other_draws(regimes):
     assert (interval.low, interval.high) == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.1)
 
 
-def test_fold_scores_are_those_of_plain_pandas(regimes):
+def test_fold_scores_equal_those_of_plain_pandas(regimes):
     for table in regimes.values():
         rows = table[table.role == "fold"]
-        found = study.trials(table)
+        trials = study.trials(table)
         by_trial = rows.groupby(["objective", "model.objective", rows.get("model.optimizer.init_args.lr", rows.seed)])
-        assert len(found) == len(by_trial)
+        assert len(trials) == len(by_trial)
         for _, trial in by_trial:
-            for part, place in ((trial, 0), (trial[trial.images.str.startswith("0016E5")], 1)):
+            for part, index in ((trial, 0), (trial[trial.images.str.startswith("0016E5")], 1)):
                 mean = statistics.fmean(percent_iou(part[part.fold == fold]).mean() for fold in (0, 1))
-                assert min(abs(other.mean[place] - mean) for other in found) < 1e-9
+                assert min(abs(other.mean[index] - mean) for other in trials) < 1e-9
 
 
 # The texts
 
 
 def plain(text):
-    """Words of a Markdown text with single spaces, without its tables."""
+    """Return a Markdown text with single spaces and without tables."""
     return " ".join(" ".join(line for line in text.splitlines() if not line.startswith("|")).split())
 
 
@@ -140,14 +142,14 @@ def readme():
     return (STUDY / "README.md").read_text()
 
 
-def test_tables_of_the_readme_are_the_printed_ones(readme, printed):
+def test_tables_of_the_readme_equal_the_printed_tables(readme, printed):
     for heading, table in printed.items():
         section = readme.split(f"## {heading}\n")[1].split("\n## ")[0]
         assert tables_in(section)[0] == table, heading
 
 
-def interval(found):
-    return f"{found.difference:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+def interval(values):
+    return f"{values.difference:+.2f} [{values.low:+.2f}, {values.high:+.2f}]"
 
 
 def scratch_sentences(regimes, compared):
@@ -161,7 +163,7 @@ def scratch_sentences(regimes, compared):
         f"by {lead['miou'].difference:.2f} points of mIoU [{lead['miou'].low:.2f}, {lead['miou'].high:.2f}] over the next "
         "(Jaccard + cross entropy)"
     )
-    # the table of the goal
+    # Table of the goal
     yield f"| mIoU | at least 1.0 more, interval above 0 | {interval(lead['miou'])} |"
     yield f"| rarest third | at least 3 more | {interval(lead['miou_tail'])}: not reached |"
     accurate = max((row["pixel_accuracy_mean"] for label, row in rows.items() if label != OURS))
@@ -178,14 +180,14 @@ def scratch_sentences(regimes, compared):
     )
     iou, theirs = class_means(table, OURS), class_means(table, other)
     gain = iou - theirs
-    yield f"because of its pole: {iou['pole']:.1f} % with power Dice, {theirs['pole']:.1f} with the best other"
+    yield f"because of pole: {iou['pole']:.1f} % with power Dice, {theirs['pole']:.1f} with the best other"
     thirds = [values[["bicyclist", "pedestrian", "fence"]].mean() for values in (iou, theirs)]
-    yield "Without it the three others are at {:.1f} against {:.1f}".format(*thirds)
-    yield f"is sign ({iou['sign_symbol']:.1f} against {theirs['sign_symbol']:.1f})"
-    yield f"then fence ({gain['fence']:+.1f}) and bicyclist ({gain['bicyclist']:+.1f})"
+    yield "The other three classes have {:.1f} against {:.1f}".format(*thirds)
+    yield f"comes from sign ({iou['sign_symbol']:.1f} against {theirs['sign_symbol']:.1f})"
+    yield f"then from fence ({gain['fence']:+.1f}) and bicyclist ({gain['bicyclist']:+.1f})"
     assert list(gain.sort_values(ascending=False).index[:3]) == ["sign_symbol", "fence", "bicyclist"]
-    yield f"It pays with pavement ({gain['pavement']:+.1f}) and building ({gain['building']:+.1f})"
-    # of the shifts
+    yield f"Pavement ({gain['pavement']:+.1f}) and building ({gain['building']:+.1f}) lose"
+    # Shifts
     shift_gain = {label: miou(table, label, True) - miou(table, label) for label in order}
     lowered = [-value for value in shift_gain.values() if value < 0]
     good = [-shift_gain[label] for label in order[:6]]
@@ -193,7 +195,7 @@ def scratch_sentences(regimes, compared):
     assert max(good) == max(lowered)
     assert max(shift_gain, key=shift_gain.get) == "balanced softmax"
     yield f"(balanced softmax {shift_gain['balanced softmax']:+.1f})"
-    # of lost classes
+    # Lost classes
     lost = {}
     for label in order:
         for rows_of_seed in finals(table, label):
@@ -211,7 +213,7 @@ def scratch_sentences(regimes, compared):
     images = finals(table, OURS)[0].images
     frames = [int(name.split("_")[1]) for name in images]
     yield f"{len(images)} frames of {(max(frames) - min(frames)) / 30:.1f} seconds of 0016E5"
-    # of the learning rates
+    # Learning rates
     rates = {}
     for (label, rate), rows_of in table[table.role == "fold"].groupby(["objective", "model.optimizer.init_args.lr"]):
         if rows_of["model.objective"].nunique() == 1:
@@ -219,8 +221,8 @@ def scratch_sentences(regimes, compared):
             rates.setdefault(label, {})[rate] = statistics.fmean(scores)
     early = ("cross entropy", "dice", "lovasz", "lovasz + cross entropy")
     better = [rates[label][0.012] - rates[label][0.006] for label in early]
-    yield f"for the four objectives that had ended 0.012 was better than 0.006, by {min(better):.1f} to {max(better):.1f} points"
-    # of the folds
+    yield f"for the four objectives that had finished, 0.012 was better than 0.006, by {min(better):.1f} to {max(better):.1f} points"
+    # Folds
     trials = study.best(table)
     near = {label: [(fold[1][0], fold[1][1]) for fold in trial.folds] for label, trial in trials.items()}
     others = {label: values for label, values in near.items() if label != OURS}
@@ -229,8 +231,8 @@ def scratch_sentences(regimes, compared):
     yield f"in both folds, by {leads[0]:.1f} points each over the next"
     rest = [max(values[fold][1] for label, values in others.items() if label != "dice") for fold in (0, 1)]
     yield (
-        f"the highest rarest third: {near[OURS][0][1]:.1f} in the first (soft Dice {near['dice'][0][1]:.1f}, the others at most "
-        f"{rest[0]:.1f}), {near[OURS][1][1]:.1f} in the second (soft Dice {near['dice'][1][1]:.1f}, the others at most "
+        f"the highest rarest third: {near[OURS][0][1]:.1f} in the first (soft Dice {near['dice'][0][1]:.1f}, the rest at most "
+        f"{rest[0]:.1f}), {near[OURS][1][1]:.1f} in the second (soft Dice {near['dice'][1][1]:.1f}, the rest at most "
         f"{rest[1]:.1f})"
     )
 
@@ -242,7 +244,7 @@ def finetune_sentences(regimes, compared):
     order = sorted(scores, key=lambda label: -scores[label])
     assert (order[0], order.index(OURS)) == ("dice", 3)
     dice = study.minus(comparison, OURS, "dice")["miou"]
-    yield f"power Dice is fourth, {-dice.difference:.2f} points behind [{-dice.high:.2f}, {-dice.low:.2f}]"
+    yield f"power Dice is fourth, {-dice.difference:.2f} points lower [{-dice.high:.2f}, {-dice.low:.2f}]"
     single = [
         percent_iou(ours).mean() - percent_iou(theirs).mean()
         for ours, theirs in zip(finals(table, OURS), finals(table, "dice"), strict=True)
@@ -250,7 +252,7 @@ def finetune_sentences(regimes, compared):
     best = study.best(table)
     folds = best[OURS].mean[0] - best["dice"].mean[0]
     yield (
-        f"0.5 against 1, and the difference ({interval(dice)}) is not told apart from none: by seeds "
+        f"0.5 against 1, and the difference ({interval(dice)}) is not significant: by seeds "
         f"{single[0]:+.1f}, {single[1]:+.1f} and {single[2]:+.1f}, on the folds {folds:+.1f}"
     )
     yield f"the weights reach {scores['cross entropy']:.1f}, and {shifted['cross entropy']:.1f} with one shift"
@@ -261,7 +263,7 @@ def finetune_sentences(regimes, compared):
     entropy = study.minus(comparison, OURS, "cross entropy")
     tail, accurate = entropy["miou_tail"], entropy["pixel_accuracy"]
     yield (
-        f"Against cross entropy trained on: {interval(entropy['miou'])}, rarest third {tail.difference:+.1f} [{tail.low:+.1f}, "
+        f"Compared with continued cross entropy: {interval(entropy['miou'])}, rarest third {tail.difference:+.1f} [{tail.low:+.1f}, "
         f"{tail.high:+.1f}], pixel accuracy {accurate.difference:+.2f}"
     )
     paper = "margin calibration (paper)"
@@ -278,14 +280,14 @@ def ablation_sentences(regimes, compared):
     yield "is at {:.1f} / {:.1f} on near images of fold 0".format(*miou_margin.folds[0, 1, :2])
     assert miou_margin.folds[0, 1, 0] == max(trial.folds[0, 1, 0] for trial in trials.values())
     assert round(centre.folds[0, 2, 0] - hard.folds[0, 2, 0]) == 10
-    yield "ten points worse on far ones of fold 0"
+    yield "ten points worse on far images of fold 0"
     yield f"sums with the running weights of mIoU ({trials['aggregation sum, weighting iou'].mean[0]:.1f})"
     seeds = [percent_iou(rows).mean() for rows in finals(regimes["scratch"], OURS)]
     yield f"(power Dice's seeds: {min(seeds):.1f} to {max(seeds):.1f})"
 
 
-def own_sentences(regimes, compared):
-    """Of the tables themselves."""
+def table_sentences(regimes, compared):
+    """Sentences about the tables."""
     for regime, runs in (("scratch", 126), ("finetune", 131), ("ablation", 40)):
         assert regimes[regime].run.nunique() == runs
         yield f"{runs} runs"
@@ -299,17 +301,17 @@ def own_sentences(regimes, compared):
     yield from sorted(early.commit.str[:7].unique())
 
 
-SOURCES = [scratch_sentences, finetune_sentences, ablation_sentences, own_sentences]
+SOURCES = [scratch_sentences, finetune_sentences, ablation_sentences, table_sentences]
 
 
 @pytest.mark.parametrize("subject", [source.__name__ for source in SOURCES])
-def test_sentences_of_the_readme_have_the_computed_numbers(subject, readme, sentences):
+def test_readme_has_the_computed_numbers(subject, readme, sentences):
     text = " ".join(readme.split())
     for sentence in sentences[subject]:
         assert sentence in text
 
 
-# What the tables do not hold: settings, limits, names, and runs that were not kept.
+# Numbers that are not in the tables: settings, limits, names, and runs that were not kept
 NOT_COMPUTED = [
     "just below 0, as one of its seeds",
     "0.5 M parameters",
@@ -326,7 +328,7 @@ NOT_COMPUTED = [
     "had been tried at 0.006",
     "95 %",
     "seed 0",
-    "the power 0.5 gives it back",
+    "the power 0.5 restores it",
     "learning rate 0.012",
     "0.25 and 0.5 are equal, 0.7 and 1 a point lower",
     "a largest margin of 1",
@@ -337,18 +339,18 @@ NOT_COMPUTED = [
     "fold 1",
     "after 32",
     "`git show 954c527:benchmarks/study/results`",
-    "The runs are of commit 63ba173",
+    "The runs used commit 63ba173",
     "`git worktree add ../study 63ba173`",
     "tu-test_resnet.r160_in1k",
     "bfloat16",
-    # not in the tables, as the text says: half of the steps with soft Dice, running counts, one final run of the ablation
+    # Runs that are not in the tables: half of the steps with soft Dice, running counts, one final run of the ablation
     "33.7 and 39.5, mean 36.57",
     "33.6 and 36.3, mean 35.0",
     "the power 0.25, seed 0, which had 55.9",
 ]
 
 
-def test_no_number_of_the_readme_is_left_unchecked(readme, printed, sentences):
+def test_every_number_of_the_readme_is_checked(readme, printed, sentences):
     text = re.sub(r"(?m)^    .*$", "", readme)  # commands
     for table in printed.values():
         assert table in text
@@ -360,27 +362,32 @@ def test_no_number_of_the_readme_is_left_unchecked(readme, printed, sentences):
     assert left == []
 
 
-def test_main_readme_quotes_the_study(compared):
-    text = (ROOT / "README.md").read_text()
-    section = text.split("## Which objective wins?\n")[1].split("\n## ")[0]
+@pytest.mark.parametrize(
+    ("page", "heading", "rows"),
+    [("README.md", "Which objective wins?", 5), ("docs/how-to/objectives.md", "What the evidence says", 9)],
+)
+def test_pages_quote_the_scores_of_the_study(compared, page, heading, rows):
     comparison = compared["scratch"]
-    rows = {row["objective"]: row for row in comparison.rows if not row["shifted"]}
+    scores = {row["objective"]: row for row in comparison.rows if not row["shifted"]}
     quoted = 0
-    for line in tables_in(section)[0].splitlines()[2:]:
+    for line in tables_in(section(page, heading))[0].splitlines()[2:]:
         name, *cells = (cell.strip().replace("*", "") for cell in line.strip("|").split("|"))
         label = (
             name.replace(" (the default)", "").replace(" as in the paper", " (paper)").replace("Lovász", "lovasz").lower()
         )
         label = OURS if label == "power dice" else label
-        row = rows[label]
+        row = scores[label]
         expected = [
             f"{100 * row[f'{m}_mean']:.1f} ± {100 * row[f'{m}_sd']:.1f}" for m in ("miou", "miou_tail", "pixel_accuracy")
         ]
-        found = None if label == OURS else study.minus(comparison, OURS, label)["miou"]
-        expected.append("" if found is None else f"{found.difference:+.1f} [{found.low:+.1f}, {found.high:+.1f}]")
+        gain = None if label == OURS else study.minus(comparison, OURS, label)["miou"]
+        expected.append("" if gain is None else f"{gain.difference:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]")
         assert cells == [*expected, f"{row['step_ms']:.0f} ms"], name
         quoted += 1
-    assert quoted == 9
+    assert quoted == rows
+
+
+def test_pages_quote_the_study_on_fine_tuning(compared):
     tuned = compared["finetune"]
     score = {row["objective"]: row for row in tuned.rows if not row["shifted"]}
     shifted = {row["objective"]: row for row in tuned.rows if row["shifted"]}
@@ -395,4 +402,22 @@ def test_main_readme_quotes_the_study(compared):
         f"[{dice.low:+.1f}, {dice.high:+.1f}]), of cross entropy {mean(score['cross entropy'])}, of the paper's loss "
         f"{mean(score['margin calibration (paper)'])}, and cross entropy with one shift of the logits per class, chosen on "
         f"held-out training images, has {mean(shifted['cross entropy'])}"
-    ) in plain(section)
+    ) in plain(section("docs/how-to/objectives.md", "What the evidence says"))
+    assert (f"8 epochs more of soft Dice give {mean(score['dice'])}, of power Dice {mean(score[OURS])}.") in plain(
+        section("README.md", "Which objective wins?")
+    )
+
+
+def test_page_on_the_papers_loss_quotes_the_study(compared):
+    scratch, tuned = (
+        {row["objective"]: f"{100 * row['miou_mean']:.1f}" for row in compared[name].rows if not row["shifted"]}
+        for name in ("scratch", "finetune")
+    )
+    text = plain(section("docs/theory/margin-calibration.md", "Does it help?"))
+    paper, reference = "margin calibration (paper)", "cross entropy"
+    assert f"({scratch[paper]} against {scratch[reference]} % mIoU)" in text
+    assert f"({tuned[paper]} against {tuned[reference]} % for cross entropy trained on)" in text
+
+
+def section(page, heading):
+    return (ROOT / page).read_text(encoding="utf-8").split(f"## {heading}\n")[1].split("\n## ")[0]

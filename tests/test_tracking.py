@@ -1,4 +1,4 @@
-"""What the trackers hold after a run, read back from their own files; values per class; the sweep."""
+"""Records of the trackers, read from their own files; class constants and statistics; the sweep."""
 
 import csv
 import io
@@ -41,22 +41,22 @@ SCENES = {"train_scenes": 4, "val_scenes": 2, "test_scenes": 2, "size": [32, 48]
 SYNTHETIC = ["--config", "synthetic", *(f"--data.{key}={value}" for key, value in SCENES.items()), *UNET, *TINY]
 
 
-KEY = "0123456789abcdef" * 2 + "76543210"  # of the form of W&B's
+KEY = "0123456789abcdef" * 2 + "76543210"  # has the form of W&B's keys
 
 
 def finish_wandb():
-    """End the run; wait for the service, which otherwise may still be writing the file."""
+    """End the run and wait until the service has written the file."""
     wandb.finish()
     wandb.teardown()
 
 
 def wandb_records(folder):
-    """Records of the only run below the folder: LevelDB's log format behind a header of 7 bytes."""
+    """Yield the records of the only run in the folder; the format is LevelDB's log after a header of 7 bytes."""
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     data, position, parts = path.read_bytes(), 7, b""
     while position + 7 <= len(data):
         left = 32768 - position % 32768
-        if left < 7:  # the rest of a block that no record header fits into
+        if left < 7:  # too short for the header of a record
             position += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
@@ -70,7 +70,7 @@ def wandb_records(folder):
 
 
 def wandb_run(folder):
-    """Configuration, and rows of the history with nested keys joined by ``/``."""
+    """Return the configuration and the rows of the history, nested keys joined by ``/``."""
     config, history = {}, []
     for record in wandb_records(folder):
         updates = record.run.config if record.HasField("run") else record.config
@@ -83,7 +83,7 @@ def wandb_run(folder):
 
 
 def csv_series(folder):
-    """{key: [(step, value), ...]} of metrics.csv."""
+    """Return ``{key: [(step, value), ...]}`` of metrics.csv."""
     series = {}
     with (folder / "metrics.csv").open() as file:
         for row in csv.DictReader(file):
@@ -95,7 +95,7 @@ def csv_series(folder):
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory):
-    """Run folder of two epochs with all three loggers, and what W&B and TensorBoard wrote."""
+    """Return the folder of a run of two epochs with all three loggers, W&B's configuration and history, TensorBoard's events."""
     folder = tmp_path_factory.mktemp("tracked")
     loggers = ["--trainer.logger+=WandbLogger", "--trainer.logger+=TensorBoardLogger", "--trainer.logger.save_dir=."]
     objective = ["--model.objective=IoUWeightedLoss", "--model.objective.max_margin=3"]
@@ -131,16 +131,16 @@ def test_trackers_hold_the_numbers_of_metrics_csv(tracked):
     assert [step for step, _ in series["val/miou"]] == [step for step, _ in series["train/running_iou/road"]] == [1, 3]
     for key, expected in series.items():
         assert [(row["trainer/global_step"], row[key]) for row in history if key in row] == expected, key
-        found = [(event.step, event.value) for event in events.Scalars(key)]
-        assert found == [(step, float(np.float32(value))) for step, value in expected], key
+        logged = [(event.step, event.value) for event in events.Scalars(key)]
+        assert logged == [(step, float(np.float32(value))) for step, value in expected], key
 
 
-def test_trackers_of_a_run_that_goes_on(tmp_path, monkeypatch):
-    """Killed behind its fourth step, with a checkpoint of two; the W&B run as it is named where it is sent at once."""
+def test_trackers_of_a_resumed_run(tmp_path, monkeypatch):
+    """Killed after its fourth step with a checkpoint of two; the W&B folder has the name that it has online."""
     folder, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "last.ckpt"
     loggers = ["--trainer.logger+=WandbLogger", "--trainer.logger+=TensorBoardLogger", "--trainer.logger.save_dir=."]
-    begin, begun = wandb.init, []
-    monkeypatch.setattr(wandb, "init", lambda **options: begun.append(options) or begin(**options))
+    init, calls = wandb.init, []
+    monkeypatch.setattr(wandb, "init", lambda **options: calls.append(options) or init(**options))
     main(["fit", *SYNTHETIC, *loggers, "--trainer.max_epochs=1", f"--trainer.default_root_dir={folder}"])
     finish_wandb()
     (first,) = folder.glob("wandb/offline-run-*")
@@ -152,13 +152,13 @@ def test_trackers_of_a_run_that_goes_on(tmp_path, monkeypatch):
         finish_wandb()
     identity = first.name.rpartition("-")[2]
     assert {path.name.rpartition("-")[2] for path in folder.glob("wandb/offline-run-*")} == {identity}
-    assert [options["id"] for options in begun] == [None, identity, identity]
-    assert [options["resume"] for options in begun[1:]] == ["allow", "allow"]
+    assert [options["id"] for options in calls] == [None, identity, identity]
+    assert [options["resume"] for options in calls[1:]] == ["allow", "allow"]
     assert [path.name for path in (folder / "lightning_logs").iterdir()] == ["version_0"]
     events = EventAccumulator(str(folder / "lightning_logs" / "version_0")).Reload()
     for key, expected in csv_series(folder).items():
-        found = [(event.step, event.value) for event in events.Scalars(key)]
-        assert found == [(step, pytest.approx(value)) for step, value in expected], key
+        logged = [(event.step, event.value) for event in events.Scalars(key)]
+        assert logged == [(step, pytest.approx(value)) for step, value in expected], key
     assert [event.step for event in events.Scalars("train/loss")] == [0, 1, 2, 3]
 
 
@@ -168,8 +168,8 @@ def test_offsets_are_those_of_the_counted_labels(tracked):
     offsets = margin_offsets(data.class_pixels(), "miou", max_margin=3.0)
     series = csv_series(tracked[0])
     for side, expected in zip(("foreground", "background"), offsets, strict=True):
-        found = [series[f"objective/{side}_offset/{name}"] for name in data.class_names]
-        assert found == [[(0, value)] for value in expected.tolist()]
+        logged = [series[f"objective/{side}_offset/{name}"] for name in data.class_names]
+        assert logged == [[(0, value)] for value in expected.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -205,22 +205,22 @@ def test_trackers_hold_the_configuration(tracked):
     assert json.loads(text.tensor_proto.string_val[0]) == saved
 
 
-class Tells(Answers):
-    """Its objective says what the batches prescribe."""
+class Reports(Answers):
+    """Its objective has the given statistics, one step after another."""
 
-    def __init__(self, prescribed=(), constants=None):
+    def __init__(self, statistics=(), constants=None):
         super().__init__()
-        self.prescribed = iter(prescribed)
+        self.statistics = iter(statistics)
         self.objective = torch.nn.Identity()
         if constants:
             self.objective.class_constants = constants
 
     def training_step(self, batch, index):
-        self.objective.class_statistics = {"rate": torch.tensor(next(self.prescribed))}
+        self.objective.class_statistics = {"rate": torch.tensor(next(self.statistics))}
         return super().training_step(batch, index)
 
     def on_validation_start(self):
-        self.objective.class_statistics = {"rate": torch.full((3,), 99.0)}  # those of validation are not the training's
+        self.objective.class_statistics = {"rate": torch.full((3,), 99.0)}  # must not be logged as training's
 
 
 def test_statistics_are_averaged_over_the_steps_that_define_them(tmp_path):
@@ -229,7 +229,7 @@ def test_statistics_are_averaged_over_the_steps_that_define_them(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     monitor = ObjectiveMonitor(["a", "b", "c"])
     run = trainer(tmp_path, [monitor], logger=logger, max_epochs=2, log_every_n_steps=1, limit_train_batches=2)
-    run.fit(Tells(steps), batches()[2], batches()[2])
+    run.fit(Reports(steps), batches()[2], batches()[2])
     series = {key: values for key, values in csv_series(tmp_path).items() if key != "train/loss"}
     assert series == {"train/rate/a": [(1, 0.5)], "train/rate/b": [(1, 1.0), (3, 6.0)]}
     assert not (tmp_path / "objective.png").exists()
@@ -237,12 +237,12 @@ def test_statistics_are_averaged_over_the_steps_that_define_them(tmp_path):
 
 def test_names_that_do_not_fit_the_objective(tmp_path):
     run = trainer(tmp_path, [ObjectiveMonitor(["a", "b"])])
-    with pytest.raises(ValueError, match=r"class_names: found 2 names, expected 3: .* \(weight\)"):
-        run.fit(Tells([[0.0] * 3] * 9, {"weight": torch.ones(3)}), batches()[2])
+    with pytest.raises(ValueError, match=r"class_names: found 2 names, expected 3, .* \(weight\)"):
+        run.fit(Reports([[0.0] * 3] * 9, {"weight": torch.ones(3)}), batches()[2])
 
 
 class Trains(pl.LightningModule):
-    """Logits are the batch's own, times a weight that stays 1."""
+    """Computes the objective of the batch's logits times a weight that stays 1."""
 
     def __init__(self, objective):
         super().__init__()
@@ -258,7 +258,7 @@ class Trains(pl.LightningModule):
 
 
 def summed():
-    """Two objectives with statistics, one with a constant, one that knows nothing of classes."""
+    """Return a sum of two objectives with statistics, one with a constant, and one without either."""
     entries = [
         {"class_path": "mcseg.losses.JaccardLoss", "init_args": {"smooth": 0.0}},
         {"class_path": "mcseg.losses.IoUWeightedLoss", "init_args": {"max_margin": 2.0}},
@@ -280,7 +280,7 @@ def samples(count=4):
 
 
 def expected_ratios(items):
-    """Soft Jaccard and mean surrogate errors per class of the items as one batch, by NumPy."""
+    """Compute soft Jaccard and mean soft errors per class of all items as one batch, with NumPy."""
     z = np.concatenate([np.moveaxis(item["logits"].double().numpy(), 0, -1).reshape(-1, 3) for item in items])
     y = np.concatenate([item["mask"].numpy().ravel() for item in items])
     z, y = z[y != 255], y[y != 255]
@@ -294,22 +294,22 @@ def expected_ratios(items):
     }, (z, y)
 
 
-def test_a_sum_tells_of_its_parts(tmp_path):
+def test_a_sum_logs_its_parts(tmp_path):
     items = samples()
     logger = CSVLogger(tmp_path, name="", version="")
     trainer(tmp_path, [ObjectiveMonitor(["a", "b", "c"])], logger=logger, log_every_n_steps=9).fit(
         Trains(summed()), DataLoader(items, 4)
     )
-    found = {key: values[0][1] for key, values in csv_series(tmp_path).items()}
+    remaining = {key: values[0][1] for key, values in csv_series(tmp_path).items()}
     ratios, (z, y) = expected_ratios(items)
     for key, values in ratios.items():
-        logged = [found.pop(f"train/JaccardLoss/{key}/{name}") for name in "abc"]
+        logged = [remaining.pop(f"train/JaccardLoss/{key}/{name}") for name in "abc"]
         assert logged == pytest.approx(values.tolist(), rel=1e-5)
     preds = z.argmax(1)
     iou = [((preds == k) & (y == k)).sum() / ((preds == k) | (y == k)).sum() for k in range(3)]
-    assert [found.pop(f"train/IoUWeightedLoss/running_iou/{name}") for name in "abc"] == pytest.approx(iou)
+    assert [remaining.pop(f"train/IoUWeightedLoss/running_iou/{name}") for name in "abc"] == pytest.approx(iou)
     weights = {
-        key: [found.pop(f"train/IoUWeightedLoss/{key}/{name}") for name in "abc"]
+        key: [remaining.pop(f"train/IoUWeightedLoss/{key}/{name}") for name in "abc"]
         for key in ("miss_weight", "false_alarm_weight")
     }
     union = np.array([((preds == k) | (y == k)).sum() for k in range(3)])
@@ -323,31 +323,31 @@ def test_a_sum_tells_of_its_parts(tmp_path):
         "CrossEntropyLoss1/weight": [0.5, 1.0, 3.0],
     }
     for key, values in constants.items():
-        assert [found.pop(f"objective/{key}/{name}") for name in "abc"] == pytest.approx(values)
-    assert found.keys() == {f"objective/IoUWeightedLoss/foreground_offset/{name}" for name in "abc"}
+        assert [remaining.pop(f"objective/{key}/{name}") for name in "abc"] == pytest.approx(values)
+    assert remaining.keys() == {f"objective/IoUWeightedLoss/foreground_offset/{name}" for name in "abc"}
     assert (tmp_path / "objective.png").is_file()
 
 
-def test_statistics_of_classes_that_are_not_in_the_batch():
+def test_statistics_of_classes_absent_from_the_batch():
     logits, target = torch.zeros(1, 3, 2, 2), torch.tensor([[[0, 0], [1, 255]]])
     for classes, ratio in (("present", math.nan), ("all", 0.0)):
         loss = JaccardLoss(smooth=0.0, classes=classes)
         assert loss.class_statistics == {}
         loss(logits, target)
-        found = {key: values.tolist() for key, values in loss.class_statistics.items()}
-        assert found["ratio"] == pytest.approx([2 / 3 / (2 + 1 / 3), 1 / 3 / (1 + 2 / 3), ratio], nan_ok=True)
-        assert found["miss_rate"] == pytest.approx([2 / 3, 2 / 3, math.nan], nan_ok=True)
-        assert found["false_alarm_rate"] == pytest.approx([1 / 3] * 3)
+        statistics = {key: values.tolist() for key, values in loss.class_statistics.items()}
+        assert statistics["ratio"] == pytest.approx([2 / 3 / (2 + 1 / 3), 1 / 3 / (1 + 2 / 3), ratio], nan_ok=True)
+        assert statistics["miss_rate"] == pytest.approx([2 / 3, 2 / 3, math.nan], nan_ok=True)
+        assert statistics["false_alarm_rate"] == pytest.approx([1 / 3] * 3)
         loss(logits, torch.zeros(1, 2, 2).long())
         assert loss.class_statistics["false_alarm_rate"].isnan().tolist() == [True, False, False]
     loss = IoUWeightedLoss(3).calibrate([2, 1, 1])
-    loss(logits, target)  # of equal logits class 0 is predicted
+    loss(logits, target)  # equal logits predict class 0
     assert loss.class_statistics["running_iou"].tolist() == pytest.approx([2 / 3, 0, math.nan], nan_ok=True)
 
 
-def test_constants_are_known_after_calibration_alone():
-    for made in (MarginCalibrationLoss(3), SumLoss(3, summed().objectives)):
-        assert made.class_constants == {}
+def test_constants_exist_only_after_calibration():
+    for loss in (MarginCalibrationLoss(3), SumLoss(3, summed().objectives)):
+        assert loss.class_constants == {}
     names = {
         "LDAMLoss": "margin",
         "LogitAdjustmentLoss": "adjustment",
@@ -376,21 +376,21 @@ finish_wandb()
 """
 
 
-def test_two_processes_log_once_what_one_would(tmp_path):
+def test_two_processes_log_the_same_as_one(tmp_path):
     script = tmp_path / "run.py"
     folder = tmp_path / "out"
     script.write_text(DDP.format(tests=str(Path(__file__).parent), folder=str(folder)))
     here = {**os.environ, "PYTHONPATH": str(Path(mcseg.__file__).parents[1])}
-    here.pop("WANDB_SERVICE", None)  # of an earlier test's run
+    here.pop("WANDB_SERVICE", None)  # from an earlier test
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False, env=here)
     assert done.returncode == 0, done.stderr[-3000:]
     series = csv_series(folder)
     for key, values in expected_ratios(samples())[0].items():
-        found = [series[f"train/{key}/{name}"] for name in "abc"]
-        assert [len(rows) for rows in found] == [1, 1, 1]
-        assert [rows[0][1] for rows in found] == pytest.approx(values.tolist(), rel=1e-5)
+        logged = [series[f"train/{key}/{name}"] for name in "abc"]
+        assert [len(rows) for rows in logged] == [1, 1, 1]
+        assert [rows[0][1] for rows in logged] == pytest.approx(values.tolist(), rel=1e-5)
     _, history = wandb_run(folder)
-    (events,) = folder.rglob("events.out.*")  # one file, as one run of W&B
+    (events,) = folder.rglob("events.out.*")  # one file, as for one process
     scalars = EventAccumulator(str(events)).Reload()
     for key, ((step, value),) in series.items():
         assert [row[key] for row in history if key in row] == [value]
@@ -399,7 +399,7 @@ def test_two_processes_log_once_what_one_would(tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1], ids=["scorer first", "scorer last"])
 @pytest.mark.parametrize("verb", ["validate", "test"])
-def test_confusions_are_drawn_from_the_counts_of_the_scorer(tmp_path, monkeypatch, verb, order):
+def test_confusions_are_drawn_from_the_counts_of_jaccard_callback(tmp_path, monkeypatch, verb, order):
     drawn = []
     draw = pictures.confusion_picture
     monkeypatch.setattr(pictures, "confusion_picture", lambda *args: drawn.append(args) or draw(*args))
@@ -413,14 +413,14 @@ def test_confusions_are_drawn_from_the_counts_of_the_scorer(tmp_path, monkeypatc
     assert [path.name for path in (tmp_path / "confusion").iterdir()] == [{"validate": "val", "test": "test"}[verb] + ".png"]
 
 
-def test_confusions_in_training_and_without_a_scorer(tmp_path):
+def test_confusions_in_training_and_without_jaccard_callback(tmp_path):
     loader = batches()[2]
     run = trainer(tmp_path, [JaccardCallback(["a", "b", "c"]), ConfusionPicture(every_n_epochs=2)], max_epochs=5)
     run.fit(Answers(), loader, loader)
     assert sorted(path.name for path in (tmp_path / "confusion").iterdir()) == [
         f"val-epoch{epoch:03d}.png" for epoch in (1, 3, 4)
     ]
-    with pytest.raises(ValueError, match="found ConfusionPicture alone, expected a JaccardCallback beside it"):
+    with pytest.raises(ValueError, match="found ConfusionPicture without a JaccardCallback"):
         trainer(tmp_path, [ConfusionPicture()]).validate(Answers(), loader)
 
 
@@ -431,10 +431,10 @@ def test_confusion_cells_are_shades_of_the_recall(classes, cell):
     counts[2:, 0] = 7
     names = [f"c{index}" for index in range(classes)]
     picture = pictures.as_array(pictures.confusion_picture(counts, names)).astype(int)
-    grey = (picture == 225).all(-1)  # of class 1, and perhaps a pixel of a letter
+    grey = (picture == 225).all(-1)  # the row of class 1, and perhaps pixels of letters
     row_of_class_1 = (grey.sum(1) >= classes * (cell - 1)).argmax()
     left, top = grey[row_of_class_1].argmax(), row_of_class_1 - cell
-    corner = 3  # off the rules and the numbers
+    corner = 3  # outside lines and numbers
 
     def at(row, column):
         return picture[top + row * cell + corner, left + column * cell + corner].tolist()
@@ -449,7 +449,7 @@ def test_confusion_cells_are_shades_of_the_recall(classes, cell):
         assert at(2, 0) == at(classes - 1, 0) == shade(1)
         assert at(0, 2) == at(classes - 1, classes - 1) == [255] * 3
     first_cell = picture[top + corner : top + cell - corner, left + corner : left + cell - corner]
-    assert (first_cell != shade(0.75)).any() == (classes == 2)  # numbers where there is room for them
+    assert (first_cell != shade(0.75)).any() == (classes == 2)  # numbers only if they fit
 
 
 def test_bars_are_to_scale():
@@ -457,15 +457,15 @@ def test_bars_are_to_scale():
     values = {"x": torch.tensor([2.0, -1.0, 1.0, math.nan]), "y": torch.tensor([0.0, 1e-6, 0.0, 0.0])}
     picture = pictures.as_array(pictures.class_values_picture(values, ["a", "b", "c", "d"], palette))
     widths = [int((picture == color).all(-1).sum(1).max()) for color in palette]
-    # 240 pixels from -1 to 2, and 240 for 1e-6 in the second column; a bar's outline takes a pixel of it
+    # 240 pixels from -1 to 2, and 240 for 1e-6 in the second column; a bar's outline takes one pixel
     assert widths == [2 * 80 - 1, 80 - 1 + 240 - 1, 80 - 1, 0]
     lefts = [int((picture == color).all(-1).any(0).argmax()) for color in palette[:3]]
     assert lefts[0] == lefts[2]
 
 
-def test_sweep_file_is_one_that_wandb_takes_and_the_command_runs(tmp_path):
+def test_the_sweep_file_is_valid_for_wandb_and_the_command(tmp_path):
     sweep = yaml.safe_load((RECIPES.parent / "sweeps" / "margin_calibration.yaml").read_text())
-    # Top-level keys, and those of parameters, as documented by W&B; its server warns of others
+    # Top-level keys and keys of parameters as documented by W&B; its server warns of other keys
     assert set(sweep) <= {
         *("name", "description", "program", "command", "method", "metric", "parameters", "early_terminate", "run_cap"),
         *("entity", "project"),
@@ -481,14 +481,14 @@ def test_sweep_file_is_one_that_wandb_takes_and_the_command_runs(tmp_path):
             and 0 < parameter["min"] < parameter["max"]
         )
 
-    # As wandb's agent puts the command together
+    # As wandb's agent builds the command
     first = {key: {"value": value.get("values", [value.get("min")])[0]} for key, value in sweep["parameters"].items()}
     macros = create_sweep_command_args({"args": first}) | {"env": ["/usr/bin/env"], "program": [sweep["program"]]}
     words = []
     for word in create_sweep_command(list(sweep["command"])):
         words += macros[word[2:-1]] if word.startswith("${") else [word]
     assert words[:3] == ["/usr/bin/env", "mcseg", "fit"]
-    # Absolute, as W&B's service takes a relative folder from where the first run of the process started it
+    # An absolute path, as W&B's service resolves a relative one in the working directory of the process's first run
     main([*words[2:], *SYNTHETIC[2:], f"--trainer.default_root_dir={tmp_path}"])
     finish_wandb()
     kept = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]["objective"][
@@ -496,7 +496,7 @@ def test_sweep_file_is_one_that_wandb_takes_and_the_command_runs(tmp_path):
     ]
     for key, value in first.items():
         assert kept[key.rpartition(".")[2]] == value["value"]
-    # The parameters act: the offsets in the checkpoint are those of the first trial, and other values give others
+    # The parameters have an effect: the checkpoint has the offsets of the first trial, and other values give other offsets
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     pixels = SyntheticData(**SCENES).class_pixels()
     tau, upsilon = (first[f"model.objective.{key}"]["value"] for key in ("tau", "upsilon"))
@@ -509,8 +509,8 @@ def test_sweep_file_is_one_that_wandb_takes_and_the_command_runs(tmp_path):
     assert "sweeps" not in " ".join(recipe_names())
 
 
-def test_wandb_hears_of_a_failure(monkeypatch, capsys):
-    """Without that, a sweep takes a failed run for a finished one."""
+def test_wandb_records_a_failure(monkeypatch, capsys):
+    """Otherwise a sweep counts a failed run as finished."""
     monkeypatch.setattr(sys, "exit", sys.exit)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     hooks = ExitHooks()

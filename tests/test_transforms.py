@@ -1,4 +1,4 @@
-"""Transforms: image and mask stay together, padding is void, the cap on one class holds."""
+"""Transforms: image and mask stay aligned, padding is void, the limit on one class holds."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
 
 
 def paired(height, width):
-    """An image whose red and green channels tell row and column, and the mask that tells (row + column) % 250."""
+    """Make an image whose red and green channels hold row and column, and a mask that holds (row + column) % 250."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     image = torch.stack([rows, columns, torch.zeros_like(rows)]).to(torch.uint8)
     return tv_tensors.Image(image), tv_tensors.Mask(((rows + columns) % 250).to(torch.uint8))
@@ -45,18 +45,19 @@ def test_window_larger_than_the_image_is_padded_with_void():
     assert torch.equal(mask[inside].int(), image[0][inside].int() + image[1][inside].int())
 
 
-def test_cap_on_one_class_looks_for_mixed_windows():
+def test_max_class_share_prefers_mixed_windows():
     mask = torch.zeros(64, 64, dtype=torch.uint8)
     mask[:, 40:] = 1
     image = tv_tensors.Image(torch.zeros(3, 64, 64, dtype=torch.uint8))
 
-    def largest_share(cap):
-        crop = TrainingTransform((16, 16), (1.0, 1.0), cap)
+    def dominated(max_class_share):
+        """Share of crops in which one class has more than 75 % of the pixels."""
+        crop = TrainingTransform((16, 16), (1.0, 1.0), max_class_share)
         shares = [float(torch.bincount(crop(image, tv_tensors.Mask(mask))[1].flatten()).max()) / 256 for _ in range(200)]
         return sum(share > 0.75 for share in shares) / len(shares)
 
-    assert largest_share(1.0) > 0.6  # most windows lie on one side of the border
-    assert largest_share(0.75) < 0.2  # ten tries nearly always find a mixed one
+    assert dominated(1.0) > 0.6  # most windows are on one side of the border
+    assert dominated(0.75) < 0.2  # ten draws nearly always include a mixed window
 
 
 def test_window_without_labels_is_drawn_again():
@@ -68,7 +69,7 @@ def test_window_without_labels_is_drawn_again():
     assert all((m != 255).any() for m in crops)
 
 
-def test_flip_turns_both():
+def test_flip_applies_to_image_and_mask():
     transform = TrainingTransform((10, 10), flip=True)
     directions = set()
     for _ in range(20):
@@ -78,7 +79,7 @@ def test_flip_turns_both():
     assert directions == {0, 9}
 
 
-def test_color_jitter_leaves_the_mask_alone():
+def test_color_jitter_does_not_change_the_mask():
     transform = TrainingTransform((20, 20), color_jitter=0.5)
     image, mask = paired(20, 20)
     results = [transform(image, mask) for _ in range(5)]
@@ -96,14 +97,14 @@ def colored(image, factors):
     return TrainingTransform(tuple(image.shape[1:])).finish_image(image, params)
 
 
-def test_color_scale_is_torchvisions_three_steps():
-    image = torch.randint(90, 140, (3, 24, 30), dtype=torch.uint8)  # nothing is clipped on the way
+def test_color_scale_equals_torchvisions_three_adjustments():
+    image = torch.randint(90, 140, (3, 24, 30), dtype=torch.uint8)  # no intermediate value is clipped
     for factors in ([1.3, 1.0, 1.0], [1.0, 0.6, 1.0], [1.0, 1.0, 0.2], [0.8, 1.2, 1.3]):
         brightness, contrast, saturation = factors
         expected = functional.adjust_brightness(image.float() / 255, brightness)
         expected = functional.adjust_saturation(functional.adjust_contrast(expected, contrast), saturation)
         changed = colored(image, factors)
-        assert (changed.float() - 255 * expected).abs().max() < 0.6  # half a grey level is rounding
+        assert (changed.float() - 255 * expected).abs().max() < 0.6  # rounding changes up to half a grey level
 
 
 def test_color_scale_clips():
@@ -117,11 +118,11 @@ def test_resize_image():
     assert resize_image(image, 2.0).shape == (3, 18, 30)
 
 
-def test_max_side_shrinks_what_is_larger():
+def test_max_side_shrinks_larger_images_only():
     assert shrinking((30, 40), None) == 1
     assert shrinking((30, 40), 40) == 1
     assert shrinking((80, 40), 40) == 0.5
-    # At half the size, the window is of twice as many pixels in the file.
+    # At half the size, the window covers twice as many rows and columns of the file.
     image, _ = TrainingTransform((16, 16), (1.0, 1.0), max_side=64)(*paired(64, 128))
     assert float((image[0, 1:, 8].float() - image[0, :-1, 8].float())[2:-2].mean()) == pytest.approx(2, abs=0.1)
     image, _ = TrainingTransform((16, 16), (1.0, 1.0), max_side=128)(*paired(64, 128))
@@ -129,8 +130,8 @@ def test_max_side_shrinks_what_is_larger():
 
 
 def test_padding_of_a_resized_window():
-    """A 20x30 image in a window of 40x40, shrunk to half: 10x15 pixels of it, the rest padded, in image and mask alike."""
-    places = set()
+    """Half of a 40x40 window over a 20x30 image: 10x15 pixels of the image, the rest padding, in image and mask."""
+    first_rows = set()
     for _ in range(10):
         image = torch.full((3, 20, 30), 9, dtype=torch.uint8)
         mask = torch.full((20, 30), 4, dtype=torch.uint8)
@@ -141,8 +142,8 @@ def test_padding_of_a_resized_window():
         assert int((mask == 255).sum()) == 400 - 150
         assert torch.equal(image[0] == 9, mask == 4)
         assert torch.equal(image[0] == 0, mask == 255)
-        places.add(int(rows.int().argmax()))
-    assert len(places) > 3
+        first_rows.add(int(rows.int().argmax()))
+    assert len(first_rows) > 3
 
 
 def test_crops_around_rare_classes():
@@ -151,15 +152,15 @@ def test_crops_around_rare_classes():
     mask[:8] = 255
     image = tv_tensors.Image(torch.zeros(3, 80, 120, dtype=torch.uint8))
 
-    def found(share, weights):
+    def share_with_rare_class(share, weights):
         crop = TrainingTransform((16, 16), rare_crop_share=share, class_weights=torch.tensor(weights))
         return sum(bool((crop(image, tv_tensors.Mask(mask))[1] == 1).any()) for _ in range(200)) / 200
 
-    assert found(1.0, [0.0, 1.0]) == 1
-    assert found(0.0, [0.0, 1.0]) < 0.25
-    assert 0.4 < found(0.5, [0.0, 1.0]) < 0.75
-    assert found(1.0, [1.0, 0.0]) < 0.25  # the frequent class instead
-    # a class in the corner, or nothing labelled, and a window as large as the image: all stay inside
+    assert share_with_rare_class(1.0, [0.0, 1.0]) == 1
+    assert share_with_rare_class(0.0, [0.0, 1.0]) < 0.25
+    assert 0.4 < share_with_rare_class(0.5, [0.0, 1.0]) < 0.75
+    assert share_with_rare_class(1.0, [1.0, 0.0]) < 0.25  # centred on the frequent class
+    # Windows stay inside the image for a class in the corner, and are drawn uniformly if nothing is labelled.
     mask[:] = 255
     mask[79, 119] = mask[76, 116] = 1
     crop = TrainingTransform((16, 16), rare_crop_share=1.0, class_weights=torch.tensor([1.0, 1.0]))

@@ -1,17 +1,19 @@
-"""Checkpoints of earlier versions: objectives by the arguments of then, and their state."""
+"""Checkpoints and config files of earlier versions: objectives, schedule and state."""
 
+import shutil
 from functools import partial
 
 import pytest
 import torch
+import yaml
 
 from mcseg import SegmentationModule
-from mcseg.checkpoints.translate import translated
+from mcseg.checkpoints.translate import translate_config, translate_hyperparameters
 from mcseg.losses import CrossEntropyLoss, DiceLoss, IoUWeightedLoss, JaccardLoss, MarginCalibrationLoss, SumLoss
 from mcseg.run.main import main
 
 LOSS = "mcseg.losses.MarginCalibrationLoss"
-# as the command line wrote them: every argument of then, most without effect
+# Former arguments as the command line stored them, most of them without effect
 ALL = {
     "num_classes": 3,
     "scheme": "ijcv2022",
@@ -61,11 +63,11 @@ def stored(given, every):
 @pytest.mark.parametrize("every", [True, False])
 @pytest.mark.parametrize(("given", "expected"), SUCCESSORS.values(), ids=SUCCESSORS)
 def test_objectives_have_their_successors(given, expected, every, tmp_path):
-    """A checkpoint whose arguments are those of then gives the objective of today, in Python, with one line."""
+    """A checkpoint with former arguments loads in Python with the successor, reported in one line."""
     module = SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=3, objective=expected)
     hyper_parameters = {**module.hparams, "objective": stored(given, every)}
     state = module.state_dict()
-    for side in ("foreground_offsets", "background_offsets"):  # every objective of the family had them
+    for side in ("foreground_offsets", "background_offsets"):  # MarginCalibrationLoss always had them
         state.setdefault(f"objective.{side}", torch.zeros(3, dtype=torch.float64))
     torch.save(
         {"state_dict": state, "hyper_parameters": hyper_parameters, "pytorch-lightning_version": "2.5.0"},
@@ -74,7 +76,7 @@ def test_objectives_have_their_successors(given, expected, every, tmp_path):
     loaded = SegmentationModule.load_from_checkpoint(tmp_path / "a.ckpt")
     assert settings_of(loaded.objective) == settings_of(expected)
     assert loaded.state_dict().keys() == module.state_dict().keys()
-    _, remarks = translated(hyper_parameters)
+    _, remarks = translate_hyperparameters(hyper_parameters)
     if type(expected) is MarginCalibrationLoss and "weighting" not in given:
         assert remarks == []
     else:
@@ -84,14 +86,14 @@ def test_objectives_have_their_successors(given, expected, every, tmp_path):
 
 
 @pytest.mark.parametrize("given", GONE, ids=str)
-def test_what_has_no_successor_is_refused_in_one_line(given, tmp_path):
+def test_an_objective_without_successor_is_refused_in_one_line(given, tmp_path):
     hyper_parameters = {"num_classes": 3, "objective": stored(given, every=True)}
     with pytest.raises(ValueError, match="no successor") as caught:
-        translated(hyper_parameters)
+        translate_hyperparameters(hyper_parameters)
     message = str(caught.value)
     assert "\n" not in message
     assert all(f"{name} {value}" in message for name, value in given.items())
-    # but the weights can be had
+    # The weights load with another objective
     module = SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=3, objective=CrossEntropyLoss())
     state = module.state_dict() | {"objective.foreground_offsets": torch.zeros(3, dtype=torch.float64)}
     torch.save(
@@ -108,10 +110,10 @@ def test_what_has_no_successor_is_refused_in_one_line(given, tmp_path):
     assert isinstance(loaded.objective, CrossEntropyLoss)
 
 
-def test_sums_are_translated_part_by_part_and_others_are_left_alone():
+def test_sums_are_translated_part_by_part_and_other_objectives_are_unchanged():
     entries = [{**stored({**SOFT, "aggregation": "dice"}, every=True), "weight": 0.3}, {"class_path": "torch.nn.Identity"}]
     before = {"objective": {"class_path": "mcseg.losses.SumLoss", "init_args": {"num_classes": 3, "objectives": entries}}}
-    after, remarks = translated(before)
+    after, remarks = translate_hyperparameters(before)
     assert len(remarks) == 1
     loss = SumLoss(**after["objective"]["init_args"])
     assert repr(loss.parts[0]) == repr(DiceLoss())
@@ -121,28 +123,31 @@ def test_sums_are_translated_part_by_part_and_others_are_left_alone():
         {"class_path": "mcseg.losses.DiceLoss", "init_args": {"power": 0.5}},
         {"class_path": "mine.Loss"},
     ):
-        assert translated({"objective": objective, "arch": "fpn"}) == ({"objective": objective, "arch": "fpn"}, [])
+        assert translate_hyperparameters({"objective": objective, "arch": "fpn"}) == (
+            {"objective": objective, "arch": "fpn"},
+            [],
+        )
 
 
 NEW = "mcseg.schedules.WarmupPolynomialLR"
 STEP = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 3}}
 
 
-def test_settings_of_the_polynomial_schedule_have_a_class_of_their_own():
+def test_settings_of_the_polynomial_schedule_become_its_arguments():
     old = {"num_classes": 3, "scheduler": None, "lr_power": 0.5, "warmup_steps": 7}
-    found, (remark,) = translated(old)
+    found, (remark,) = translate_hyperparameters(old)
     assert found == {"num_classes": 3, "scheduler": {"class_path": NEW, "init_args": {"power": 0.5, "warmup_steps": 7}}}
     assert "scheduler: lr_power and warmup_steps are read as" in remark
-    assert old == {"num_classes": 3, "scheduler": None, "lr_power": 0.5, "warmup_steps": 7}  # left as it was
+    assert old == {"num_classes": 3, "scheduler": None, "lr_power": 0.5, "warmup_steps": 7}  # not modified
 
 
-def test_another_schedule_stays_and_loses_what_had_no_effect():
-    assert translated({"scheduler": STEP, "lr_power": 0.5, "warmup_steps": 7}) == ({"scheduler": STEP}, [])
+def test_another_schedule_stays_and_settings_without_effect_are_dropped():
+    assert translate_hyperparameters({"scheduler": STEP, "lr_power": 0.5, "warmup_steps": 7}) == ({"scheduler": STEP}, [])
 
 
 def test_arguments_of_this_version_stay_as_they_are():
     plain = dict(SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=3).hparams)
-    assert translated(plain) == (plain, [])
+    assert translate_hyperparameters(plain) == (plain, [])
     assert plain["scheduler"] == {"class_path": NEW}
 
 
@@ -162,7 +167,7 @@ def test_an_old_checkpoint_loads_from_python(tmp_path):
     assert (type(schedule).__name__, schedule.power, schedule.warmup_steps) == ("WarmupPolynomialLR", 0.5, 7)
     assert module.hparams["scheduler"]["init_args"] == {"power": 0.5, "warmup_steps": 7}
     assert not {"lr_power", "warmup_steps"} & set(module.hparams)
-    # the caller's own goes before what was stored
+    # The caller's argument takes precedence over the stored one
     other = SegmentationModule.load_from_checkpoint(path, scheduler=torch.optim.lr_scheduler.ConstantLR)
     assert other.scheduler is torch.optim.lr_scheduler.ConstantLR
 
@@ -174,3 +179,82 @@ def test_an_old_checkpoint_loads_from_the_command(tmp_path, caplog):
         main(["validate", "--ckpt_path", str(path), *words, "--trainer.enable_progress_bar=false"])
     assert "old.ckpt: scheduler: lr_power and warmup_steps are read as" in caplog.text
     assert "mIoU" in caplog.text
+
+
+def former_settings(model):
+    """Settings of a module as an earlier version wrote them, for power Dice and the polynomial schedule."""
+    objective = stored({**SOFT, "power": 0.5, "aggregation": "dice", "classes": "all"}, every=True)
+    del objective["init_args"]["num_classes"]  # config.yaml does not repeat what is linked
+    return {**model, "objective": objective, "scheduler": None, "lr_power": 0.9, "warmup_steps": 0}
+
+
+@pytest.mark.parametrize("with_checkpoint", [True, False])
+def test_a_run_of_an_earlier_version_is_resumed(with_checkpoint, tmp_path, caplog):
+    """Its config.yaml and last.ckpt are translated; the weights are those of a run with today's settings."""
+    today, former = tmp_path / "today", tmp_path / "former"
+    words = ["--data.num_workers=0", "--data.train_scenes=4", "--data.val_scenes=2", "--data.batch_size=2"]
+    words += ["--data.size=[32,48]", "--data.crop_size=[32,32]", "--model.encoder=tu-test_resnet.r160_in1k"]
+    words += ["--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false"]
+    main(["fit", *words, "--trainer.limit_train_batches=1", "--trainer.default_root_dir", str(today)])
+    shutil.copytree(today, former)
+    config = yaml.safe_load((former / "config.yaml").read_text())
+    config["model"] = former_settings(config["model"])
+    (former / "config.yaml").write_text(yaml.safe_dump(config))
+    last = former / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["hyper_parameters"] = former_settings(checkpoint["hyper_parameters"])
+    checkpoint["state_dict"]["objective.foreground_offsets"] = torch.zeros(8, dtype=torch.float64)
+    checkpoint["state_dict"]["objective.background_offsets"] = torch.zeros(8, dtype=torch.float64)
+    del checkpoint["mcseg_version"]
+    torch.save(checkpoint, last)
+    if not with_checkpoint:
+        shutil.rmtree(today / "checkpoints")
+        shutil.rmtree(former / "checkpoints")
+    written = (former / "config.yaml").read_text()
+    for folder in (today, former):
+        with caplog.at_level("INFO"):
+            caplog.clear()
+            main(["fit", "--resume", str(folder), "--trainer.max_epochs=4"])
+    for text in ("MarginCalibrationLoss of an earlier version", "lr_power and warmup_steps are read as"):
+        assert [line.count(text) for line in caplog.messages if text in line] == [1] * (1 + with_checkpoint)
+    assert f"{former / 'config.yaml'}: objective: MarginCalibrationLoss" in caplog.text
+    assert (former / "config.yaml").read_text() == written
+    one, other = (torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (today, former))
+    assert one["epoch"] == other["epoch"] == 3
+    objectives = [part["hyper_parameters"].pop("objective") for part in (one, other)]
+    assert objectives[0]["init_args"] == objectives[1]["init_args"]
+    assert [objective["class_path"].rpartition(".")[2] for objective in objectives] == ["DiceLoss"] * 2
+    assert one["hyper_parameters"] == other["hyper_parameters"]
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    assert all(torch.equal(weights, other["state_dict"][name]) for name, weights in one["state_dict"].items())
+    assert (today / "metrics.csv").read_text() == (former / "metrics.csv").read_text()
+
+
+def test_config_files_without_former_settings_stay_as_they_are():
+    """Also arguments without effect, which the objective refuses by name."""
+    entries = [{"class_path": LOSS, "init_args": {"scheme": "miou"}}, {"class_path": "torch.nn.Identity"}]
+    for content in (
+        {},
+        {"model": None},
+        {"model": {"arch": "unet", "scheduler": None}},
+        {"model": {"objective": "DiceLoss", "scheduler": STEP}},
+        {"model": {"objective": {"class_path": LOSS, "init_args": {"scheme": "miou", "tau": 3.0}}}},
+        {"model": {"objective": {"init_args": {"power": 0.5}}}},
+        {"model": {"objective": {"class_path": "mcseg.losses.DiceLoss", "init_args": {"power": 0.5}}}},
+        {"model": {"objective": {"class_path": "mcseg.losses.SumLoss", "init_args": {"objectives": entries}}}},
+    ):
+        assert translate_config(content) == (content, [])
+    entries.append(stored({**SOFT, "aggregation": "dice"}, every=False))
+    content = {"model": {"objective": {"class_path": "mcseg.losses.SumLoss", "init_args": {"objectives": entries}}}}
+    after, (remark,) = translate_config({"seed_everything": 3, **content})
+    assert after["seed_everything"] == 3
+    assert after["model"]["objective"]["init_args"]["objectives"][2]["class_path"] == "mcseg.losses.DiceLoss"
+    assert "DiceLoss" in remark
+
+
+def test_a_config_file_whose_objective_has_no_successor_is_named(tmp_path, capsys):
+    path = tmp_path / "old.yaml"
+    path.write_text(yaml.safe_dump({"model": {"objective": stored(GONE[1], every=True)}}))
+    with pytest.raises(SystemExit):
+        main(["fit", "synthetic", "--config", str(path)])
+    assert f"--config {path}: objective: MarginCalibrationLoss" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The wheel: holds all of the package, and works where the repository is not in sight."""
+"""The wheel contains the whole package and works without the repository."""
 
 import os
 import re
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("hatchling", reason="builds the wheel: pip install -e .[dev]")
+pytest.importorskip("hatchling", reason="needed to build the wheel: pip install -e .[dev]")
 
 ROOT = Path(__file__).parents[1]
 
 
-def output(*words, **options):
-    """Run a command and return what it printed on both streams."""
-    done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options)
+def output(*command, **options):
+    """Run a command and return its output on both streams."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **options)
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
 
@@ -34,10 +34,10 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """A virtual environment with the wheel, which finds the dependencies where the tests find them.
+    """Virtual environment with the wheel and the dependencies of the tests' environment.
 
-    A .pth file names their folder. Python does not read the .pth files of a folder that is named so, and one of those is
-    how an editable installation of the repository is found.
+    A .pth file adds the folder of the dependencies. Python does not read .pth files in a folder added this way, so an
+    editable installation of the repository, which uses one, stays invisible.
     """
     folder = tmp_path_factory.mktemp("environment")
     output(sys.executable, "-m", "venv", "--without-pip", folder)
@@ -50,20 +50,20 @@ def environment(wheel, tmp_path_factory):
     return folder
 
 
-def test_holds_every_file_of_the_package(wheel):
+def test_wheel_contains_every_file_of_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        found = {name for name in archive.namelist() if ".dist-info/" not in name}
+        files = {name for name in archive.namelist() if ".dist-info/" not in name}
         metadata = archive.read(next(name for name in archive.namelist() if name.endswith("METADATA"))).decode()
     expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mcseg").rglob("*") if path.is_file()}
-    assert found == {name for name in expected if "__pycache__" not in name}
+    assert files == {name for name in expected if "__pycache__" not in name}
     for name in ("configs/objectives/default.yaml", "data/facts/camvid.toml", "sweeps/margin_calibration.yaml", "py.typed"):
-        assert f"mcseg/{name}" in found
+        assert f"mcseg/{name}" in files
     assert "License-Expression: MIT" in metadata
     assert "Project-URL: Source, https://" in metadata
 
 
 @pytest.mark.slow
-def test_trains_where_the_repository_is_not_in_sight(environment, tmp_path):
+def test_wheel_trains_without_the_repository(environment, tmp_path):
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     options = {"cwd": tmp_path, "env": variables | {"OMP_NUM_THREADS": "1"}}
     where = output(environment / "bin" / "python", "-c", "import mcseg; print(mcseg.__file__)", **options)
@@ -72,6 +72,6 @@ def test_trains_where_the_repository_is_not_in_sight(environment, tmp_path):
     recipes = (ROOT / "mcseg" / "configs").rglob("*.yaml")
     names = re.search(r"recipes that come with mcseg: (.*)", listed)[1].split(", ")
     assert set(names) == {path.relative_to(ROOT / "mcseg/configs").with_suffix("").as_posix() for path in recipes}
-    said = output(environment / "bin" / "mcseg", "fit", "synthetic", "--trainer.fast_dev_run", "true", **options)
-    assert "val: mIoU" in said
-    assert str(ROOT) not in said
+    printed = output(environment / "bin" / "mcseg", "fit", "synthetic", "--trainer.fast_dev_run", "true", **options)
+    assert "val: mIoU" in printed
+    assert str(ROOT) not in printed

@@ -1,4 +1,4 @@
-"""Print the tables of the study's README, in Markdown, from its pixel counts.
+"""Print the Markdown tables of the study's README from its pixel counts.
 
 python benchmarks/study/tables.py
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 OURS = "power dice (ours)"
-# Held-out frames between training frames of the same sequence; the other ones are far from all training images.
+# Sequence with held-out frames between training frames; all other held-out frames are far from the training images.
 NEAR = "0016E5"
 # Arguments of power Dice in the ablation
 CENTRE = {"aggregation": "dice", "classes": "all", "margin": "soft", "power": 0.5, "scheme": "none", "surrogate": "sigmoid"}
@@ -37,69 +37,70 @@ def read(regime: str) -> "DataFrame":
 
 @cache
 def compared(regime: str) -> Comparison:
-    """Compare the final runs of a regime to power Dice."""
+    """Compare the final runs of a regime with power Dice."""
     return comparison(read(regime), OURS)
 
 
 class Trial:
-    """One trial on the folds: its objective, its settings, and the scores in % on all, near and far images of each fold.
+    """Scores of one trial on the folds.
 
     Attributes:
-        label: of the objective.
-        objective: class path and arguments.
-        folds: (F,3,3): per fold, on all, near and far images: mIoU, mean IoU of the rarest third, pixel accuracy.
+        label: label of the objective.
+        objective: class path and arguments of the objective.
+        folds: (F,3,3) scores in %: per fold, for all, near and far images, mIoU, mean IoU of the rarest third and pixel
+            accuracy.
     """
 
     def __init__(self, rows: "DataFrame") -> None:
         self.label = str(rows["objective"].iloc[0])
         self.objective: dict[str, Any] = json.loads(rows["model.objective"].iloc[0])
-        found = []
+        scores = []
         for _, fold in rows.groupby("fold"):
             pixels = fold[[f"class_pixels/{name}" for name in class_names(rows)]].iloc[0].astype(int).tolist()
             tail = _tail(pixels)
             near = fold["images"].str.startswith(NEAR).to_numpy()
-            found.append([measures(counts_of(fold[part]).sum(0), tail) for part in (near | True, near, ~near)])
-        self.folds: Floats = 100 * np.array(found)
+            scores.append([measures(counts_of(fold[part]).sum(0), tail) for part in (near | True, near, ~near)])
+        self.folds: Floats = 100 * np.array(scores)
 
     @property
     def mean(self) -> Floats:
-        """(3,) mean over the folds of the mIoU on all, near and far images."""
+        """Mean mIoU over the folds (3,), for all, near and far images."""
         mean: Floats = self.folds[:, :, 0].mean(0)
         return mean
 
     def cells(self) -> list[str]:
-        """One cell for each fold's images: the three measures; then the mean mIoU."""
+        """Format the scores of each fold's all, near and far images, then the mean mIoU."""
         parts = [" / ".join(f"{value:.1f}" for value in part) for fold in self.folds for part in fold]
         return [*parts, f"{self.mean[0]:.2f}"]
 
 
 def trials(table: "DataFrame") -> list[Trial]:
-    """Trials that ran on both folds, highest mean mIoU first; told apart by their settings."""
+    """Return the trials that ran on both folds, highest mean mIoU first. Trials are distinguished by their settings."""
     rows = table[table["role"] == "fold"]
     rate = rows.get("model.optimizer.init_args.lr", rows["seed"])
-    found = [Trial(trial) for _, trial in rows.groupby(["objective", "model.objective", rate])]
-    return sorted((trial for trial in found if len(trial.folds) == 2), key=lambda trial: -trial.mean[0])
+    groups = [Trial(trial) for _, trial in rows.groupby(["objective", "model.objective", rate])]
+    return sorted((trial for trial in groups if len(trial.folds) == 2), key=lambda trial: -trial.mean[0])
 
 
 def best(table: "DataFrame") -> dict[str, Trial]:
     """Return the trial of each objective with the highest mean mIoU."""
-    found: dict[str, Trial] = {}
+    chosen: dict[str, Trial] = {}
     for trial in trials(table):
-        found.setdefault(trial.label, trial)
-    return found
+        chosen.setdefault(trial.label, trial)
+    return chosen
 
 
 def minus(scores: Comparison, label: str, other: str) -> dict[str, Interval]:
-    """Differences of one objective to another, by measure, in points of %."""
+    """Return the differences between two objectives by measure, in percentage points."""
     entry, reference = scores.entry(label), scores.entry(other)
     assert entry is not None
-    found = scores.intervals(entry, reference)
-    assert found is not None
-    return {measure: Interval(*(100 * value for value in interval)) for measure, interval in found.items()}
+    intervals = scores.intervals(entry, reference)
+    assert intervals is not None
+    return {measure: Interval(*(100 * value for value in interval)) for measure, interval in intervals.items()}
 
 
 def final_table(regime: str, last: Sequence[str]) -> str:
-    """Final runs on the validation images, highest mIoU first; ``last`` names the columns behind the common ones."""
+    """Format the final runs on the validation images, highest mIoU first; ``last`` names the last columns."""
     rows = {(row["objective"], row["shifted"]): row for row in compared(regime).rows}
     chosen = best(read(regime))
     lines = []
@@ -116,21 +117,21 @@ def final_table(regime: str, last: Sequence[str]) -> str:
             "near": f"{chosen[label].mean[1]:.2f}",
         }
         lines.append(cells + [more[name] for name in last])
-    return _markdown(["objective", "mIoU", "rarest third", "pixels right", "power Dice's mIoU minus this", *last], lines)
+    return _markdown(["objective", "mIoU", "rarest third", "pixel accuracy", "power Dice's mIoU minus this", *last], lines)
 
 
 def fold_table(table: "DataFrame") -> str:
-    """Best trial of each objective on the folds."""
+    """Format the best trial of each objective on the folds."""
     return _markdown(["objective", *_FOLDS], [[_trial_name(trial), *trial.cells()] for trial in best(table).values()])
 
 
 def ablation_table(table: "DataFrame") -> str:
-    """Trials of the ablation by what they change."""
+    """Format the trials of the ablation by their difference from power Dice."""
     return _markdown(["changed", *_FOLDS], [[changed(trial.objective), *trial.cells()] for trial in trials(table)])
 
 
 def changed(objective: dict[str, Any]) -> str:
-    """Say in what an objective differs from power Dice."""
+    """Describe the settings in which an objective differs from power Dice."""
     settings = objective["init_args"]
     if "objectives" in settings:
         first, *others = settings["objectives"]

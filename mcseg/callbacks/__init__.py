@@ -1,4 +1,4 @@
-"""Lightning callbacks: scores, pictures, prediction files, and what experiment trackers receive."""
+"""Lightning callbacks: scores, pictures, prediction files, and records for experiment trackers."""
 
 from mcseg.callbacks.base import EvaluationCallback
 from mcseg.callbacks.held_out import HeldOutBounds

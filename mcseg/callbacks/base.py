@@ -7,23 +7,26 @@ from pytorch_lightning.callbacks import Callback
 
 
 class EvaluationCallback(Callback):
-    """Takes validation and test through the same three methods, which subclasses fill."""
+    """Runs validation and test through the same three methods, which subclasses override.
+
+    ``split`` is ``val`` or ``test``.
+    """
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
-        """Begin an epoch of ``split`` (``val`` or ``test``)."""
+        """Start an epoch."""
 
     def take(self, trainer: pl.Trainer, outputs: Any, batch: Any, batch_idx: int, split: str) -> None:
-        """Take a batch and what the step returned for it."""
+        """Process a batch and the output of the step."""
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
-        """End the epoch; values may be logged."""
+        """Finish the epoch; may log values."""
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning's hook."""
+        """Call :meth:`start`."""
         self.start(trainer, pl_module, "val")
 
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning's hook."""
+        """Call :meth:`start`."""
         self.start(trainer, pl_module, "test")
 
     def on_validation_batch_end(
@@ -35,7 +38,7 @@ class EvaluationCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Lightning's hook."""
+        """Call :meth:`take`."""
         self.take(trainer, outputs, batch, batch_idx, "val")
 
     def on_test_batch_end(
@@ -47,13 +50,13 @@ class EvaluationCallback(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Lightning's hook."""
+        """Call :meth:`take`."""
         self.take(trainer, outputs, batch, batch_idx, "test")
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning's hook."""
+        """Call :meth:`finish`."""
         self.finish(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning's hook."""
+        """Call :meth:`finish`."""
         self.finish(trainer, pl_module, "test")

@@ -30,21 +30,22 @@ class HeldOutBounds(EvaluationCallback):
 
     Writes ``bound.json`` and ``margins.png`` into the run folder and prints a table. The bounds are those of
     :func:`~mcseg.evaluation.bounds.miou_lower_bound` with both weights: every pixel weighs the same, as in the mIoU of a
-    data set, or every unit does. The concentration bound of the first needs ``largest_pixels`` and is left out without it.
-    The predictions are the module's own. Margins are those of the logits for whole images, also where the module averages
-    windows, scales or mirror images.
+    data set, or every unit weighs the same. With equal pixels, the concentration bound needs ``largest_pixels``. Predictions
+    are those of the module. Margins are taken from the logits of whole images, even if the module averages windows, scales
+    or mirror images.
 
     Args:
         level: confidence of the bounds, in (0, 1).
         group: regular expression; images whose names have the same first match form one unit, for example ``^[^_]+`` for
-            frames of a video ``<sequence>_<frame>``. None takes each image for a unit. Units must be independent.
-        selected_from: how many checkpoints this split chose this one from; 1 if it was not used to choose.
-        largest_pixels: the most labelled pixels that a unit can have, among all images of the source and not only this
-            split's: width x height of the camera, the limit at which images are scaled down; times the longest sequence if
-            groups are units. None if no limit is known.
+            frames of a video ``<sequence>_<frame>``. None: each image is a unit. Units must be independent.
+        selected_from: number of checkpoints among which this split selected this one; 1 if it did not select.
+        largest_pixels: upper limit of the labelled pixels of a unit, for all images of the source and not only for this
+            split: for example width x height of the camera, or the size to which images are scaled down; with groups, times
+            the length of the longest sequence. None if no limit is known.
 
     Raises:
-        ValueError: a setting out of its range; on the way, a unit with more labelled pixels than ``largest_pixels``.
+        ValueError: a setting is out of range, a name does not match ``group``, or a unit has more labelled pixels than
+            ``largest_pixels``.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class HeldOutBounds(EvaluationCallback):
         self._margins: MarginCounts | None = None
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
-        """Begin to count."""
+        """Reset the counts."""
         if trainer.world_size > 1:
             raise ValueError(f"bounds need the images in one process, found {trainer.world_size}; set trainer.devices to 1")
         self._counts = {}
@@ -88,8 +89,8 @@ class HeldOutBounds(EvaluationCallback):
             pixels = int(self._counts[unit][1].sum())
             if self.largest_pixels is not None and pixels > self.largest_pixels:
                 raise ValueError(
-                    f"largest_pixels: found {self.largest_pixels:,}, but {unit!r} has {pixels:,} labelled pixels; give the "
-                    "most that any image of the source can have (any group, with --bound.group), or leave it out"
+                    f"largest_pixels: found {self.largest_pixels:,}, but {unit!r} has {pixels:,} labelled pixels; set it to "
+                    "the most that any image of the source can have (any group, with --bound.group), or leave it out"
                 )
         with trainer.precision_plugin.forward_context():
             logits = trainer.lightning_module(batch["image"])
@@ -99,13 +100,15 @@ class HeldOutBounds(EvaluationCallback):
     def _unit(self, name: str) -> str:
         if self._pattern is None:
             return name
-        found = self._pattern.search(name)
-        if found is None:
-            raise ValueError(f"group: {self._pattern.pattern!r} is not found in the image name {name!r}")
-        return found.group()
+        match = self._pattern.search(name)
+        if match is None:
+            raise ValueError(
+                f"group: found the image name {name!r}, expected a match of {self._pattern.pattern!r}; change the pattern"
+            )
+        return match.group()
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
-        """Write and print what was found."""
+        """Write the files and print the table."""
         if trainer.sanity_checking:
             return
         assert self._margins is not None
@@ -118,7 +121,7 @@ class HeldOutBounds(EvaluationCallback):
         rank_zero_info("\n" + bound_table(result) + f"\nwritten: {folder / 'bound.json'}, {folder / 'margins.png'}")
 
     def result(self, names: Sequence[str], split: str) -> dict[str, Any]:
-        """Return everything in plain types; None if there is no value."""
+        """Return all counts and bounds in plain types, None for missing values, as ``bound.json`` holds them."""
         assert self._margins is not None
         counts = torch.stack(list(self._counts.values()))
         with_class = (counts[:, 1] > 0).sum(0)
@@ -150,7 +153,7 @@ class HeldOutBounds(EvaluationCallback):
         }
 
     def _bounds(self, counts: Tensor, weight: Weight) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Compute mIoU and IoUs with a weight, and the bounds that hold for them."""
+        """Compute mIoU with its bounds, and IoU with its bound per class."""
         level = 1 - (1 - self.level) / self.selected_from
         iou = held_out_iou(counts, weight)
         columns = {"iou": iou, "iou_lower_bound": torch.full_like(iou, math.nan)}
@@ -163,7 +166,7 @@ class HeldOutBounds(EvaluationCallback):
 
 
 def _data(trainer: pl.Trainer) -> Any:
-    """The data module, which knows the classes."""
+    """Return the data module, which has the classes."""
     return trainer.datamodule  # type: ignore[attr-defined]
 
 
@@ -174,10 +177,10 @@ def _plain(value: Any) -> Any:
 
 
 def bound_table(result: dict[str, Any]) -> str:
-    """Lay :meth:`HeldOutBounds.result` out as text."""
+    """Format the output of :meth:`HeldOutBounds.result` as text."""
     classes, unit = result["classes"], "image" if result["group"] is None else "group"
     weights = {"": "equal pixels", "unit_weighted_": f"equal {unit}s"}
-    places = [result["margins"].index(margin) for margin in _COLUMNS]
+    columns = [result["margins"].index(margin) for margin in _COLUMNS]
     width = max(len("class"), *map(len, classes))
     rows = [
         f"{'':<{width}}  {'':>6}"
@@ -187,22 +190,22 @@ def bound_table(result: dict[str, Any]) -> str:
         + f"  {'IoU %':>6}  {'at least':>8}" * 2
         + "".join(f"  {f'> {margin:g}':>6}" for margin in _COLUMNS),
     ]
-    for name, found in classes.items():
-        pairs = [(found[f"{key}iou"], found[f"{key}iou_lower_bound"]) for key in weights]
+    for name, values in classes.items():
+        pairs = [(values[f"{key}iou"], values[f"{key}iou_lower_bound"]) for key in weights]
         rows.append(
-            f"{name:<{width}}  {found['units']:>6}"
+            f"{name:<{width}}  {values['units']:>6}"
             + "".join(f"  {_percent(iou):>6}  {_percent(bound):>8}" for iou, bound in pairs)
-            + "".join(f"  {_percent(found['cleared'][place]):>6}" for place in places)
+            + "".join(f"  {_percent(values['cleared'][column]):>6}" for column in columns)
         )
     line = "-" * max(map(len, rows))
     return "\n".join([*rows[:2], line, *rows[2:], line, *_summary(result, unit)])
 
 
 def _summary(result: dict[str, Any], unit: str) -> list[str]:
-    """Lay the mIoUs and their bounds out, with all that they depend on."""
+    """Format the mIoUs, their bounds, and the conditions of the bounds."""
     units, few = result["units"], result["classes_in_few_units"]
     both = result, result["unit_weighted"]
-    bounds = [found["miou_lower_bound"] for found in both]
+    bounds = [part["miou_lower_bound"] for part in both]
 
     def row(title: str, values: Sequence[float | None], remark: str = "") -> str:
         return f"  {title:<26}" + "".join(f"  {_percent(value):>12}" for value in values) + f"  {remark}".rstrip()
@@ -211,34 +214,33 @@ def _summary(result: dict[str, Any], unit: str) -> list[str]:
         f"{result['split']}: mIoU (%) of {units} {unit}s, and lower bounds for unseen {unit}s of the same source, each with "
         f"{100 * result['level']:g} % confidence",
         f"  {'':<26}  {'equal pixels':>12}  {f'equal {unit}s':>12}",
-        row(f"these {units} {unit}s", [found["miou"] for found in both]),
-        row("at least, by bootstrap", [found["bootstrap"] for found in bounds], "approximate level"),
-        row("at least, by concentration", [found["concentration"] for found in bounds], "guaranteed level"),
-        "equal pixels: the mIoU of a data set, to which a large image adds more than a small one",
-        f"equal {unit}s: the same, with the pixel counts of each {unit} divided by its labelled pixels first",
+        row(f"these {units} {unit}s", [part["miou"] for part in both]),
+        row("at least, by bootstrap", [bound["bootstrap"] for bound in bounds], "approximate level"),
+        row("at least, by concentration", [bound["concentration"] for bound in bounds], "guaranteed level"),
+        "equal pixels: the usual mIoU, in which a large image counts more than a small one",
+        f"equal {unit}s: the same after division of each {unit}'s pixel counts by its number of labelled pixels",
     ]
     if result["largest_pixels"] is None:
         lines.append(
-            f"'-' under equal pixels: this bound needs a size limit, the most labelled pixels that any unseen {unit} can "
-            f"have; state it as --bound.largest_pixels (the largest {unit} here has {result['largest_unit_pixels']:,})"
+            f"'-' under equal pixels: this bound needs the most labelled pixels that any unseen {unit} can have; set "
+            f"--bound.largest_pixels (the largest {unit} here has {result['largest_unit_pixels']:,})"
         )
     lines.append(
-        f"Conditions: the {unit}s are independent, none was trained on, and the {result['split']} split chose this "
+        f"Conditions: the {unit}s are independent, none was trained on, and the {result['split']} split selected this "
         f"checkpoint among no more than {result['selected_from']} (--bound.selected_from)"
     )
     if result["split"] == "val" and result["selected_from"] == 1:
         lines.append(
-            "If this is the best.ckpt of a run, val chose it among the epochs: state their number as --bound.selected_from, "
-            "or use --split test"
+            "If this is the best.ckpt of a run, the val split selected it: set --bound.selected_from to the number of epochs"
+            " or use --split test"
         )
     if few:
         named = ", ".join(f"{name} ({count})" for name, count in few.items())
         lines.append(
-            f"Classes in fewer than {_FEW_WITH_CLASS} {unit}s: {named}. The bootstrap can tell little about them; its "
-            "bounds may be far too low, down to 0"
+            f"Classes in fewer than {_FEW_WITH_CLASS} {unit}s: {named}. Their bootstrap bounds may be far too low, down to 0"
         )
     if units < _FEW_UNITS:
-        lines.append(f"With fewer than {_FEW_UNITS} {unit}s, it has not been checked how often the bootstrap's bounds hold")
+        lines.append(f"The level of the bootstrap bounds has not been checked with fewer than {_FEW_UNITS} {unit}s")
     return lines
 
 
@@ -247,7 +249,7 @@ def _percent(share: float | None) -> str:
 
 
 def save_margins(counts: MarginCounts, names: Sequence[str], palette: Palette, path: Path) -> None:
-    """Draw, for each class, IoU and share of cleared pixels against the margin; more than 30 classes go without a legend."""
+    """Plot IoU and share of cleared pixels of each class against the margin; without a legend if there are many classes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -257,7 +259,7 @@ def save_margins(counts: MarginCounts, names: Sequence[str], palette: Palette, p
         for index, name in enumerate(names):
             if not values[index].isnan().all():
                 color = tuple(channel / 255 for channel in palette[index])
-                style = ("-", "-.", ":")[index % 3]  # palettes have colours that a line does not tell apart
+                style = ("-", "-.", ":")[index % 3]  # some colours of a palette are too similar for lines
                 axes.plot(MARGINS, values[index].tolist(), style, label=name, color=color, linewidth=1.5)
         axes.plot(MARGINS, values.nanmean(0).tolist(), label="mean", color="black", linewidth=2.5, linestyle="--")
         axes.set_xscale("symlog", linthresh=0.1)

@@ -1,4 +1,4 @@
-"""Logs the constants and statistics of each class that an objective offers."""
+"""Logging of an objective's class constants and class statistics."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,16 +13,18 @@ from mcseg.callbacks.trackers import class_names, class_palette, last_step, log_
 
 
 class ObjectiveMonitor(Callback):
-    """Logs what the objective says of each class: constants when training starts, statistics after every epoch.
+    """Logs an objective's class constants when training starts, and its class statistics after every epoch.
 
-    An objective may have ``class_constants`` (what calibration set: offsets, weights) and ``class_statistics`` (what its
-    last call found), both mappings from names to (C,) tensors; those of mcseg do, where they have any. Logged are
-    ``objective/<constant>/<class>`` with a picture, ``objective.png`` in the run folder, and ``train/<statistic>/<class>``,
-    the mean over the epoch's steps in which the statistic is not NaN. Rank 0 logs what it has: summing over processes is
-    the objective's own business.
+    An objective may have ``class_constants`` (set by calibration, for example offsets) and ``class_statistics`` (of its last
+    call), both mappings from names to (C,) tensors. The keys are ``objective/<constant>/<class>`` and
+    ``train/<statistic>/<class>``, the latter a mean over the epoch's steps in which the statistic is not NaN. The constants
+    are also drawn into ``objective.png`` in the run folder. Only rank 0 logs; the objective itself sums over processes.
 
     Args:
         class_names: names for the keys; None takes the data module's ``class_names``, or the train ids.
+
+    Raises:
+        ValueError: in training, the number of names is not that of the objective's classes.
     """
 
     def __init__(self, class_names: list[str] | None = None) -> None:
@@ -30,9 +32,9 @@ class ObjectiveMonitor(Callback):
         self._sums: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the constants: the objective is calibrated by now, or was loaded."""
+        """Log the constants; the objective is calibrated at this time."""
         constants = getattr(getattr(pl_module, "objective", None), "class_constants", {})
-        if not constants or not trainer.is_global_zero or trainer.global_step > 0:  # a run that goes on has them already
+        if not constants or not trainer.is_global_zero or trainer.global_step > 0:  # a resumed run has logged them
             return
         self._log(trainer, "objective", constants)
         names = class_names(trainer, self.class_names)
@@ -40,21 +42,21 @@ class ObjectiveMonitor(Callback):
         log_picture(trainer, "objective/constants", picture, "objective.png")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin a run; one that goes on gets its sums from the checkpoint after this."""
+        """Reset the sums; a resumed run loads them from its checkpoint later."""
         self._sums = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the sums of an epoch that is under way to the checkpoint."""
+        """Save the sums of the current epoch in the checkpoint."""
         return {"sums": {name: sums.cpu() for name, sums in self._sums.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take them from a checkpoint."""
+        """Load the sums from a checkpoint."""
         self._sums = dict(state_dict["sums"])
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add a step's statistics, on their device: the host does not wait for them."""
+        """Add a step's statistics on their device, without a synchronisation."""
         if not trainer.is_global_zero:
             return
         for name, values in getattr(getattr(pl_module, "objective", None), "class_statistics", {}).items():
@@ -67,14 +69,14 @@ class ObjectiveMonitor(Callback):
         self._log(trainer, "train", {name: sums / steps for name, (sums, steps) in self._sums.items()})
         self._sums = {}
 
-    def _log(self, trainer: pl.Trainer, prefix: str, found: Mapping[str, Tensor]) -> None:
-        """Give the values that are not NaN to all loggers."""
+    def _log(self, trainer: pl.Trainer, prefix: str, class_values: Mapping[str, Tensor]) -> None:
+        """Log the values that are not NaN."""
         names = class_names(trainer, self.class_names)
         scalars: dict[str, float] = {}
-        for key, values in found.items():
+        for key, values in class_values.items():
             if len(values) != len(names):
                 raise ValueError(
-                    f"class_names: found {len(names)} names, expected {len(values)}: one for each class of the objective "
+                    f"class_names: found {len(names)} names, expected {len(values)}, one for each class of the objective "
                     f"({key})"
                 )
             scalars |= {
@@ -85,4 +87,4 @@ class ObjectiveMonitor(Callback):
         if scalars:
             for logger in trainer.loggers:
                 logger.log_metrics({**scalars, "epoch": trainer.current_epoch}, step=last_step(trainer))
-                logger.save()  # before the checkpoint: a run that is killed behind it and goes on does not log this again
+                logger.save()  # before the checkpoint, as a run resumed from that does not log this again

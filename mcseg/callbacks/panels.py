@@ -15,7 +15,7 @@ from mcseg.callbacks.trackers import class_names, class_palette, log_picture
 
 
 def _pictures_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:
-    """Whether this process draws: in a training run every so many epochs and at the last, otherwise always."""
+    """Whether this process draws: in training every ``every_n_epochs`` and in the last epoch, otherwise always."""
     last = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
     due = trainer.state.fn != "fit" or last or (trainer.current_epoch + 1) % every_n_epochs == 0
     return due and trainer.is_global_zero and not trainer.sanity_checking
@@ -26,15 +26,15 @@ def _picture_file(trainer: pl.Trainer, split: str) -> str:
 
 
 class ConfusionPicture(Callback):
-    """Draws the confusion matrix of the validation or test split, from the counts of the :class:`JaccardCallback` beside it.
+    """Draws the confusion matrix of the validation or test split from the counts of the Trainer's :class:`JaccardCallback`.
 
-    Each is written as PNG into ``<run folder>/confusion`` and given to loggers that take pictures (W&B, TensorBoard).
+    Writes a PNG into ``<run folder>/confusion`` and logs it to loggers that accept pictures (W&B, TensorBoard).
 
     Args:
-        every_n_epochs: how often a training run makes one; the last epoch always does.
+        every_n_epochs: interval of the pictures in training; the last epoch always gets one.
 
     Raises:
-        ValueError: in a run without a :class:`JaccardCallback`.
+        ValueError: when a run starts, the Trainer has no :class:`JaccardCallback`.
     """
 
     def __init__(self, every_n_epochs: int = 5) -> None:
@@ -46,14 +46,16 @@ class ConfusionPicture(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._scorer = next((callback for callback in callbacks if isinstance(callback, JaccardCallback)), None)
         if self._scorer is None:
-            raise ValueError("callbacks: found ConfusionPicture alone, expected a JaccardCallback beside it, which counts")
+            raise ValueError(
+                "callbacks: found ConfusionPicture without a JaccardCallback, whose counts it draws; add a JaccardCallback"
+            )
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw: all callbacks have scored by now."""
+        """Draw; all callbacks have their scores at this time."""
         self._draw(trainer, "val")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Likewise."""
+        """Draw."""
         self._draw(trainer, "test")
 
     def _draw(self, trainer: pl.Trainer, split: str) -> None:
@@ -61,19 +63,19 @@ class ConfusionPicture(Callback):
         if _pictures_due(trainer, self.every_n_epochs):
             names = class_names(trainer, self._scorer.class_names)
             confusion = self._scorer.scores[split].confusion
-            assert confusion is not None  # the scorer counts pairs of classes
+            assert confusion is not None  # JaccardCallback counts pairs of classes
             picture = pictures.confusion_picture(confusion, names)
             log_picture(trainer, f"{split}/confusion", picture, f"confusion/{_picture_file(trainer, split)}")
 
 
 class PredictionPanel(EvaluationCallback):
-    """Pictures of images spread over the validation or test split: image | target | prediction, with a legend.
+    """Draws images spread over the validation or test split: image, target and prediction, with a legend.
 
-    Each is written as PNG into ``<run folder>/panels`` and given to loggers that take pictures (W&B, TensorBoard).
+    Writes a PNG into ``<run folder>/panels`` and logs it to loggers that accept pictures (W&B, TensorBoard).
 
     Args:
-        images: how many images a panel shows.
-        every_n_epochs: how often a training run makes one; the last epoch always does.
+        images: number of images in a panel.
+        every_n_epochs: interval of the panels in training; the last epoch always gets one.
     """
 
     def __init__(self, images: int = 4, every_n_epochs: int = 5) -> None:
@@ -82,12 +84,12 @@ class PredictionPanel(EvaluationCallback):
         self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def take(self, trainer: pl.Trainer, outputs: Any, batch: Any, batch_idx: int, split: str) -> None:
-        """Keep images, evenly spread."""
+        """Keep images spread evenly over the split."""
         batches = (trainer.num_val_batches if split == "val" else trainer.num_test_batches)[0]
         if not _pictures_due(trainer, self.every_n_epochs) or batch_idx % max(1, int(batches // self.images)):
             return
-        each = min(math.ceil(self.images / batches), self.images - len(self._rows), len(batch["image"]))
-        for index in range(each):
+        count = min(math.ceil(self.images / batches), self.images - len(self._rows), len(batch["image"]))
+        for index in range(count):
             image, target, preds = batch["image"][index], outputs["target"][index], outputs["preds"][index]
             self._rows.append((image.cpu(), target.cpu(), preds.cpu()))
 
@@ -102,7 +104,7 @@ class PredictionPanel(EvaluationCallback):
 
 
 class TrainingCurves(Callback):
-    """Keeps ``curves.png`` in the run folder: training loss, mIoU and IoU per class over the epochs."""
+    """Draws training loss, mIoU and IoU per class over the epochs into ``curves.png`` in the run folder."""
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
@@ -111,8 +113,8 @@ class TrainingCurves(Callback):
         """Append the epoch and redraw the curves."""
         if not trainer.is_global_zero:
             return
-        wanted = ("train/loss", "val/miou", "val/iou/")
-        values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(wanted)}
+        prefixes = ("train/loss", "val/miou", "val/iou/")
+        values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(prefixes)}
         self.history.append({"epoch": trainer.current_epoch, **values})
         pictures.save_curves(self.history, Path(trainer.default_root_dir) / "curves.png")
 
@@ -121,5 +123,5 @@ class TrainingCurves(Callback):
         return {"history": self.history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the history from a checkpoint."""
+        """Load the history from a checkpoint."""
         self.history = list(state_dict["history"])

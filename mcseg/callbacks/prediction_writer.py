@@ -1,4 +1,4 @@
-"""Prediction files: masks, overlays and the archives that benchmark servers accept."""
+"""Prediction files: masks, overlays and archives for benchmark servers."""
 
 import os
 from collections.abc import Sequence
@@ -17,16 +17,18 @@ Format = Literal["cityscapes", "bdd100k", "sceneparse150", "pascal_voc", "mapill
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes each prediction as palette PNG (pixel value = train id) and as overlay on its image, at the image's size.
+    """Writes each prediction at the image's size as palette PNG (pixel value = train id) and as overlay on its image.
 
-    Files are named after the images, sub-folders kept: ``masks/<name>.png`` and ``overlays/<name>.jpg``.
+    Files are named after the images, with their subfolders: ``masks/<name>.png`` and ``overlays/<name>.jpg``.
 
     Args:
-        output_dir: where to write; None is the run folder.
-        overlays: write the overlays as well.
-        format: benchmark whose evaluation server the label maps are meant for. They then have its values, names and folders
-            and lie in ``submission``, and are packed into ``<format>.zip`` or ``<format>.tar.gz``. The data must be that
-            benchmark's. None writes train ids.
+        output_dir: folder of the files; None is the run folder.
+        overlays: whether to write overlays.
+        format: benchmark whose evaluation server gets the label maps. They have its values, names and folders, and are
+            written to ``submission`` and packed into ``<format>.zip`` or ``<format>.tar.gz``. None writes train ids.
+
+    Raises:
+        ValueError: when prediction starts, the data module is not that of the benchmark ``format``.
     """
 
     def __init__(
@@ -42,7 +44,7 @@ class PredictionWriter(BasePredictionWriter):
         self._written = 0
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a format that does not fit the data."""
+        """Check that the data are those of the benchmark."""
         self._written = 0
         if self.format is not None:
             self._submission(trainer)
@@ -51,15 +53,15 @@ class PredictionWriter(BasePredictionWriter):
         return Path(self.output_dir or trainer.default_root_dir)
 
     def _submission(self, trainer: pl.Trainer) -> Any:
-        """Benchmark's own format, from its data module."""
+        """Return the benchmark's submission format from its data module."""
         data = getattr(trainer, "datamodule", None)
-        found = getattr(data, "submission", None)
-        if found is None or found.benchmark != self.format:
+        submission = getattr(data, "submission", None)
+        if submission is None or submission.benchmark != self.format:
             raise ValueError(
                 f"format {self.format}: the data are {type(data).__name__}, expected those of {self.format}, whose label "
                 f"values the submission needs (--config {self.format})"
             )
-        return found
+        return submission
 
     def write_on_batch_end(
         self,
@@ -87,12 +89,12 @@ class PredictionWriter(BasePredictionWriter):
             self._written += 1
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pack the archive; say where the files are."""
+        """Pack the archive; print the paths."""
         folder = self._folder(trainer)
         if self.format is None:
             rank_zero_info(f"{self._written} predictions written to {folder / 'masks'}")
             return
-        trainer.strategy.barrier()  # the archive holds the files of all processes
+        trainer.strategy.barrier()  # wait for the files of all processes
         if trainer.is_global_zero:
             kind = self._submission(trainer).archive
             archive = pictures.pack(folder / "submission", folder / f"{self.format}.{kind}")

@@ -1,4 +1,4 @@
-"""Scores of a split: mIoU, IoU per class and the table that the command prints."""
+"""Scores of a split: mIoU, IoU per class, and their table."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,14 +13,15 @@ from mcseg.evaluation.metrics import IGNORE_INDEX, Scores, SegmentationScores, i
 
 
 class JaccardCallback(EvaluationCallback):
-    """Scores validation and test from one confusion matrix over the whole split.
+    """Computes the scores of validation and test from one confusion matrix over the whole split.
 
-    Logs ``<split>/miou`` (classes with neither target nor predicted pixels left out), ``<split>/iou/<class>``,
-    ``<split>/pixel_accuracy`` and ``<split>/classes_averaged``, and prints a table per class at the end of ``validate`` and
-    ``test`` and of a training run. In a training run, ``val/miou_tail`` is the mean over the rarest third of the classes by
-    their pixels in the training labels, and classes that the targets contain and that are never predicted are named in a
-    warning once. The step must return a dict with ``preds`` and ``target``, both (N,H,W). Duplicates that
-    a distributed sampler adds to give each process as many images are not counted.
+    Logs ``<split>/miou`` (mean over the classes with target or predicted pixels), ``<split>/iou/<class>``,
+    ``<split>/pixel_accuracy`` and ``<split>/classes_averaged``, and prints a table of the classes at the end of ``fit``,
+    ``validate`` and ``test``. ``fit`` also logs ``val/miou_tail``, the mean over the rarest third of the classes by their
+    pixels in the training labels, and warns once of classes that the targets contain and the module never predicts.
+
+    The step must return a dict with ``preds`` and ``target``, both (N,H,W). Images that a distributed sampler repeats are
+    counted once.
 
     Args:
         class_names: names for the keys and the table; None takes the data module's ``class_names``, or the train ids.
@@ -34,7 +35,7 @@ class JaccardCallback(EvaluationCallback):
         self._silent: set[str] = set()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the rarest third of the classes."""
+        """Determine the rarest third of the classes."""
         class_pixels = getattr(getattr(trainer, "datamodule", None), "class_pixels", None)
         self._silent = set()
         self._tail = None
@@ -42,7 +43,7 @@ class JaccardCallback(EvaluationCallback):
             self._tail = rarest_third(class_pixels())
 
     def start(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
-        """Begin to count."""
+        """Reset the counts."""
         classes = len(class_names(trainer, self.class_names))
         self._metric = SegmentationScores(classes, IGNORE_INDEX).to(module.device)
 
@@ -76,22 +77,22 @@ class JaccardCallback(EvaluationCallback):
             values |= {} if tail.isnan() else {"miou_tail": float(tail)}
         module.log_dict({f"{split}/{name}": value for name, value in values.items()})
         if trainer.state.fn == "fit":
-            self._alarm(trainer, scores, split)
+            self._warn_of_silent_classes(trainer, scores, split)
 
-    def _alarm(self, trainer: pl.Trainer, scores: Scores, split: str) -> None:
-        """Name classes that have collapsed, each once."""
+    def _warn_of_silent_classes(self, trainer: pl.Trainer, scores: Scores, split: str) -> None:
+        """Warn of classes that are never predicted, once each."""
         names = class_names(trainer, self.class_names)
-        # Without a single predicted pixel a class has no precision.
+        # Precision is NaN without a predicted pixel.
         silent = {names[index] for index in ((scores.share > 0) & scores.precision.isnan()).nonzero().flatten().tolist()}
         if silent - self._silent:
             rank_zero_warn(
-                f"{split}: never predicted although the targets contain them: {', '.join(sorted(silent))}; if that lasts, "
-                "warm up with cross entropy, or weigh these classes more"
+                f"{split}: never predicted although the targets contain them: {', '.join(sorted(silent))}; if this lasts, "
+                "warm up with cross entropy, or give these classes a larger weight"
             )
         self._silent = silent
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the table after ``validate``; in a training run :meth:`on_fit_end` prints it."""
+        """Print the table after ``validate``; in training, :meth:`on_fit_end` prints it."""
         if trainer.state.fn == "validate":
             self._print(trainer, "val")
 
@@ -109,13 +110,13 @@ class JaccardCallback(EvaluationCallback):
 
 
 def score_names(split: str, names: Sequence[str]) -> list[str]:
-    """Under which names :class:`JaccardCallback` logs the scores of a split with classes of these names."""
-    whole = ("miou", "miou_tail", "pixel_accuracy", "classes_averaged")
-    return [f"{split}/{name}" for name in (*whole, *(f"iou/{name}" for name in names))]
+    """Return the keys under which :class:`JaccardCallback` logs the scores of a split with classes of these ``names``."""
+    totals = ("miou", "miou_tail", "pixel_accuracy", "classes_averaged")
+    return [f"{split}/{name}" for name in (*totals, *(f"iou/{name}" for name in names))]
 
 
 def score_table(scores: Scores, names: Sequence[str], split: str) -> str:
-    """Lay the scores out as text: a row per class with its share of the pixels, IoU, precision and recall in percent."""
+    """Format the scores as text: share of the pixels, IoU, precision and recall of each class in percent."""
     width = max(len("class"), *map(len, names))
     rows = [f"{'class':<{width}}  {'pixels %':>8}  {'IoU %':>6}  {'precision %':>11}  {'recall %':>8}"]
     for index in range(len(names)):

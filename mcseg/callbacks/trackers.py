@@ -1,4 +1,4 @@
-"""Pictures and the run's configuration for experiment trackers, beside Lightning's own scalars."""
+"""Class names and colours of a run; pictures and the run's configuration for experiment trackers."""
 
 import json
 from collections.abc import Sequence
@@ -14,21 +14,27 @@ from mcseg.palette import Palette, distinct_colors
 
 
 def class_names(trainer: pl.Trainer, names: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Class names: given, or the data module's, or the train ids."""
-    found = names or getattr(getattr(trainer, "datamodule", None), "class_names", None)
-    return tuple(found or map(str, range(trainer.lightning_module.hparams["num_classes"])))
+    """Return the class names: the given ones, or the data module's, or the train ids."""
+    names = names or getattr(getattr(trainer, "datamodule", None), "class_names", None)
+    return tuple(names or map(str, range(trainer.lightning_module.hparams["num_classes"])))
 
 
 def class_palette(trainer: pl.Trainer, classes: int) -> Palette:
-    """Class colours: the data module's, or distinguishable ones."""
-    found = getattr(getattr(trainer, "datamodule", None), "palette", None)
-    return tuple(found) if found else distinct_colors(classes)
+    """Return the class colours: the data module's, or distinct ones."""
+    palette = getattr(getattr(trainer, "datamodule", None), "palette", None)
+    return tuple(palette) if palette else distinct_colors(classes)
 
 
 def log_picture(trainer: pl.Trainer, key: str, picture: Image.Image, file: str) -> None:
-    """Write a picture into the run folder as ``file``, and give it to the loggers that take pictures (W&B, TensorBoard).
+    """Write a picture into the run folder and log it to loggers that accept pictures (W&B, TensorBoard).
 
-    To be called on the process of rank 0 alone.
+    Call it only on rank 0.
+
+    Args:
+        trainer: has the run folder and the loggers.
+        key: name for the loggers.
+        picture: the picture.
+        file: path in the run folder.
     """
     pictures.save(picture, Path(trainer.default_root_dir) / file)
     for logger in trainer.loggers:
@@ -39,18 +45,18 @@ def log_picture(trainer: pl.Trainer, key: str, picture: Image.Image, file: str) 
 
 
 def log_configuration(trainer: pl.Trainer, settings: dict[str, Any]) -> None:
-    """Give all settings of a run, in plain types, to W&B's configuration and as text to TensorBoard.
+    """Log all settings of a run, in plain types, to W&B's configuration and as text to TensorBoard.
 
-    Beside them Lightning gives the module's hyperparameters to every logger. To be called on rank 0 alone.
+    Lightning itself logs the module's hyperparameters. Call it only on rank 0.
     """
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.config.update(settings, allow_val_change=True)
         elif isinstance(logger, TensorBoardLogger):
-            text = json.dumps(settings, indent=2)  # which is YAML as well
+            text = json.dumps(settings, indent=2)
             logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))
 
 
 def last_step(trainer: pl.Trainer) -> int:
-    """The last optimiser step, counted from 0, at which Lightning logs the scores of an epoch as well."""
+    """Return the last optimiser step, counted from 0; Lightning logs the scores of an epoch at this step."""
     return max(trainer.global_step - 1, 0)

@@ -1,1 +1,1 @@
-"""Checkpoints: files that a crash cannot damage, and hyperparameters as plain types."""
+"""Checkpoints: files written atomically, hyperparameters as plain types, compatibility with networks and versions."""

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits a network: refuse one of another network, start from the weights of another run."""
+"""Compare a checkpoint with a network; copy the weights of another run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,28 +18,28 @@ def check_num_classes(checkpoint: Mapping[str, Any], num_classes: int) -> None:
     if stored != num_classes:
         raise ValueError(
             f"the checkpoint is of a network for {stored} classes, the data have {num_classes}; give the data that it was "
-            "trained on, or start a training from it by model.init_from"
+            "trained on, or start a new training from its weights with --model.init_from"
         )
 
 
 def warn_of_other_classes(checkpoint: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Warn if a checkpoint was trained on classes of other names; nothing is said where either has none."""
+    """Warn if the class names of a checkpoint and of the data differ; without names on either side, do nothing."""
     stored = list(checkpoint.get("class_names") or ())
     if stored and names and stored != list(names):
         there, here = next((a, b) for a, b in zip(stored, names, strict=True) if a != b)
         rank_zero_warn(
-            f"the checkpoint was trained on other classes ({there} where the data have {here}): predictions are taken "
-            "for the classes of the data by their order"
+            f"the checkpoint was trained on other classes ({there} where the data have {here}): predicted class numbers "
+            "are read as the data's classes in their order"
         )
 
 
 def check_network(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if the network of a checkpoint has other tensors than that of a module's ``state``."""
-    found, own = _network_tensors(checkpoint.get("state_dict", {})), _network_tensors(state)
-    differ = _differing(found, own)
-    if found and differ:
+    """Raise ValueError if the network tensors of a checkpoint and of a module's ``state`` differ in name or shape."""
+    stored, own = _network_tensors(checkpoint.get("state_dict", {})), _network_tensors(state)
+    differ = _differing(stored, own)
+    if stored and differ:
         raise ValueError(
-            f"the checkpoint's network is another one ({len(differ)} tensors differ, for example {_NETWORK}{differ[0]}; "
+            f"the checkpoint holds another network ({len(differ)} tensors differ, for example {_NETWORK}{differ[0]}; "
             f"{written_by(checkpoint)}); expected one of the same arch, encoder and network_options"
         )
 
@@ -50,24 +50,28 @@ def initialize_network(network: nn.Module, path: str) -> None:
     A last layer that is missing from the file, or has another shape, keeps its fresh initialisation, as does an auxiliary
     head.
 
+    Args:
+        network: the network of a :class:`~mcseg.module.SegmentationModule`; modified.
+        path: the checkpoint.
+
     Raises:
         FileNotFoundError: no such checkpoint.
         ValueError: not a checkpoint, or one of another network.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"model.init_from: no checkpoint {path}; expected the path of a .ckpt file")
-    found, own = _network_tensors(read_checkpoint(path)["state_dict"]), network.state_dict()
-    other = _differing(found, own)
-    beyond = [name for name in other if "aux_head" not in name and ("segmentation_head" not in name or name not in own)]
-    if beyond:
+    stored, own = _network_tensors(read_checkpoint(path)["state_dict"]), network.state_dict()
+    differ = _differing(stored, own)
+    refused = [name for name in differ if "aux_head" not in name and ("segmentation_head" not in name or name not in own)]
+    if refused:
         raise ValueError(
-            f"model.init_from: {path} holds another network ({len(beyond)} tensors differ, for example {beyond[0]}); "
+            f"model.init_from: {path} holds another network ({len(refused)} tensors differ, for example {refused[0]}); "
             "expected one of the same arch, encoder and network_options"
         )
-    fitting = {name: value for name, value in found.items() if name in own and name not in other}
-    network.load_state_dict(fitting, strict=False)
-    differs = any("segmentation_head" in name for name in other)
-    head = "; its last layer is left out, as the number of classes differs" if differs else ""
+    equal = {name: value for name, value in stored.items() if name in own and name not in differ}
+    network.load_state_dict(equal, strict=False)
+    other_head = any("segmentation_head" in name for name in differ)
+    head = "; its last layer is left out, as the number of classes differs" if other_head else ""
     rank_zero_info(f"network initialised from {path}{head}")
 
 
@@ -75,10 +79,10 @@ def _network_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(_NETWORK): value for name, value in state.items() if name.startswith(_NETWORK)}
 
 
-def _differing(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
-    """Names of tensors that only one of two states has, or that have different shapes in them, sorted."""
+def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors that only one of two states has, or that differ in shape, sorted."""
     return sorted(
         name
-        for name in found.keys() | own.keys()
-        if name not in found or name not in own or found[name].shape != own[name].shape
+        for name in one.keys() | other.keys()
+        if name not in one or name not in other or one[name].shape != other[name].shape
     )

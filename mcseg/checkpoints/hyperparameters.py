@@ -1,4 +1,4 @@
-"""Arguments of a module as plain types, from which a checkpoint's objects are made again, and what may be made of them."""
+"""A module's arguments as plain types for checkpoints, and checks before objects are created from them."""
 
 import functools
 import inspect
@@ -14,27 +14,30 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mcseg.checkpoints.files import read_checkpoint, written_by
-from mcseg.checkpoints.translate import translated
+from mcseg.checkpoints.translate import translate_hyperparameters
 from mcseg.lightning_internals import CLASS_PATH_KEY, INSTANTIATOR, INSTANTIATOR_KEY, argument_keys, as_settings
 from mcseg.messages import one_line
 
 
-def plain_hyperparameters(found: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Turn the constructor's arguments into plain types from which Lightning's CLI makes the objects again.
+def plain_hyperparameters(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Turn a module's arguments into plain types from which Lightning recreates the objects.
+
+    Args:
+        arguments: the constructor's arguments by name.
 
     Returns:
-        The arguments, and for each that is not recoverable (None among the arguments) the reason.
+        The plain arguments, None for those that cannot be recreated; and the reason for each of these.
     """
     plain: dict[str, Any] = {}
     reasons: dict[str, str] = {}
-    for name, value in found.items():
+    for name, value in arguments.items():
         try:
             plain[name] = _plain(value, name)
         except ValueError as error:
             plain[name], reasons[name] = None, str(error)
     objective = plain["objective"]
     if objective and "init_args" in objective:
-        # The command line links num_classes to the objective, and Lightning notes it even where the class takes none.
+        # The command line links num_classes to the objective, and Lightning stores it even if the class does not accept it.
         accepted = inspect.signature(pkgutil.resolve_name(objective["class_path"])).parameters
         objective["init_args"] = {k: v for k, v in objective["init_args"].items() if k != "num_classes" or k in accepted}
     plain[INSTANTIATOR_KEY] = INSTANTIATOR
@@ -42,15 +45,17 @@ def plain_hyperparameters(found: dict[str, Any]) -> tuple[dict[str, Any], dict[s
 
 
 def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the arguments of a checkpoint's module that have changed since an earlier version; report each change in a line.
+    """Return the arguments of a checkpoint's module that an earlier version stored differently, translated.
+
+    Reports each change in a line, and checks all stored arguments with :func:`refuse_calls`.
 
     Args:
         kind: the module's class.
         source: path, URL or open file.
-        given: arguments from the caller, in place of stored ones; see :func:`refuse_calls`, by which the others are checked.
+        given: arguments of the caller, which replace stored ones.
 
     Returns:
-        Arguments by name, as this version takes them.
+        Translated arguments by name.
 
     Raises:
         ValueError: not a checkpoint, or one with arguments that this version refuses.
@@ -58,7 +63,7 @@ def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[s
     checkpoint = read_checkpoint(source)
     stored = {name: value for key in argument_keys(kind) for name, value in checkpoint.get(key, {}).items()}
     try:
-        arguments, remarks = translated({name: value for name, value in stored.items() if name not in given})
+        arguments, remarks = translate_hyperparameters({name: value for name, value in stored.items() if name not in given})
         refuse_calls(kind, arguments, given)
     except ValueError as error:
         raise ValueError(f"{source} ({written_by(checkpoint)}): {error}") from None
@@ -68,23 +73,23 @@ def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[s
 
 
 def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    """Refuse stored arguments that would have something else made or called than networks, losses, optimisers, schedulers.
+    """Refuse stored arguments that would call anything but classes of networks, losses, optimisers and schedulers.
 
-    The parser, which makes the objects, takes any function as a class path where the argument is a callable: plain text
-    in a checkpoint, which ``weights_only`` lets pass, could so call ``os.system``. The text is therefore parsed as the
-    parser will do it, and what came out is looked at before anything is made.
+    If an argument is a callable, the parser accepts any function as its class path. Plain text in a checkpoint, which
+    ``weights_only`` accepts, could thus call ``os.system``. This parses the text as the parser will, and checks the result
+    before an object is created.
 
     Args:
         kind: the module's class.
         stored: the arguments in a checkpoint.
-        given: arguments from the caller, which go before them and are trusted.
+        given: arguments of the caller, which replace stored ones and are trusted.
 
     Raises:
-        ValueError: the argument and the path that would have been called; arguments that the class does not take.
+        ValueError: an argument would call something else, or the class does not accept it.
     """
     if not stored:
         return
-    if dotted := [name for name in stored if "." in name]:  # which could reach into what the caller gives
+    if dotted := [name for name in stored if "." in name]:  # could set a part of an argument of the caller
         raise ValueError(f"found the arguments {dotted}, expected names without dots")
     parser = ArgumentParser(exit_on_error=False)
     arguments = {**stored, **given}
@@ -100,35 +105,34 @@ def refuse_calls(kind: type, stored: Mapping[str, Any], given: Mapping[str, Any]
     for name, value in values.items():
         if name not in given and (called := next(_called(value), None)):
             raise ValueError(
-                f"{name}: found {called}, which is no class of networks, losses, optimisers or schedulers (nn.Module, "
-                "Optimizer, LRScheduler); nothing else is called for a checkpoint. If you trust it: "
-                f"load_from_checkpoint(..., {name}=...)"
+                f"{name}: found {called}, expected a class of networks, losses, optimisers or schedulers (nn.Module, "
+                f"Optimizer, LRScheduler); to use it nevertheless, call load_from_checkpoint(..., {name}=...)"
             )
 
 
 def _called(value: Any) -> Iterator[str]:
-    """What making a parsed value would call that is none of the four."""
+    """Yield the paths that creating a parsed value would call and that :func:`refuse_calls` does not allow."""
     if isinstance(value, Namespace | dict):
         entries = vars(value) if isinstance(value, Namespace) else value
-        if isinstance(path := entries.get("class_path"), str) and not _is_part(_found(path)):
+        if isinstance(path := entries.get("class_path"), str) and not _is_allowed(_resolve(path)):
             yield path
         for entry in entries.values():
             yield from _called(entry)
     elif isinstance(value, list | tuple):
         for entry in value:
             yield from _called(entry)
-    elif callable(value) and not _is_part(value):
+    elif callable(value) and not _is_allowed(value):
         yield f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}"
 
 
-def _found(path: str) -> Any:
+def _resolve(path: str) -> Any:
     try:
         return pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError):
         return None
 
 
-def _is_part(value: Any) -> bool:
+def _is_allowed(value: Any) -> bool:
     return inspect.isclass(value) and issubclass(value, nn.Module | Optimizer | LRScheduler)
 
 
@@ -146,8 +150,8 @@ def _plain(value: Any, name: str) -> Any:
     if inspect.isclass(value):
         return {"class_path": _path(value, name)}
     raise ValueError(
-        f"{name}: found {value!r}, which a checkpoint cannot rebuild; expected a class or a functools.partial of one "
-        "with plain arguments"
+        f"{name}: found {value!r}, which cannot be recreated from a checkpoint; expected a class or a functools.partial of "
+        "one with plain arguments"
     )
 
 
@@ -155,25 +159,25 @@ def _path(callable_: Callable[..., Any], name: str) -> str:
     path = f"{callable_.__module__}.{callable_.__qualname__}"
     if not inspect.isclass(callable_) or "<" in path:
         raise ValueError(
-            f"{name}: {path} cannot be imported by name when a checkpoint is loaded; expected a class at the top "
-            "level of a module"
+            f"{name}: found {path}, which cannot be imported by name when a checkpoint is loaded; expected a class at the "
+            "top level of a module"
         )
     return path
 
 
 def _constructor_arguments(module: nn.Module, name: str) -> dict[str, Any]:
-    """Read the constructor's arguments back from the attributes of the same names, as most losses keep them."""
+    """Read the constructor's arguments from attributes of the same names, which most losses have."""
     arguments: dict[str, Any] = {}
     for parameter in inspect.signature(type(module)).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         value = getattr(module, parameter.name, inspect.Parameter.empty)
         if value is inspect.Parameter.empty:
-            if parameter.name in ("size_average", "reduce"):  # torch's deprecated pair, folded into `reduction`
+            if parameter.name in ("size_average", "reduce"):  # torch's deprecated arguments, merged into `reduction`
                 continue
             raise ValueError(
-                f"{name}: {type(module).__name__} does not keep its argument {parameter.name}, so a checkpoint could "
-                f"not rebuild it; give functools.partial({type(module).__name__}, ...), or a class path from YAML"
+                f"{name}: {type(module).__name__} has no attribute for its argument {parameter.name}, so it cannot be "
+                f"recreated from a checkpoint; give functools.partial({type(module).__name__}, ...), or a class path in YAML"
             )
         arguments[parameter.name] = _plain(value, f"{name}.{parameter.name}")
     return arguments

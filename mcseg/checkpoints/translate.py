@@ -1,11 +1,11 @@
-"""Checkpoints of earlier versions: settings that have other names now."""
+"""Translate the settings in checkpoints and config files of earlier versions."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-# What the margin-calibration loss took besides its arguments of today, with the defaults of then
+# Former arguments of MarginCalibrationLoss, with their defaults
 _FAMILY = {
     "margin": "hard",
     "surrogate": "log",
@@ -17,20 +17,23 @@ _FAMILY = {
     "decay": 0.95,
     "power": 1.0,
 }
+# Scheme -> the arguments that it uses
 _SCALES = {"ijcv2022": ("tau", "upsilon"), "miou": ("max_margin",), "none": ()}
+# Former arguments of the module for its polynomial schedule -> arguments of WarmupPolynomialLR
+_SCHEDULE = {"lr_power": "power", "warmup_steps": "warmup_steps"}
 
 
-def translated(stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Hyperparameters of a checkpoint as this version takes them.
+def translate_hyperparameters(stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Translate a checkpoint's hyperparameters into arguments of this version's module.
 
     Args:
-        stored: the module's arguments in plain types, as a checkpoint holds them; left as they are.
+        stored: the module's arguments in plain types; not modified.
 
     Returns:
         The arguments, and a line for each change.
 
     Raises:
-        ValueError: an objective that has no successor; in one line, with what to do.
+        ValueError: the objective has no successor.
     """
     arguments = dict(stored)
     remarks: list[str] = []
@@ -40,24 +43,62 @@ def translated(stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return arguments, remarks
 
 
+def translate_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Translate the content of a config file; one without settings of an earlier version stays as it is.
+
+    Args:
+        content: a run's ``config.yaml`` or a recipe; not modified.
+
+    Returns:
+        The content, and a line for each change.
+
+    Raises:
+        ValueError: the objective has no successor.
+    """
+    model = content.get("model")
+    if not isinstance(model, Mapping):
+        return dict(content), []
+    if not _SCHEDULE.keys() & model.keys() and not _has_former_arguments(model.get("objective")):
+        return dict(content), []
+    arguments, remarks = translate_hyperparameters(model)
+    return {**content, "model": arguments}, remarks
+
+
 def drop_unused_offsets(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Take the offsets of an objective that has none any more out of a checkpoint's ``state_dict``."""
+    """Delete offsets from a checkpoint's ``state_dict`` if the objective's successor has none.
+
+    Args:
+        state: the checkpoint's tensors; modified.
+        own: the module's tensors.
+    """
     for name in list(state):
         if name.startswith("objective.") and name.endswith(("foreground_offsets", "background_offsets")) and name not in own:
             del state[name]
 
 
 def _schedule(arguments: dict[str, Any], remarks: list[str]) -> None:
-    """Translate ``lr_power`` and ``warmup_steps``, the module's settings of the schedule that ``scheduler`` None meant."""
-    moved = {"lr_power": "power", "warmup_steps": "warmup_steps"}
-    old = {new: arguments.pop(name) for name, new in moved.items() if name in arguments}
+    """Translate ``lr_power`` and ``warmup_steps``, which a module without a ``scheduler`` used."""
+    old = {new: arguments.pop(name) for name, new in _SCHEDULE.items() if name in arguments}
     if arguments.get("scheduler") is not None:  # another schedule, on which they had no effect
         return
-    arguments.pop("scheduler", None)  # the default of this version is the same schedule
+    arguments.pop("scheduler", None)  # the default is the same schedule
     if old:
         arguments["scheduler"] = {"class_path": "mcseg.schedules.WarmupPolynomialLR", "init_args": old}
         given = ", ".join(f"{name} {value}" for name, value in old.items())
         remarks.append(f"scheduler: lr_power and warmup_steps are read as mcseg.schedules.WarmupPolynomialLR ({given})")
+
+
+def _is_margin_loss(path: str) -> bool:
+    return path.startswith("mcseg.") and path.endswith(".MarginCalibrationLoss")
+
+
+def _has_former_arguments(objective: Any) -> bool:
+    if not isinstance(objective, Mapping) or not isinstance(given := objective.get("init_args"), Mapping):
+        return False
+    path = str(objective.get("class_path", ""))
+    if path.endswith("SumLoss"):
+        return any(map(_has_former_arguments, given.get("objectives") or ()))
+    return _is_margin_loss(path) and bool(_FAMILY.keys() & given.keys())
 
 
 def _objective(objective: Mapping[str, Any], remarks: list[str]) -> dict[str, Any]:
@@ -69,7 +110,7 @@ def _objective(objective: Mapping[str, Any], remarks: list[str]) -> dict[str, An
             for part in given.get("objectives", ())
         ]
         return {**objective, "init_args": given}
-    if kind != "MarginCalibrationLoss" or not path.startswith("mcseg."):
+    if not _is_margin_loss(path):
         return dict(objective)
     scheme = given.get("scheme", "ijcv2022")
     effective = {name: value for name, value in given.items() if name not in ("tau", "upsilon", "max_margin")}

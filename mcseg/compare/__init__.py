@@ -1,4 +1,4 @@
-"""Compare objectives: one data recipe x objectives x seeds, a table with intervals, and one report."""
+"""Compare objectives on one data recipe: train each with several seeds, then write tables with intervals and a report."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcseg.compare import report, tables
 from mcseg.compare.schedule import Folder, default_jobs, execute, save_text, workers_per_job
-from mcseg.compare.study import ObjectiveSettings, Study, StudySettings, make_study, setting_words
+from mcseg.compare.study import ObjectiveSettings, Study, StudySettings, make_study, setting_arguments
 from mcseg.run.recipes import RECIPES, find_recipes
 
 if TYPE_CHECKING:
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["StudySettings", "compare", "run_study"]
 
-# Defaults of all runs that change no result.
-_QUIET = {"--trainer.enable_progress_bar": "false", "--trainer.num_sanity_val_steps": "0"}
+# Defaults of all runs; they do not change the results.
+_RUN_DEFAULTS = {"--trainer.enable_progress_bar": "false", "--trainer.num_sanity_val_steps": "0"}
 
 
 def compare(
@@ -25,102 +25,109 @@ def compare(
     objectives: Sequence[ObjectiveSettings] | Mapping[str, ObjectiveSettings],
     **options: Any,
 ) -> "DataFrame":
-    """Train every objective with every seed and compare them; what the folder already holds is not run again.
+    """Train every objective with every seed and compare them. Runs that are finished in the folder are not repeated.
 
-    Every run has the same network, data order, augmentation and budget, in a process of its own, and is scored with its
-    last weights on the validation split, once. With ``folds``, the settings of each objective (``tune``, or ``trials`` of
-    its own, the same number for each) are chosen by mIoU on images held out of the training split, and so are shifts of the
-    logits per class, with which the final runs are scored a second time.
+    All runs share the network, data order, augmentation and training length. Each run is a separate process, and its last
+    weights are evaluated once on the validation split. With ``folds``, each objective's settings are chosen by mIoU on
+    images held out of the training split. They come from ``tune``, or from the objective's own ``trials``, of equal number
+    for all. Shifts of the logits, one per class, are fitted on the same images; the final runs are then evaluated with and
+    without them.
 
     Args:
-        config: data recipe by name or path, or several to be layered.
-        objectives: what is compared; see :class:`~mcseg.compare.study.StudySettings`.
-        **options: the other fields of :class:`~mcseg.compare.study.StudySettings`, such as ``seeds``, ``folds``,
+        config: data recipe by name or path, or several, merged in order.
+        objectives: objectives to compare; see :class:`~mcseg.compare.study.StudySettings`.
+        **options: other fields of :class:`~mcseg.compare.study.StudySettings`, such as ``seeds``, ``folds``,
             ``settings`` and ``folder``.
 
     Returns:
         One row per objective, without and with shifts: mean and standard deviation over seeds of mIoU, mean IoU of the
-        rarest third, pixel accuracy and each class's IoU as fractions; differences to the baseline with their intervals;
-        step time and memory. A run that failed is warned of and missing.
+        rarest third, pixel accuracy and each class's IoU, all as fractions; differences to the baseline with their
+        intervals; step time and memory. Failed runs are printed and left out.
 
     Raises:
-        ValueError: a setting cannot be used; nothing has run then.
+        ValueError: a setting is invalid; no run has started.
     """
     settings = StudySettings(objectives, **options)
     configs = [config] if isinstance(config, str) else list(config)
-    shared = setting_words(settings.settings or {})
-    recipe, words = find_recipes(["compare", *(f"--config={name}" for name in configs), *shared])
-    return run_study(recipe, words[1:], settings).table()
+    shared = setting_arguments(settings.settings or {})
+    recipe, arguments = find_recipes(["compare", *(f"--config={name}" for name in configs), *shared])
+    return run_study(recipe, arguments[1:], settings).table()
 
 
-def run_study(recipe: str, words: Sequence[str], settings: StudySettings, *, only_report: bool = False) -> tables.Results:
-    """Run what is missing of a study, write tables and report, and print the table.
+def run_study(
+    recipe: str, arguments: Sequence[str], settings: StudySettings, *, only_report: bool = False
+) -> tables.Results:
+    """Run the missing runs of a study, write its tables and report, and print the comparison.
 
     Args:
         recipe: name of the data recipe.
-        words: what all runs share, as words of ``mcseg fit``.
-        settings: the others.
-        only_report: run nothing.
+        arguments: settings of all runs, as arguments of ``mcseg fit``.
+        settings: all other settings.
+        only_report: start no run.
+
+    Raises:
+        ValueError: a setting is invalid; no run has started.
     """
     jobs = default_jobs() if settings.jobs is None else settings.jobs
     if jobs < 1:
         raise ValueError(f"jobs: found {jobs}, expected at least 1")
-    place = Folder(Path(settings.folder or Path("runs") / "compare" / recipe))
-    defaults = [f"{flag}={value}" for flag, value in _QUIET.items() if not _has(words, flag)]
-    study = make_study(recipe, [*words, *defaults, *_loader_processes(words, place, jobs)], settings)
+    folder = Folder(Path(settings.folder or Path("runs") / "compare" / recipe))
+    defaults = [f"{flag}={value}" for flag, value in _RUN_DEFAULTS.items() if not _has(arguments, flag)]
+    study = make_study(recipe, [*arguments, *defaults, *_loader_workers(arguments, folder, jobs)], settings)
     for note in study.remarks:
         print(f"note: {note}")
     if not only_report:
-        save_text(place.root / "study.json", json.dumps(_about(study), indent=1))
-        execute(study, place, jobs, keep_checkpoints=settings.keep_checkpoints)
-    results = tables.Results(study, place)
+        save_text(folder.root / "study.json", json.dumps(_describe(study), indent=1))
+        execute(study, folder, jobs, keep_checkpoints=settings.keep_checkpoints)
+    results = tables.Results(study, folder)
     tables.write(results)
     report.write(results)
     print(results.comparison)
     for run, reason in results.failures:
-        print(f"failed: {run}: {reason} ({place.path(run)})")
-    print(f"written to {place.root}: table.csv, runs.csv, counts.csv.xz, results.json, report.html")
+        print(f"failed: {run}: {reason} ({folder.path(run)})")
+    print(f"written to {folder.root}: table.csv, runs.csv, counts.csv.xz, results.json, report.html")
     return results
 
 
-def _loader_processes(words: Sequence[str], folder: Folder, jobs: int) -> list[str]:
-    """Loader processes: the random crops depend on their number, so a folder keeps the one that it began with."""
-    if _has(words, "--data.num_workers"):
+def _loader_workers(arguments: Sequence[str], folder: Folder, jobs: int) -> list[str]:
+    """Set the number of loader workers. Random crops depend on it, so every call on a folder uses the first call's."""
+    if _has(arguments, "--data.num_workers"):
         return []
-    known = folder.root / "study.json"
-    workers = json.loads(known.read_text()).get("num_workers") if known.is_file() else None
+    earlier = folder.root / "study.json"
+    workers = json.loads(earlier.read_text()).get("num_workers") if earlier.is_file() else None
     return [f"--data.num_workers={workers_per_job(jobs) if workers is None else workers}"]
 
 
-def _has(words: Sequence[str], flag: str) -> bool:
-    return any(word.partition("=")[0] == flag for word in words)
+def _has(arguments: Sequence[str], flag: str) -> bool:
+    return any(argument.partition("=")[0] == flag for argument in arguments)
 
 
-def _about(study: Study) -> dict[str, Any]:
-    workers = [word.partition("=")[2] for word in study.words if word.startswith("--data.num_workers=")]
+def _describe(study: Study) -> dict[str, Any]:
+    flag = "--data.num_workers="
+    workers = [argument.removeprefix(flag) for argument in study.arguments if argument.startswith(flag)]
     return {
         "recipe": study.recipe,
-        "words": _shown(study.words),
-        "objectives": {o.label: {"words": _shown(o.words), "trials": o.trials} for o in study.objectives},
+        "words": _without_local_paths(study.arguments),
+        "objectives": {o.label: {"words": _without_local_paths(o.arguments), "trials": o.trials} for o in study.objectives},
         "seeds": study.seeds,
         "baseline": study.baseline,
         "folds": study.folds,
-        "first": study.first and {"label": study.first.label, "words": _shown(study.first.words)},
+        "first": study.first and {"label": study.first.label, "words": _without_local_paths(study.first.arguments)},
         "then": study.then,
         "num_workers": int(workers[-1]) if workers else None,
     }
 
 
-def _shown(words: Sequence[str]) -> list[str]:
-    """Words with packaged recipes by name again, and of the data's root the last folder: results are there to be shared."""
+def _without_local_paths(arguments: Sequence[str]) -> list[str]:
+    """Replace paths of packaged recipes by names and the data's root by its last folder, so that results can be shared."""
     shown: list[str] = []
-    for word in words:
-        flag, equals, value = word.partition("=")
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
         if flag == "--data.root" and equals:
-            word = f"{flag}={Path(value).name}"
+            argument = f"{flag}={Path(value).name}"
         elif shown and shown[-1] == "--data.root":
-            word = Path(word).name
-        elif str(RECIPES) in word:
-            word = word.replace(f"{RECIPES}{os.sep}", "").removesuffix(".yaml")
-        shown.append(word)
+            argument = Path(argument).name
+        elif str(RECIPES) in argument:
+            argument = argument.replace(f"{RECIPES}{os.sep}", "").removesuffix(".yaml")
+        shown.append(argument)
     return shown

@@ -1,4 +1,4 @@
-"""Charts of the report: SVG pictures by matplotlib, as data URIs."""
+"""Draw the charts of the report with matplotlib, as SVG in data URIs."""
 
 import base64
 import io
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TITLES = {"miou": "mIoU", "miou_tail": "rare third", "pixel_accuracy": "pixels right"}
+_TITLES = {"miou": "mIoU", "miou_tail": "rare third", "pixel_accuracy": "pixel accuracy"}
 _ABOVE, _BELOW, _NEUTRAL = "#2563eb", "#c2410c", "#77828e"
-_NAMED = 30  # classes; the names of more would hide the points
+_MAX_NAMES = 30  # more class names would hide the points
 
 
 @contextmanager
 def _picture(width: float, height: float) -> "Iterator[tuple[Figure, list[str]]]":
-    """Open a figure of this size in inches; its data URI is in the list once the context is left."""
+    """Open a figure of this size in inches; on exit, append its data URI to the list."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    # Names are whatever a user has: no formulas in them. Text stays text, in a font of the reader's.
+    # Names may contain "$", which must not start a formula. Text is drawn in the reader's font.
     style: dict[Any, Any] = {"svg.fonttype": "none", "text.parse_math": False, "font.size": 8, "axes.spines.top": False}
     style |= {"axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "mcseg"}
     uri: list[str] = []
     with mpl.rc_context(style), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # only the layout is measured in matplotlib's font
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # matplotlib's font only affects the layout
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, uri
         buffer = io.BytesIO()
@@ -43,7 +43,7 @@ def _picture(width: float, height: float) -> "Iterator[tuple[Figure, list[str]]]
 
 
 def data_uri(kind: str, content: bytes) -> str:
-    """Write an image into the page itself."""
+    """Encode an image as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -51,11 +51,11 @@ def forest(comparison: Comparison, order: Sequence[tuple[Entry, dict[str, Any]]]
     """Draw the differences to the baseline with their intervals, without and with shifts.
 
     Args:
-        comparison: what is compared.
-        order: entries and their rows in the order of the chart.
+        comparison: scores of the objectives.
+        order: entries and their rows, in the order of the chart.
 
     Returns:
-        Whether all have their shifts, and the picture; none if there is nothing to compare.
+        Up to two pairs: whether the entries use shifts, and the picture. Empty if there is nothing to compare.
     """
     pictures = []
     for shifted in (False, True):
@@ -70,14 +70,14 @@ def forest(comparison: Comparison, order: Sequence[tuple[Entry, dict[str, Any]]]
         with _picture(11, 0.9 + 0.42 * len(rows)) as (figure, uri):
             panels = figure.subplots(1, 3, sharey=True)
             for index, (measure, axes) in enumerate(zip(MEASURES, panels, strict=True)):
-                for place, (entry, row) in enumerate(reversed(rows)):
+                for height, (entry, row) in enumerate(reversed(rows)):
                     interval = Interval(*(100 * row[f"{measure}_difference{ending}{end}"] for end in ("", "_low", "_high")))
                     seeds = [seed for seed in entry.counts if seed in baseline.counts]
                     scores = [
-                        np.stack([measures(found.counts[seed].sum(0), comparison.tail) for seed in seeds])[:, index]
-                        for found in (entry, baseline)
+                        np.stack([measures(side.counts[seed].sum(0), comparison.tail) for seed in seeds])[:, index]
+                        for side in (entry, baseline)
                     ]
-                    _draw_interval(axes, place, interval, 100 * (scores[0] - scores[1]))
+                    _draw_interval(axes, height, interval=interval, by_seed=100 * (scores[0] - scores[1]))
                 axes.axvline(0, color="black", linewidth=0.8)
                 axes.set_title(_TITLES[measure])
                 axes.grid(axis="y", visible=False)
@@ -87,20 +87,20 @@ def forest(comparison: Comparison, order: Sequence[tuple[Entry, dict[str, Any]]]
     return pictures
 
 
-def _draw_interval(axes: "Axes", place: int, interval: Interval, single: Floats) -> None:
+def _draw_interval(axes: "Axes", height: int, *, interval: Interval, by_seed: Floats) -> None:
     point, low, high = interval
     if math.isnan(point):
         return
     color = _ABOVE if low > 0 else _BELOW if high < 0 else _NEUTRAL
-    axes.plot([low, high], [place, place], color=color, linewidth=4, alpha=0.6, solid_capstyle="round")
-    axes.plot(single, [place] * len(single), "|", color="black", alpha=0.4)
-    axes.plot(point, place, "o", color=color)
-    axes.annotate(signed(point, low, high), (point, place + 0.2), ha="center", va="bottom", fontsize=6.5, color=color)
+    axes.plot([low, high], [height, height], color=color, linewidth=4, alpha=0.6, solid_capstyle="round")
+    axes.plot(by_seed, [height] * len(by_seed), "|", color="black", alpha=0.4)
+    axes.plot(point, height, "o", color=color)
+    axes.annotate(signed(point, low, high), (point, height + 0.2), ha="center", va="bottom", fontsize=6.5, color=color)
 
 
 def curves(results: Results) -> list[tuple[str, str]]:
-    """Draw validation mIoU and training loss over the epochs: one picture per objective, the baseline's mIoU in grey."""
-    found = {
+    """Draw validation mIoU and training loss by epoch, one picture per objective, with the baseline's mIoU in grey."""
+    curves_by_label = {
         objective.label: [
             results.finals[objective.label, seed][1]["curves"]
             for seed in results.study.seeds
@@ -108,17 +108,19 @@ def curves(results: Results) -> list[tuple[str, str]]:
         ]
         for objective in results.study.objectives
     }
-    top = max((100 * point.get("miou", 0) for lines in found.values() for line in lines for point in line), default=0)
+    top = max(
+        (100 * point.get("miou", 0) for lines in curves_by_label.values() for line in lines for point in line), default=0
+    )
     pictures = []
-    for label, lines in found.items():
+    for label, lines in curves_by_label.items():
         if not lines:
             continue
         with _picture(2.7, 3.4) as (figure, uri):
             score, loss = figure.subplots(2, 1, sharex=True)
             if label != results.study.baseline:
-                _draw_lines(score, found.get(results.study.baseline, []), "miou", 100, _NEUTRAL)
-            _draw_lines(score, lines, "miou", 100, _ABOVE)
-            _draw_lines(loss, lines, "loss", 1, "black")
+                _draw_lines(score, curves_by_label.get(results.study.baseline, []), "miou", factor=100, color=_NEUTRAL)
+            _draw_lines(score, lines, "miou", factor=100, color=_ABOVE)
+            _draw_lines(loss, lines, "loss", factor=1, color="black")
             score.set(ylabel="mIoU %", ylim=(0, 1.05 * top or 1))
             loss.set(ylabel="training loss", xlabel="epoch")
             loss.xaxis.get_major_locator().set_params(integer=True)
@@ -126,7 +128,7 @@ def curves(results: Results) -> list[tuple[str, str]]:
     return pictures
 
 
-def _draw_lines(axes: "Axes", lines: Sequence[Sequence[dict[str, float]]], key: str, factor: float, color: str) -> None:
+def _draw_lines(axes: "Axes", lines: Sequence[Sequence[dict[str, float]]], key: str, *, factor: float, color: str) -> None:
     for line in lines:
         points = [(point["epoch"], factor * point[key]) for point in line if math.isfinite(point.get(key, math.nan))]
         if points:
@@ -134,11 +136,11 @@ def _draw_lines(axes: "Axes", lines: Sequence[Sequence[dict[str, float]]], key: 
 
 
 def offsets(results: Results) -> list[tuple[str, str]]:
-    """Draw margin offsets against pixel shares on logarithmic scales, one picture per objective that has offsets."""
-    found = {label: result["offsets"] for (label, _), (_, result) in results.finals.items() if result["offsets"]}
+    """Draw margin offsets against pixel shares on logarithmic scales, one picture per objective with offsets."""
+    offsets_by_label = {label: result["offsets"] for (label, _), (_, result) in results.finals.items() if result["offsets"]}
     shares = 100 * results.comparison.shares
     pictures = []
-    for label, both in found.items():
+    for label, both in offsets_by_label.items():
         values = np.array([both["foreground"], both["background"]])
         floor = 10 ** math.floor(math.log10(values[values > 0].min())) if (values > 0).any() else 0.1
         with _picture(4.2, 3.2) as (figure, uri):
@@ -148,11 +150,11 @@ def offsets(results: Results) -> list[tuple[str, str]]:
                 color = _ABOVE if kind == "foreground" else _BELOW
                 shown = np.maximum(offset, floor)[shares > 0]
                 axes.scatter(shares[shares > 0], shown, facecolors=face, edgecolors=color, label=kind, clip_on=False)
-            for index, name in enumerate(results.comparison.class_names if len(shares) <= _NAMED else ()):
+            for index, name in enumerate(results.comparison.class_names if len(shares) <= _MAX_NAMES else ()):
                 if shares[index] == 0:
                     continue
-                place = (shares[index], max(floor, values[:, index].max()))
-                axes.annotate(name, place, (0, 5), textcoords="offset points", fontsize=6, ha="center")
+                point = (shares[index], max(floor, values[:, index].max()))
+                axes.annotate(name, point, (0, 5), textcoords="offset points", fontsize=6, ha="center")
             axes.set_ylim(bottom=floor)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter("{x:g}")
@@ -163,15 +165,15 @@ def offsets(results: Results) -> list[tuple[str, str]]:
 
 
 def signed(point: float, low: float, high: float) -> str:
-    """A difference with its interval."""
+    """Format a difference with its interval."""
     return minus(f"{point:+.2f} [{low:+.2f}, {high:+.2f}]")
 
 
 def minus(text: str) -> str:
-    """Set minus signs for hyphens."""
+    """Replace hyphens by minus signs."""
     return text.replace("-", "\N{MINUS SIGN}")
 
 
 def share(part: float) -> str:
-    """A share of the pixels in percent."""
+    """Format a share of the pixels as percent."""
     return f"{100 * part:.2f}" if part < 0.01 else f"{100 * part:.1f}"

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """One objective with its chosen settings, with or without shifts of the logits.
+    """Final runs of one objective, evaluated with or without shifts of the logits.
 
     Attributes:
         label: name of the objective.
-        shifted: whether the predictions are those with shifts.
-        counts: (N,3,C) int64 per validation image, by seed: pixels predicted correctly, in the target, in the prediction.
-        costs: by seed ``step_ms``, ``step_with_data_ms`` (milliseconds of an optimiser step; NaN if no step was timed) and
-            ``memory_mib`` (largest memory in use).
+        shifted: whether the predictions use the shifts.
+        counts: by seed, (N,3,C) int64 per validation image: pixels predicted correctly, in the target, in the prediction.
+        costs: by seed, ``step_ms`` and ``step_with_data_ms`` (milliseconds per optimiser step; NaN if no step was timed) and
+            ``memory_mib`` (peak memory).
     """
 
     label: str
@@ -34,7 +34,7 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """Label, with the shifts."""
+        """Label, with "+ shifts" if the predictions use them."""
         return f"{self.label} + shifts" if self.shifted else self.label
 
 
@@ -43,10 +43,10 @@ class Comparison:
     """Scores of the objectives and their differences to a baseline.
 
     Attributes:
-        entries: objectives without shifts, then with shifts.
+        entries: all objectives without shifts, then all with shifts.
         class_names: names of the classes by train id.
         class_pixels: (C,) labelled training pixels.
-        baseline_label: objective that the others are compared to.
+        baseline_label: objective that all differences refer to.
     """
 
     entries: Sequence[Entry]
@@ -62,13 +62,13 @@ class Comparison:
 
     @property
     def shares(self) -> Floats:
-        """(C,) shares of the labelled training pixels."""
+        """(C,) share of each class in the labelled training pixels."""
         pixels = np.array(self.class_pixels, dtype=np.float64)
         shares: Floats = pixels / max(1.0, pixels.sum())
         return shares
 
     def entry(self, label: str, shifted: bool = False) -> Entry | None:
-        """Find an objective's entry; None if none of its final runs is finished."""
+        """Return an objective's entry; None if none of its final runs is finished."""
         return next((entry for entry in self.entries if (entry.label, entry.shifted) == (label, shifted)), None)
 
     def baseline(self, shifted: bool = False) -> Entry | None:
@@ -76,13 +76,13 @@ class Comparison:
         return self.entry(self.baseline_label, shifted)
 
     def intervals(self, entry: Entry, other: Entry | None) -> dict[str, Interval] | None:
-        """Compute the differences of an entry to another over their common seeds, by measure; None if there are none."""
+        """Compute the differences between two entries over their common seeds, by measure; None without a common seed."""
         if other is None or entry is other:
             return None
         seeds = [seed for seed in entry.counts if seed in other.counts]
         if not seeds:
             return None
-        ours, theirs = (np.stack([found.counts[seed] for seed in seeds]) for found in (entry, other))
+        ours, theirs = (np.stack([side.counts[seed] for seed in seeds]) for side in (entry, other))
         return dict(zip(MEASURES, paired_intervals(ours, theirs, self.tail), strict=True))
 
     @cached_property
@@ -97,11 +97,11 @@ class Comparison:
         return pd.DataFrame(self.rows)
 
     def __str__(self) -> str:
-        """Lay the rows out as text: percent, mean and standard deviation over seeds, highest mIoU first."""
+        """Format the rows as text: percent, mean and standard deviation over seeds, highest mIoU first."""
         if not self.entries:
             return "no final run is finished"
         versus = f"mIoU minus {self.baseline_label}'s"
-        head = ["objective", "seeds", "mIoU %", "rare third %", "pixels right %", versus, "step ms", "MiB"]
+        head = ["objective", "seeds", "mIoU %", "rare third %", "pixel accuracy %", versus, "step ms", "MiB"]
         body = []
         for row in sorted(self.rows, key=lambda row: -row["miou_mean"]):
             interval = tuple(100 * row[f"miou_difference{end}"] for end in ("", "_low", "_high"))
@@ -117,9 +117,9 @@ class Comparison:
             )
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
         lines = []
-        for first, *others in [head, *body]:
-            cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-            lines.append("  ".join([first.ljust(widths[0]), *cells]))
+        for name, *values in [head, *body]:
+            cells = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+            lines.append("  ".join([name.ljust(widths[0]), *cells]))
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
     def _row(self, entry: Entry) -> dict[str, Any]:
@@ -128,9 +128,9 @@ class Comparison:
         for name, values in zip(MEASURES, measures(totals, self.tail).T, strict=True):
             row |= _spread(name, values)
         for ending, shifted in (("difference", False), ("difference_to_shifted", True)):
-            found = self.intervals(entry, self.baseline(shifted)) if entry.shifted or not shifted else None
+            intervals = self.intervals(entry, self.baseline(shifted)) if entry.shifted or not shifted else None
             for name in MEASURES:
-                interval = found[name] if found else Interval(np.nan, np.nan, np.nan)
+                interval = intervals[name] if intervals else Interval(np.nan, np.nan, np.nan)
                 row |= {f"{name}_{ending}": interval.difference}
                 row |= {f"{name}_{ending}_low": interval.low, f"{name}_{ending}_high": interval.high}
         for name, values in zip(self.class_names, class_iou(totals).T, strict=True):
@@ -150,7 +150,7 @@ def _plus_minus(row: Mapping[str, Any], measure: str) -> str:
 
 
 def _spread(name: str, values: Floats) -> dict[str, float]:
-    """Mean and sample standard deviation over the seeds for which a value is defined."""
+    """Mean and sample standard deviation over the seeds with a defined value."""
     defined = values[~np.isnan(values)]
     mean = float(defined.mean()) if len(defined) else np.nan
     return {f"{name}_mean": mean, f"{name}_sd": float(defined.std(ddof=1)) if len(defined) > 1 else np.nan}

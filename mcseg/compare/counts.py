@@ -1,24 +1,24 @@
-"""A finished study as one table of pixel counts, small enough to be kept, from which every score is computed.
+"""Write and read a study as one table of pixel counts. Every score can be computed from it, and it is small enough to keep.
 
-The table is a CSV file, compressed by its ending (``.csv``, ``.csv.gz``, ``.csv.xz``), with one row per run, decision and
-unit of images, run after run:
+The table is a CSV file. Its suffix (``.csv``, ``.csv.gz``, ``.csv.xz``) gives the compression. It has one row per run,
+decision (without or with shifts) and unit of images; the rows of a run are consecutive:
 
 =============================== =====================================================================================
-``run``                         key of the run, as at the end of its folder's name
-``objective``, ``role``,        its label; ``final``, on a ``fold``, or ``first`` stage; the seed; the fold that is held
-``seed``, ``fold``, ``trial``   out and the number of the trial, if any
+``run``                         key of the run, the last part of its folder's name
+``objective``, ``role``,        label of the objective; ``final``, ``fold`` or ``first`` (stage); random seed; index of the
+``seed``, ``fold``, ``trial``   held-out fold and of the trial, empty where there is none
 ``model.objective``             class path and arguments of the objective as JSON
-``model...``, ``trainer...``    further settings in which the runs differ, one column each
+``model...``, ``trainer...``    other settings in which the runs differ, one column each
 ``epochs``, ``steps``           length of the training
-``step_ms``,                    median milliseconds of an optimiser step, alone and with the wait for its batch; largest
-``step_with_data_ms``,          memory in use in MiB, of the GPU if there is one, else of the process
+``step_ms``,                    median milliseconds of an optimiser step without and with the wait for its batch; peak
+``step_with_data_ms``,          memory in MiB, of the GPU if there is one, else of the process
 ``memory_mib``
 ``weights``, ``batches``        fingerprints of the initial weights and of the batches
-``commit``                      of the sources that ran
-``class_pixels/<class>``        labelled pixels of the images it was trained on
-``shifted``, ``shift/<class>``  whether shifts were added to the logits before the decision, and which
-``images``                      the unit: the name of one validation image; of a run on a fold, one glob pattern of the
-                                held-out images, whose counts are summed
+``commit``                      commit of mcseg's sources
+``class_pixels/<class>``        labelled pixels of the training images
+``shifted``, ``shift/<class>``  whether shifts were added to the logits before the decision; the shifts
+``images``                      the unit: one validation image by name or, for a run on a fold, one glob pattern; the
+                                counts of the held-out images that it matches are summed
 ``correct/<class>``,            pixels predicted correctly, in the target, in the prediction; void is left out
 ``target/<class>``,
 ``predicted/<class>``
@@ -47,18 +47,18 @@ if TYPE_CHECKING:
 FILE = "counts.csv.xz"
 _PARTS = ("correct", "target", "predicted")
 _COSTS = ("step_ms", "step_with_data_ms", "memory_mib")
-_HAS_A_COLUMN = ("seed_everything", "data.init_args.held_out")  # settings that are `seed` and `fold`
+_HAS_A_COLUMN = ("seed_everything", "data.init_args.held_out")  # settings with the columns `seed` and `fold`
 
 
 def write_counts(runs: Iterable[tuple[Path, Mapping[str, Any]]], path: Path) -> None:
     """Write the table of finished runs.
 
     Args:
-        runs: folder of each, with ``result.json`` and ``counts.npz``; and its ``objective``, ``role``, ``seed``, ``fold``
-            and ``trial`` in this study, which may differ from those under which it ran first.
-        path: the file; its ending gives the compression.
+        runs: for each run, its folder with ``result.json`` and ``counts.npz``, and its ``objective``, ``role``, ``seed``,
+            ``fold`` and ``trial`` in this study. They replace those in ``result.json``: studies may share runs.
+        path: the file; its suffix gives the compression.
     """
-    results = [(folder, json.loads((folder / "result.json").read_text()) | dict(told)) for folder, told in runs]
+    results = [(folder, json.loads((folder / "result.json").read_text()) | dict(about)) for folder, about in runs]
     differing = _differing_settings([result["settings"] for _, result in results])
 
     def write(temporary: Path) -> None:
@@ -71,33 +71,33 @@ def write_counts(runs: Iterable[tuple[Path, Mapping[str, Any]]], path: Path) -> 
 
 
 def read_counts(path: str | Path) -> "DataFrame":
-    """Read a table that :func:`write_counts` wrote, one row per run, decision and unit of images.
+    """Read a table written by :func:`write_counts`: one row per run, decision and unit of images.
 
     Raises:
-        ValueError: the file is no such table.
+        ValueError: the file is not a table of pixel counts.
     """
     import pandas as pd
 
     text: dict[Any, Any] = dict.fromkeys(("run", "objective", "images", "weights", "batches", "commit"), str)
     try:
-        # a label or a class may be called "NA"
+        # A label or a class may have the name "NA"
         table = pd.read_csv(path, dtype={**text, "fold": "Int64", "trial": "Int64"}, keep_default_na=False, na_values=[""])
     except (UnicodeDecodeError, pd.errors.ParserError, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: not a table of pixel counts ({error}); expected {FILE} of a study") from None
+        raise ValueError(f"{path}: not a table of pixel counts ({error}); give the {FILE} of a study") from None
     missing = [name for name in ("objective", "role", "seed", "shifted", "images") if name not in table]
     if missing or not class_names(table):
         missing = missing or [f"{part}/<class>" for part in _PARTS]
-        raise ValueError(f"{path}: found no column {', '.join(missing)}; expected {FILE} of a study")
+        raise ValueError(f"{path}: no column {', '.join(missing)}; give the {FILE} of a study")
     return table
 
 
 def class_names(table: "DataFrame") -> list[str]:
-    """Names of the classes of a table by train id."""
+    """Return the names of a table's classes by train id."""
     return [name.partition("/")[2] for name in map(str, table.columns) if name.startswith("correct/")]
 
 
 def counts_of(rows: "DataFrame") -> Counts:
-    """(N,3,C) pixel counts of the rows of a table: predicted correctly, in the target, in the prediction."""
+    """Return the pixel counts (N,3,C) int64 of N rows: predicted correctly, in the target, in the prediction."""
     names = class_names(rows)
     return np.stack([rows[[f"{part}/{name}" for name in names]].to_numpy(np.int64) for part in _PARTS], axis=1)
 
@@ -106,34 +106,34 @@ def comparison(table: "DataFrame", baseline: str | None = None) -> Comparison:
     """Compare the final runs of a table.
 
     Args:
-        table: of :func:`read_counts`.
-        baseline: label of the objective that the others are compared to; None is the first of the table.
+        table: table from :func:`read_counts`.
+        baseline: label of the objective that all differences refer to; None is the first in the table.
 
     Raises:
-        ValueError: there is no final run, or no objective of that label.
+        ValueError: there is no final run, or no objective with that label.
     """
     finals = table[table["role"] == "final"]
     labels = list(dict.fromkeys(finals["objective"]))
     if not labels:
-        raise ValueError("the table has no final runs to compare")
+        raise ValueError("the table has no final runs (role 'final') to compare")
     if baseline is not None and baseline not in labels:
         raise ValueError(f"baseline: found {baseline}, expected one of the objectives {', '.join(labels)}")
     entries = []
     for shifted in (False, True):
         for label in labels:
             rows = finals[(finals["objective"] == label) & (finals["shifted"] == shifted)]
-            by_seed = {int(seed): found for seed, found in rows.groupby("seed")}
-            counts = {seed: counts_of(found) for seed, found in by_seed.items()}
-            costs = {seed: {cost: float(found[cost].iloc[0]) for cost in _COSTS} for seed, found in by_seed.items()}
+            by_seed = {int(seed): group for seed, group in rows.groupby("seed")}
+            counts = {seed: counts_of(group) for seed, group in by_seed.items()}
+            costs = {seed: {cost: float(group[cost].iloc[0]) for cost in _COSTS} for seed, group in by_seed.items()}
             if counts:
-                entries.append(Entry(label, shifted, counts, costs))
+                entries.append(Entry(label=label, shifted=shifted, counts=counts, costs=costs))
     names = class_names(table)
     pixels = finals[[f"class_pixels/{name}" for name in names]].iloc[0].astype(np.int64).tolist()
     return Comparison(entries, names, pixels, labels[0] if baseline is None else baseline)
 
 
 def costs_of(result: Mapping[str, Any]) -> dict[str, float]:
-    """Times and memory of a result.json; see :class:`~mcseg.compare.comparison.Entry`."""
+    """Return step times and memory from a result.json; see ``costs`` of :class:`~mcseg.compare.comparison.Entry`."""
     times = {f"{key}_ms": result["seconds"][key] for key in ("step", "step_with_data")}
     memory = result["memory_bytes"].get("gpu", result["memory_bytes"]["process"])
     return {key: np.nan if value is None else 1000 * value for key, value in times.items()} | {"memory_mib": memory / 2**20}
@@ -169,8 +169,8 @@ def _frame(folder: Path, result: Mapping[str, Any], differing: Sequence[str]) ->
                 continue
             units, counts = _units(file["names"].tolist(), file["counts_shifted" if shifted else "counts"], patterns)
             shifts = result["shifts"] if shifted else [None] * len(names)
-            told = facts | {"shifted": shifted} | {f"shift/{n}": s for n, s in zip(names, shifts, strict=True)}
-            columns: dict[str, Any] = {key: [value] * len(units) for key, value in told.items()} | {"images": units}
+            shared = facts | {"shifted": shifted} | {f"shift/{n}": s for n, s in zip(names, shifts, strict=True)}
+            columns: dict[str, Any] = {key: [value] * len(units) for key, value in shared.items()} | {"images": units}
             for index, part in enumerate(_PARTS):
                 columns |= {f"{part}/{name}": counts[:, index, c] for c, name in enumerate(names)}
             frames.append(pd.DataFrame(columns).astype({"fold": "Int64", "trial": "Int64"}))
@@ -178,7 +178,7 @@ def _frame(folder: Path, result: Mapping[str, Any], differing: Sequence[str]) ->
 
 
 def _units(names: Sequence[str], counts: Counts, patterns: Sequence[str] | None) -> tuple[list[str], Counts]:
-    """Sum the counts of held-out images by the first pattern that names them; without patterns each image is a unit."""
+    """Sum the counts of held-out images by the first pattern that matches; without patterns each image is a unit."""
     if not patterns:
         return list(names), counts
     first = np.array([next(i for i, p in enumerate(patterns) if fnmatch.fnmatchcase(name, p)) for name in names])
@@ -186,18 +186,18 @@ def _units(names: Sequence[str], counts: Counts, patterns: Sequence[str] | None)
 
 
 def _differing_settings(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Settings in which runs differ, apart from the objective, which is told as a whole, and from what has a column."""
-    found: dict[str, set[str]] = {}
+    """List settings in which runs differ, except the objective, seed and fold, which have columns of their own."""
+    values_of: dict[str, set[str]] = {}
     for one in settings:
         for key, value in _flat(one):
-            found.setdefault(key, set()).add(json.dumps(value))
-    own = ("model.objective.", *_HAS_A_COLUMN)
-    return [key for key, values in found.items() if len(values) > 1 and not key.startswith(own)]
+            values_of.setdefault(key, set()).add(json.dumps(value))
+    excluded = ("model.objective.", *_HAS_A_COLUMN)
+    return [key for key, values in values_of.items() if len(values) > 1 and not key.startswith(excluded)]
 
 
-def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in settings.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{before}{key}.")
+            yield from _flat(value, f"{prefix}{key}.")
         else:
-            yield before + key, json.dumps(value) if isinstance(value, list | dict) else value
+            yield prefix + key, json.dumps(value) if isinstance(value, list | dict) else value

@@ -1,4 +1,4 @@
-"""The runs of a study: which there are, given what earlier ones have found."""
+"""List the runs of a study. Later runs depend on the results of earlier ones."""
 
 import hashlib
 import json
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from mcseg.compare.study import Objective, Study, Words, explicit_settings
+from mcseg.compare.study import Arguments, Objective, Study, explicit_settings
 
-# What a finished run found (result.json); "failed"; None while it is not finished.
+# Content of result.json; "failed"; None while the run is not finished.
 Outcome = dict[str, Any] | Literal["failed"] | None
 Shifts = tuple[float, ...]
 
@@ -21,21 +21,21 @@ class Run:
     """One training with one evaluation.
 
     Attributes:
-        objective: its label.
-        role: ``first`` stage, on a ``fold``, or ``final``.
+        objective: label of the objective.
+        role: ``first`` (stage), ``fold`` or ``final``.
         seed: random seed.
-        words: settings as words of ``mcseg fit``.
-        fold: index of the fold that is held out; None trains on the whole training split.
+        arguments: settings as arguments of ``mcseg fit``.
+        fold: index of the held-out fold; None to train on the whole training split.
         trial: index of the objective's trial; None in the first stage.
-        start: run whose last weights this one begins with.
-        shifts: per class, for a second prediction.
-        keeps_log_probs: whether shifts are chosen on its held-out images.
+        start: run whose last weights initialise this one; None if there is no first stage.
+        shifts: shift of each class's logit for a second prediction; None for no second prediction.
+        keeps_log_probs: whether to save log-probabilities of the held-out images, to fit shifts.
     """
 
     objective: str
     role: Literal["first", "fold", "final"]
     seed: int
-    words: Words
+    arguments: Arguments
     fold: int | None = None
     trial: int | None = None
     start: "Run | None" = None
@@ -44,31 +44,31 @@ class Run:
 
     @property
     def keeps_weights(self) -> bool:
-        """Whether others start from its weights."""
+        """Whether to save the last weights: the second stage starts from those of the first."""
         return self.role == "first"
 
     @property
     def about(self) -> dict[str, Any]:
-        """What it is in the study."""
+        """Objective, role, seed, fold and trial, as columns of the tables."""
         return {"objective": self.objective, "role": self.role, "seed": self.seed, "fold": self.fold, "trial": self.trial}
 
     @cached_property
     def key(self) -> str:
-        """Hash of what the run's numbers depend on: the settings that hold in the end, not the label or the files' paths.
+        """Hash of everything that the results depend on: the effective settings, but neither the label nor paths of files.
 
-        Of the data's root the last folder counts: results stay valid where data set and study are moved to another place.
+        Only the last folder of the data's root counts, so results stay valid when the data set or the study moves.
         """
-        found = {
-            "settings": explicit_settings(self.words),
+        dependencies = {
+            "settings": explicit_settings(self.arguments),
             "start": self.start.key if self.start else None,
             "shifts": self.shifts,
             "keeps": [self.keeps_weights, self.keeps_log_probs],
         }
-        return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(dependencies, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     @property
     def name(self) -> str:
-        """Readable name of its folder."""
+        """Name of the run's folder."""
         parts = [re.sub(r"[^\w.=-]+", "_", self.objective)[:60], self.role]
         parts += [] if self.fold is None else [f"fold{self.fold}"]
         parts += [f"trial{self.trial}"] if self.role == "fold" else []
@@ -83,24 +83,24 @@ class Run:
 def runs(
     study: Study, outcome: Callable[[Run], Outcome], choose_shifts: Callable[[list[Run]], Shifts]
 ) -> Iterator[tuple[Run, str]]:
-    """List the runs that are known at this time, finished or not, the ones to be run first in front.
+    """List the runs that are known so far, finished or not, in the order in which to start them.
 
-    The settings of final runs are known once all runs of their objective on the folds have ended.
+    An objective's final runs are known once all its runs on the folds have finished or failed.
 
     Args:
-        study: what is compared.
-        outcome: of a run.
-        choose_shifts: from finished runs of one trial, one per fold.
+        study: the study.
+        outcome: returns the outcome of a run.
+        choose_shifts: returns the shifts fitted on the finished runs of one trial, one run per fold.
 
     Yields:
-        A run, and "" or the reason why it cannot run.
+        A run, and the reason why it cannot start or "".
     """
 
     def start(seed: int, fold: int | None) -> Run | None:
         if study.first is None:
             return None
-        words = (*study.words, *study.first.words, *_where(study, seed, fold))
-        return Run(study.first.label, "first", seed, words, fold)
+        arguments = (*study.arguments, *study.first.arguments, *_seed_and_fold(study, seed, fold))
+        return Run(objective=study.first.label, role="first", seed=seed, arguments=arguments, fold=fold)
 
     for fold in range(len(study.folds)):
         if first := start(study.seeds[0], fold):
@@ -117,26 +117,32 @@ def runs(
             if choice is None:
                 continue
             trial, held_out = choice
-            words = _second_words(study, objective, trial or 0) + _where(study, seed, None)
-            shifts = choose_shifts(held_out) if held_out and study.shifts else None
-            run = Run(objective.label, "final", seed, words, None, trial or 0, start(seed, None), shifts)
-            yield run, "all its runs on the folds have failed" if trial is None else _blocked(run, outcome)
+            run = Run(
+                objective=objective.label,
+                role="final",
+                seed=seed,
+                arguments=_second_stage_arguments(study, objective, trial or 0) + _seed_and_fold(study, seed, None),
+                trial=trial or 0,
+                start=start(seed, None),
+                shifts=choose_shifts(held_out) if held_out and study.shifts else None,
+            )
+            yield run, "all its runs on the folds failed" if trial is None else _blocked(run, outcome)
 
 
 def choose_trial(
     study: Study, objective: Objective, outcome: Callable[[Run], Outcome], start: Callable[[int, int | None], Run | None]
 ) -> tuple[int | None, list[Run]] | None:
-    """Choose the trial with the highest mIoU, averaged over the folds.
+    """Choose the trial with the highest mean mIoU over the folds.
 
     Returns:
-        None while runs are missing; the trial (None where all have failed) and its runs, one per fold.
+        None while runs are missing; else the trial (None if all failed) and its runs, one per fold.
     """
     if not study.folds:
         return 0, []
     scores: dict[int, float] = {}
-    found = list(_fold_runs(study, objective, start))
+    fold_runs = list(_fold_runs(study, objective, start))
     for trial in range(len(objective.trials)):
-        outcomes = [_ended(run, outcome) for run in found if run.trial == trial]
+        outcomes = [_outcome_or_blocked(run, outcome) for run in fold_runs if run.trial == trial]
         if None in outcomes:
             return None
         results = [result for result in outcomes if isinstance(result, dict)]
@@ -145,30 +151,38 @@ def choose_trial(
     if not scores:
         return None, []
     best = max(scores, key=lambda trial: scores[trial])
-    return best, [run for run in found if run.trial == best]
+    return best, [run for run in fold_runs if run.trial == best]
 
 
 def _fold_runs(study: Study, objective: Objective, start: Callable[[int, int | None], Run | None]) -> Iterator[Run]:
     seed = study.seeds[0]
     for trial in range(len(objective.trials)):
         for fold in range(len(study.folds)):
-            words = _second_words(study, objective, trial) + _where(study, seed, fold)
-            yield Run(objective.label, "fold", seed, words, fold, trial, start(seed, fold), None, study.shifts)
+            yield Run(
+                objective=objective.label,
+                role="fold",
+                seed=seed,
+                arguments=_second_stage_arguments(study, objective, trial) + _seed_and_fold(study, seed, fold),
+                fold=fold,
+                trial=trial,
+                start=start(seed, fold),
+                keeps_log_probs=study.shifts,
+            )
 
 
-def _second_words(study: Study, objective: Objective, trial: int) -> Words:
-    return (*study.words, *study.then, *objective.words, *objective.trials[trial])
+def _second_stage_arguments(study: Study, objective: Objective, trial: int) -> Arguments:
+    return (*study.arguments, *study.then, *objective.arguments, *objective.trials[trial])
 
 
-def _where(study: Study, seed: int, fold: int | None) -> Words:
+def _seed_and_fold(study: Study, seed: int, fold: int | None) -> Arguments:
     held_out = () if fold is None else (f"--data.held_out={json.dumps(study.folds[fold])}",)
     return (f"--seed_everything={seed}", *held_out)
 
 
-def _ended(run: Run, outcome: Callable[[Run], Outcome]) -> Outcome:
-    """Outcome of a run; failed as well where the run that it starts from has failed."""
+def _outcome_or_blocked(run: Run, outcome: Callable[[Run], Outcome]) -> Outcome:
+    """Outcome of a run; "failed" also if its first stage failed."""
     return "failed" if _blocked(run, outcome) else outcome(run)
 
 
 def _blocked(run: Run, outcome: Callable[[Run], Outcome]) -> str:
-    return "its first stage has failed" if run.start and outcome(run.start) == "failed" else ""
+    return "its first stage failed" if run.start and outcome(run.start) == "failed" else ""

@@ -1,4 +1,4 @@
-"""What a run of a comparison writes down: its training, and the counts of its last weights per validation image."""
+"""Callbacks that record a run of a study: its training, and pixel counts per validation image of its last weights."""
 
 import hashlib
 import statistics
@@ -22,17 +22,16 @@ from mcseg.evaluation.inference import labels_at
 from mcseg.evaluation.metrics import image_counts
 from mcseg.palette import Palette
 
-_LOG_PROBS = 4_000_000  # values (pixels x classes) that a run keeps for the choice of shifts: 8 MB
+_LOG_PROBS = 4_000_000  # values (pixels x classes) that a run saves to fit shifts: 8 MB
 _SIDE = 480  # pixels of the longer side of a picture in the report
 
 
 class TrainingRecord(Callback):
-    """Curves, time per step, and fingerprints of the initial weights and of the batches in their order.
+    """Record curves, time per step, and hashes of the initial weights and of the batches in their order.
 
     Attributes:
-        curves: per epoch ``epoch`` (from 1), ``loss`` (mean over the steps), ``miou`` where the epoch was validated, and
-            ``seconds``.
-        weights: fingerprint of the network before the first step.
+        curves: per epoch, ``epoch`` (from 1), ``loss`` (mean over steps), ``seconds`` and, if it was validated, ``miou``.
+        weights: hash of the network before the first step.
     """
 
     def __init__(self) -> None:
@@ -42,22 +41,22 @@ class TrainingRecord(Callback):
         self._losses: list[Tensor] = []
         self._steps: list[float] = []
         self._with_data: list[float] = []
-        self._before = self._started = self._epoch = 0.0
+        self._last_start = self._start = self._epoch_start = 0.0
 
     @property
     def batches(self) -> str:
-        """Fingerprint of the names in all batches and of the pixels of each epoch's first batch."""
+        """Hash of the names in all batches and of the pixels of each epoch's first batch."""
         return self._batches.hexdigest()[:16]
 
     def seconds_per_step(self) -> dict[str, float | None]:
-        """Median seconds of an optimiser step: computing alone, and with the wait for its batch."""
+        """Return median seconds of an optimiser step, without and with the wait for its batch; None if there was no step."""
         return {
             "step": statistics.median(self._steps) if self._steps else None,
             "step_with_data": statistics.median(self._with_data) if self._with_data else None,
         }
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the fingerprint of the weights."""
+        """Hash the weights."""
         digest = hashlib.sha256()
         for name, value in pl_module.network.state_dict().items():  # type: ignore[union-attr]
             digest.update(name.encode())
@@ -65,28 +64,28 @@ class TrainingRecord(Callback):
         self.weights = digest.hexdigest()[:16]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin an epoch."""
+        """Reset the losses and the clock."""
         self._losses = []
-        self._before = 0.0
-        self._epoch = time.perf_counter()
+        self._last_start = 0.0
+        self._epoch_start = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note which images the batch has, and the time."""
+        """Hash the batch and start its clock."""
         self._batches.update("\n".join(batch["name"]).encode())
         if batch_idx == 0:
             self._batches.update(batch["image"].cpu().contiguous().numpy().tobytes())
-        _wait(pl_module)
-        self._started = time.perf_counter()
-        if self._before:
-            self._with_data.append(self._started - self._before)
-        self._before = self._started
+        _synchronize(pl_module)
+        self._start = time.perf_counter()
+        if self._last_start:
+            self._with_data.append(self._start - self._last_start)
+        self._last_start = self._start
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note loss and time."""
-        _wait(pl_module)
-        self._steps.append(time.perf_counter() - self._started)
+        """Record the step's loss and time."""
+        _synchronize(pl_module)
+        self._steps.append(time.perf_counter() - self._start)
         self._losses.append(outputs["loss"].detach())
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -94,7 +93,7 @@ class TrainingRecord(Callback):
         point = {
             "epoch": trainer.current_epoch + 1,
             "loss": float(torch.stack(self._losses).double().mean()),
-            "seconds": time.perf_counter() - self._epoch,
+            "seconds": time.perf_counter() - self._epoch_start,
         }
         miou = trainer.callback_metrics.get("val/miou")
         if miou is not None and (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0:
@@ -103,22 +102,22 @@ class TrainingRecord(Callback):
 
 
 class EvaluationRecord(EvaluationCallback):
-    """Counts of each validation image, pictures of a few, and a sample of log-probabilities; for ``Trainer.validate``.
+    """Record pixel counts of each validation image, pictures of a few, and a sample of log-probabilities.
 
-    One forward pass serves the predictions without and with the shifts, so shifts and log-probabilities need inference
-    that takes the image at once.
+    For ``Trainer.validate``. One forward pass gives the predictions without and with shifts, so shifts and log-probabilities
+    need inference on whole images.
 
     Args:
-        shifts: per class, added to the logits before the largest is taken; None leaves the second prediction out.
-        pictures: how many images, evenly spread, are drawn into ``folder``; the same ones in every run.
-        folder: where they go: ``<i>-image.jpg``, ``<i>-target.png``, ``<i>-prediction.png``, ``<i>-shifted.png``.
-        log_probs: keep a sample of pixels for the choice of shifts.
+        shifts: shift of each class's logit for a second prediction; None for no second prediction.
+        pictures: number of evenly spaced images to draw, the same in every run.
+        folder: folder of the pictures ``<i>-image.jpg``, ``<i>-target.png``, ``<i>-prediction.png``, ``<i>-shifted.png``.
+        log_probs: whether to sample log-probabilities, to fit shifts.
 
     Attributes:
-        names: of the images.
-        counts: per image (3,C) int64: pixels predicted right, in the target, in the prediction, void left out.
-        counts_shifted: likewise with the shifts.
-        sample: log-probabilities (P,C) float16 and labels (P,) uint8, in pieces.
+        names: names of the images.
+        counts: per image, (3,C) int64: pixels predicted correctly, in the target, in the prediction, without void.
+        counts_shifted: counts of the predictions with shifts.
+        sample: per image, log-probabilities (P,C) float16 and labels (P,) uint8.
     """
 
     def __init__(self, shifts: list[float] | None, pictures: int, folder: Path, log_probs: bool) -> None:
@@ -134,21 +133,21 @@ class EvaluationRecord(EvaluationCallback):
         self._logits: Tensor | None = None
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen to the network."""
+        """Hook the forward pass to see the logits."""
 
         def keep(_: Any, __: Any, logits: Tensor) -> None:
             self._logits = logits
 
         self._hook = pl_module.register_forward_hook(keep)
-        pl_module.hparams["fused_upsample"] = False  # it would leave out forward and its logits
+        pl_module.hparams["fused_upsample"] = False  # the fused path does not call forward
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen no longer."""
+        """Remove the hook."""
         self._hook.remove()
         self._logits = None
 
     def take(self, trainer: pl.Trainer, outputs: Any, batch: Any, batch_idx: int, split: str) -> None:
-        """Count a batch."""
+        """Count the pixels of a batch, and sample and draw its images."""
         assert self._logits is not None
         logits, target, preds = self._logits.detach(), outputs["target"], outputs["preds"]
         data: SegmentationData = trainer.datamodule  # type: ignore[attr-defined]
@@ -166,56 +165,56 @@ class EvaluationRecord(EvaluationCallback):
             if self._log_probs:
                 pixels = max(1, _LOG_PROBS // (classes * images))
                 self.sample.append(sample_log_probs(logits[index].float(), target[index], pixels, self._generator))
-            place = _place(len(self.names) - 1, images, self._pictures)
-            if place is not None:
-                found = {"target": target[index], "prediction": preds[index]}
-                found |= {} if shifted is None else {"shifted": shifted[index]}
-                self._draw(place, batch["image"][index], found, data.palette)
+            picture = _picture_index(len(self.names) - 1, images, self._pictures)
+            if picture is not None:
+                masks = {"target": target[index], "prediction": preds[index]}
+                masks |= {} if shifted is None else {"shifted": shifted[index]}
+                self._draw(picture, batch["image"][index], masks, data.palette)
 
-    def _draw(self, place: int, image: Tensor, masks: dict[str, Tensor], palette: Palette) -> None:
+    def _draw(self, index: int, image: Tensor, masks: dict[str, Tensor], palette: Palette) -> None:
         height, width = masks["target"].shape
         scale = min(1.0, _SIDE / max(height, width))
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         picture = pictures.image_picture(image.cpu()).resize(size, Image.Resampling.BILINEAR)
-        pictures.save(picture, self._folder / f"{place}-image.jpg")
+        pictures.save(picture, self._folder / f"{index}-image.jpg")
         for name, mask in masks.items():
             small = pictures.palette_image(mask.cpu(), palette).resize(size, Image.Resampling.NEAREST)
-            pictures.save(small, self._folder / f"{place}-{name}.png")
+            pictures.save(small, self._folder / f"{index}-{name}.png")
 
 
 def sample_log_probs(
     logits: Tensor, target: Tensor, pixels: int, generator: torch.Generator
 ) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
-    """Draw labelled pixels of an image with their log-probabilities, the logits resized bilinearly to the labels' size.
+    """Sample labelled pixels of an image with their log-probabilities. Logits are resized bilinearly to the target's size.
 
     Args:
         logits: (C,h,w) float32.
         target: (H,W) train ids or 255.
-        pixels: how many at most; all where there are fewer.
-        generator: on the CPU.
+        pixels: largest number of pixels to sample.
+        generator: random generator on the CPU.
 
     Returns:
-        (P,C) log-probabilities and (P,) labels.
+        Log-probabilities (P,C) float16 and labels (P,) uint8.
     """
     height, width = target.shape
-    found = (target.flatten() != IGNORE_INDEX).nonzero().flatten().cpu()
-    found = found[torch.randperm(len(found), generator=generator)[:pixels]].to(target.device)
-    # At the drawn pixels alone: the resized logits of a large image take gigabytes. Same positions as F.interpolate's.
-    rows, columns = found // width, found % width
-    place = torch.stack([(2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1], dim=-1)
-    drawn = F.grid_sample(logits[None], place[None, None].to(logits), padding_mode="border", align_corners=False)
-    log_probs = drawn[0, :, 0].T.log_softmax(1).clamp(min=-1000)
-    return log_probs.half().cpu().numpy(), target.flatten()[found].to(torch.uint8).cpu().numpy()
+    labelled = (target.flatten() != IGNORE_INDEX).nonzero().flatten().cpu()
+    sampled = labelled[torch.randperm(len(labelled), generator=generator)[:pixels]].to(target.device)
+    # Resized logits of a large image take gigabytes: interpolate only at the sampled pixels, positioned as by F.interpolate
+    rows, columns = sampled // width, sampled % width
+    positions = torch.stack([(2 * columns + 1) / width - 1, (2 * rows + 1) / height - 1], dim=-1)
+    resized = F.grid_sample(logits[None], positions[None, None].to(logits), padding_mode="border", align_corners=False)
+    log_probs = resized[0, :, 0].T.log_softmax(1).clamp(min=-1000)
+    return log_probs.half().cpu().numpy(), target.flatten()[sampled].to(torch.uint8).cpu().numpy()
 
 
-def _place(index: int, images: int, wanted: int) -> int | None:
-    """Which of ``wanted`` evenly spread images this one is."""
-    wanted = min(wanted, images)
-    chosen = [images * (2 * place + 1) // (2 * wanted) for place in range(wanted)]
+def _picture_index(index: int, images: int, pictures: int) -> int | None:
+    """Position of image ``index`` among ``pictures`` evenly spaced ones; None if it is not one of them."""
+    pictures = min(pictures, images)
+    chosen = [images * (2 * picture + 1) // (2 * pictures) for picture in range(pictures)]
     return chosen.index(index) if index in chosen else None
 
 
-def _wait(module: pl.LightningModule) -> None:
-    """Let a GPU finish, or the clock would stop when the work has only been handed over."""
+def _synchronize(module: pl.LightningModule) -> None:
+    """Wait for the GPU: its kernels run asynchronously, and the clock must include them."""
     if module.device.type == "cuda":
         torch.cuda.synchronize(module.device)

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing else, drawn from the results by ``report.html``, a Jinja template."""
+"""Write the report of a study: one self-contained HTML file from the Jinja template ``report.html``."""
 
 import io
 import math
@@ -13,19 +13,19 @@ from PIL import Image
 from mcseg.compare.charts import curves, data_uri, forest, minus, offsets, share, signed
 from mcseg.compare.comparison import Entry
 from mcseg.compare.schedule import save_text
-from mcseg.compare.statistics import LEVEL, MEASURES, class_iou
+from mcseg.compare.statistics import LEVEL, MEASURES, class_iou, mean_of_defined
 from mcseg.compare.tables import Results
 
-_FULL_TINT = 0.15  # difference of an IoU, or a third of a logit ten times as large, that is tinted in full
+_FULL_TINT = 0.15  # difference in IoU at which a cell has its full tint
 
 
 def write(results: Results) -> Path:
-    """Write ``report.html`` into the folder of the comparison and return its path."""
+    """Write ``report.html`` to the folder of the study and return its path."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # names of classes, objectives and files are whatever a user has
+        autoescape=True,  # names of classes, objectives and files are untrusted
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -41,7 +41,7 @@ def _content(results: Results) -> dict[str, Any]:
         "recipe": study.recipe,
         "baseline": study.baseline,
         "level": round(100 * LEVEL),
-        "problems": [*(f"{run}: {error}" for run, error in results.failures), *results.uneven()],
+        "problems": [*(f"{run}: {error}" for run, error in results.failures), *results.condition_mismatches()],
         "missing": results.missing,
         "remarks": study.remarks,
         "finished": bool(results.finals),
@@ -59,7 +59,8 @@ def _content(results: Results) -> dict[str, Any]:
         "curves": curves(results),
         "scenes": _scenes(results),
         "legend": [
-            (name, _css(color)) for name, color in zip(compared.class_names, results.any["classes"]["palette"], strict=True)
+            (name, _css(color))
+            for name, color in zip(compared.class_names, results.any_final["classes"]["palette"], strict=True)
         ],
         "offsets": offsets(results),
         "shifts": _shifts(results),
@@ -71,13 +72,13 @@ def _content(results: Results) -> dict[str, Any]:
 def _lead(results: Results, order: Sequence[tuple[Entry, dict[str, Any]]]) -> dict[str, Any]:
     entry, row = order[0]
     baseline = next((r for e, r in order if (e.label, e.shifted) == (results.study.baseline, False)), None)
-    found = results.any
+    final = results.any_final
     return {
         "objectives": len({e.label for e, _ in order}),
         "seeds": len(results.study.seeds),
-        "epochs": len(found["curves"]),
-        "steps": found["steps"],
-        "images": found["images"],
+        "epochs": len(final["curves"]),
+        "steps": final["steps"],
+        "images": final["images"],
         "classes": len(results.comparison.class_names),
         "best": entry.name,
         "best_miou": _percent(row["miou_mean"], row["miou_sd"]),
@@ -102,14 +103,14 @@ def _table_row(entry: Entry, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _class_table(results: Results, entries: Sequence[Entry], shifted: bool) -> dict[str, Any] | None:
-    """IoU per class and objective, tinted by the difference to the baseline."""
+    """IoU by class and objective, tinted by the difference to the baseline."""
     columns = [entry for entry in entries if entry.shifted == shifted]
     if not columns:
         return None
     iou = {e.name: np.stack([class_iou(counts.sum(0)) for counts in e.counts.values()]) for e in columns}
+    means = {name: mean_of_defined(values.T) for name, values in iou.items()}
     baseline = results.comparison.baseline(shifted)
-    reference = _means(iou[baseline.name]) if baseline is not None else np.full(len(results.comparison.class_names), np.nan)
-    means = {name: _means(values) for name, values in iou.items()}
+    reference = np.full(len(results.comparison.class_names), np.nan) if baseline is None else means[baseline.name]
     rows = []
     for index in np.argsort(-results.comparison.shares, kind="stable"):
         best = np.nanmax([*(mean[index] for mean in means.values()), -1])
@@ -128,7 +129,7 @@ def _class_table(results: Results, entries: Sequence[Entry], shifted: bool) -> d
         rows.append(
             {
                 "name": results.comparison.class_names[index],
-                "color": _css(results.any["classes"]["palette"][index]),
+                "color": _css(results.any_final["classes"]["palette"][index]),
                 "share": float(results.comparison.shares[index]),
                 "share_text": share(float(results.comparison.shares[index])),
                 "tail": int(index) in results.comparison.tail,
@@ -139,19 +140,19 @@ def _class_table(results: Results, entries: Sequence[Entry], shifted: bool) -> d
 
 
 def _scenes(results: Results) -> list[dict[str, Any]]:
-    """The same images under every objective, by its first finished seed."""
+    """Pictures of the same images for every objective, from its first finished seed."""
     folders = {}
     for objective in results.study.objectives:
         runs = [results.finals.get((objective.label, seed)) for seed in results.study.seeds]
-        if found := next((run for run in runs if run), None):
-            folders[objective.label] = results.folder.path(found[0]) / "pictures"
+        if final := next((run for run in runs if run), None):
+            folders[objective.label] = results.folder.path(final[0]) / "pictures"
     scenes = []
     first = next(iter(folders.values()))
-    for place in range(len(list(first.glob("*-image.jpg")))):
-        target = np.asarray(Image.open(first / f"{place}-target.png"))
-        pictures = [("image", _read_uri(first / f"{place}-image.jpg")), ("target", _read_uri(first / f"{place}-target.png"))]
+    for index in range(len(list(first.glob("*-image.jpg")))):
+        target = np.asarray(Image.open(first / f"{index}-target.png"))
+        pictures = [("image", _read_uri(first / f"{index}-image.jpg")), ("target", _read_uri(first / f"{index}-target.png"))]
         for label, folder in folders.items():
-            with Image.open(folder / f"{place}-prediction.png") as picture:
+            with Image.open(folder / f"{index}-prediction.png") as picture:
                 pixels = np.where(target == 255, 255, np.asarray(picture)).astype(np.uint8)  # void is not scored
                 drawn = Image.fromarray(pixels).convert("P")
                 drawn.putpalette(picture.getpalette() or [])
@@ -163,22 +164,22 @@ def _scenes(results: Results) -> list[dict[str, Any]]:
 
 
 def _shifts(results: Results) -> dict[str, Any] | None:
-    """Shifts of the logits per class and objective."""
-    found = {label: result["shifts"] for (label, _), (_, result) in results.finals.items() if result["shifts"]}
-    if not found:
+    """Shifts of the logits by class and objective."""
+    by_label = {label: result["shifts"] for (label, _), (_, result) in results.finals.items() if result["shifts"]}
+    if not by_label:
         return None
     rows = []
     compared = results.comparison
     for index in np.argsort(-compared.shares, kind="stable"):
-        cells = [(minus(f"{shifts[index]:+.2f}"), _tint(shifts[index] / 2), shifts[index]) for shifts in found.values()]
+        cells = [(minus(f"{shifts[index]:+.2f}"), _tint(shifts[index] / 2), shifts[index]) for shifts in by_label.values()]
         rows.append({"name": compared.class_names[index], "share": float(compared.shares[index]), "cells": cells})
         rows[-1]["share_text"] = share(float(compared.shares[index]))
-        rows[-1]["color"] = _css(results.any["classes"]["palette"][index])
-    return {"columns": list(found), "rows": rows}
+        rows[-1]["color"] = _css(results.any_final["classes"]["palette"][index])
+    return {"columns": list(by_label), "rows": rows}
 
 
 def _trials(results: Results) -> list[dict[str, Any]]:
-    """Trials on the folds."""
+    """Trials of every objective with their scores on the folds."""
     rows = []
     for objective in results.study.objectives:
         chosen = {run.trial for (label, _), (run, _) in results.finals.items() if label == objective.label}
@@ -199,20 +200,21 @@ def _trials(results: Results) -> list[dict[str, Any]]:
 
 
 def _facts(results: Results) -> list[tuple[str, str]]:
-    """How it was done."""
+    """Facts about the study, as pairs of a heading and a text."""
     study = results.study
-    found = [result for _, result in results.finals.values()]
+    finals = [result for _, result in results.finals.values()]
 
     def kinds(part: str) -> str:
-        told = {", ".join(f"{key} {value}" for key, value in result[part].items() if value is not None) for result in found}
-        return " | ".join(sorted(told))
+        texts = {
+            ", ".join(f"{key} {value}" for key, value in result[part].items() if value is not None) for result in finals
+        }
+        return " | ".join(sorted(texts))
 
-    words = [*study.words]
     facts = [
-        ("Settings of all runs", " ".join(Path(w).name if w.endswith((".yaml", ".yml")) else w for w in words)),
-        ("Objectives", "; ".join(f"{o.label}: {' '.join(_short(word) for word in o.words)}" for o in study.objectives)),
+        ("Settings of all runs", " ".join(Path(w).name if w.endswith((".yaml", ".yml")) else w for w in study.arguments)),
+        ("Objectives", "; ".join(f"{o.label}: {' '.join(map(_short, o.arguments))}" for o in study.objectives)),
         ("Seeds", ", ".join(map(str, study.seeds))),
-        ("Budget", f"{found[0]['steps']} optimiser steps, {len(found[0]['curves'])} epochs"),
+        ("Budget", f"{finals[0]['steps']} optimiser steps, {len(finals[0]['curves'])} epochs"),
         ("Machine", kinds("machine")),
         ("Versions", kinds("versions")),
     ]
@@ -224,15 +226,9 @@ def _facts(results: Results) -> list[tuple[str, str]]:
     return facts
 
 
-def _short(word: str) -> str:
-    return Path(word).stem if word.endswith((".yaml", ".yml")) else "" if word == "--config" else word
-
-
-def _means(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Mean over the seeds for which a value is defined."""
-    number = (~np.isnan(values)).sum(0)
-    mean: np.ndarray[Any, np.dtype[np.float64]] = np.where(number > 0, np.nansum(values, 0) / np.maximum(1, number), np.nan)
-    return mean
+def _short(argument: str) -> str:
+    """Name a recipe without its path, and drop the option --config in front of it."""
+    return Path(argument).stem if argument.endswith((".yaml", ".yml")) else "" if argument == "--config" else argument
 
 
 def _percent(mean: float, deviation: float) -> str:
@@ -242,12 +238,12 @@ def _percent(mean: float, deviation: float) -> str:
 
 
 def _last_parts(settings: str) -> str:
-    """Settings without the path in front of each key."""
+    """Shorten each key to its last part."""
     return re.sub(r"(?<!\S)[\w.]+\.(?=\w+=)", "", settings)
 
 
 def _tint(strength: float) -> str:
-    """Background of a cell by a number from -1 (worse, orange) to 1 (better, blue), the same in light and dark."""
+    """CSS colour of a cell for a strength from -1 (worse, orange) to 1 (better, blue), readable in light and dark mode."""
     if math.isnan(strength) or strength == 0:
         return "transparent"
     color = "37, 99, 235" if strength > 0 else "234, 88, 12"

@@ -1,4 +1,4 @@
-"""Scores of counts per image, and bootstrap intervals of differences over images and seeds."""
+"""Compute scores from pixel counts per image, and bootstrap intervals of their differences over images and seeds."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,7 +15,7 @@ _DRAWS = 4000
 
 
 class Interval(NamedTuple):
-    """A difference and the interval around it."""
+    """A difference and the ends of its interval."""
 
     difference: float
     low: float
@@ -23,7 +23,7 @@ class Interval(NamedTuple):
 
 
 def class_iou(counts: NDArray[np.floating] | Counts) -> Floats:
-    """IoU (...,C) of counts (...,3,C): predicted right, in the target, in the prediction. NaN where it is in neither."""
+    """Return IoU (...,C) from counts (...,3,C): predicted correctly, in the target, in the prediction; NaN for 0 / 0."""
     hit, target, predicted = np.moveaxis(counts.astype(np.float64), -2, 0)
     union = target + predicted - hit
     iou: Floats = np.divide(hit, union, out=np.full(hit.shape, np.nan), where=union > 0)
@@ -31,17 +31,18 @@ def class_iou(counts: NDArray[np.floating] | Counts) -> Floats:
 
 
 def measures(counts: NDArray[np.floating] | Counts, tail: Sequence[int]) -> Floats:
-    """Compute mIoU, the mean IoU of the ``tail`` classes, and pixel accuracy: (...,3) of counts (...,3,C).
+    """Compute mIoU, the mean IoU of the ``tail`` classes, and pixel accuracy: (...,3) from counts (...,3,C).
 
-    Classes in neither target nor prediction are left out of the means; a mean over none is NaN.
+    The means leave out classes in neither target nor prediction; a mean over no class is NaN.
     """
     iou = class_iou(counts)
     labelled = counts[..., 1, :].sum(-1).astype(np.float64)
     accuracy = np.divide(counts[..., 0, :].sum(-1), labelled, out=np.full(labelled.shape, np.nan), where=labelled > 0)
-    return np.stack([_mean_of_defined(iou), _mean_of_defined(iou[..., list(tail)]), accuracy], axis=-1)
+    return np.stack([mean_of_defined(iou), mean_of_defined(iou[..., list(tail)]), accuracy], axis=-1)
 
 
-def _mean_of_defined(values: Floats) -> Floats:
+def mean_of_defined(values: Floats) -> Floats:
+    """Return the mean over the last axis without NaN; NaN if no value is defined."""
     defined = ~np.isnan(values)
     number = defined.sum(-1).astype(np.float64)
     total = np.where(defined, values, 0).sum(-1)
@@ -52,24 +53,27 @@ def _mean_of_defined(values: Floats) -> Floats:
 def paired_intervals(
     ours: Counts, theirs: Counts, tail: Sequence[int], draws: int = _DRAWS, seed: int = 0
 ) -> list[Interval]:
-    """Intervals of the differences of two objectives by the paired bootstrap over images and seeds.
+    """Compute intervals of the differences between two objectives by the paired bootstrap over images and seeds.
 
-    Each draw takes images with replacement, the same for both objectives and all seeds, and seeds with replacement, in
+    Each draw samples images with replacement, the same for both objectives and all seeds, and seeds with replacement, in
     pairs. A measure is computed for each seed from the counts summed over the drawn images, then averaged over the drawn
-    seeds. The interval lies between the percentiles of the differences over the draws. Of S seeds S - 1 are drawn, which
-    makes the variance of so small a sample right (Rao and Wu, JASA 1988); one seed adds no spread at all.
+    seeds. The ends of the interval are percentiles of the differences over the draws. S - 1 of S seeds are drawn: this
+    corrects the variance for so small a sample (Rao and Wu, JASA 1988). A single seed adds no variance.
 
-    Images count as independent; where they are frames of few videos the interval is too narrow.
+    Images are treated as independent; if they are frames of a few videos, the interval is too narrow.
 
     Args:
-        ours: (S,N,3,C) counts per seed and image.
-        theirs: likewise with the same seeds and images.
+        ours: counts (S,N,3,C) per seed and image.
+        theirs: counts of the other objective, for the same seeds and images.
         tail: train ids of the rare classes.
         draws: number of draws.
-        seed: of the draws.
+        seed: seed of the draws.
 
     Returns:
-        One per measure, in the order of ``MEASURES``.
+        One interval per measure, in the order of ``MEASURES``.
+
+    Raises:
+        ValueError: the counts differ in shape.
     """
     if ours.shape != theirs.shape:
         raise ValueError(f"counts: found {ours.shape} and {theirs.shape}, expected the same seeds, images and classes")
@@ -81,16 +85,16 @@ def paired_intervals(
 
     def drawn(counts: Counts) -> Floats:
         flat = counts.transpose(1, 0, 2, 3).reshape(images, -1).astype(np.float64)
-        found = measures((image_weights @ flat).reshape(draws, seeds, 3, classes), tail)
-        found[np.isnan(found) & (seed_weights == 0)[..., None]] = 0  # undefined for a seed that is not drawn
-        mean: Floats = np.einsum("ds,dsm->dm", seed_weights, found)
+        values = measures((image_weights @ flat).reshape(draws, seeds, 3, classes), tail)
+        values[np.isnan(values) & (seed_weights == 0)[..., None]] = 0  # NaN of a seed that is not drawn must not spread
+        mean: Floats = np.einsum("ds,dsm->dm", seed_weights, values)
         return mean
 
     differences = drawn(ours) - drawn(theirs)
     point = (measures(ours.sum(1), tail) - measures(theirs.sum(1), tail)).mean(0)
-    found = []
+    intervals = []
     for value, drawn_values in zip(point, differences.T, strict=True):
-        defined = drawn_values[~np.isnan(drawn_values)]  # a draw may lack all images of the rare classes
+        defined = drawn_values[~np.isnan(drawn_values)]  # a draw may miss all images of the rare classes
         ends = np.percentile(defined, [50 * (1 - LEVEL), 50 * (1 + LEVEL)]) if len(defined) else (np.nan, np.nan)
-        found.append(Interval(float(value), float(ends[0]), float(ends[1])))
-    return found
+        intervals.append(Interval(float(value), float(ends[0]), float(ends[1])))
+    return intervals

@@ -1,7 +1,7 @@
-"""One run of a comparison in a process of its own: ``python -m mcseg.compare.worker RUN_FOLDER``.
+"""Execute one run of a study in a separate process: ``python -m mcseg.compare.worker RUN_FOLDER``.
 
-The folder holds ``spec.json``. The run leaves ``counts.npz``, pictures and the like beside it, and ``result.json`` last, so
-that a folder with ``result.json`` is complete; a run that fails leaves ``error.txt`` instead.
+The run reads ``spec.json`` in its folder. It writes ``counts.npz``, pictures and the other files first and ``result.json``
+last, so a folder with ``result.json`` is complete. A run that fails writes ``error.txt`` instead.
 """
 
 import importlib.metadata
@@ -39,45 +39,47 @@ FORMAT = 1  # of result.json and counts.npz
 
 
 class _Run(SegmentationCLI):
-    """The command's classes without what a single run shows its user, and without checkpoints: there are many runs."""
+    """The classes of ``mcseg fit`` without pictures and checkpoints, since a study has many runs."""
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Leave out pictures and checkpoints."""
+        """Build the trainer without callbacks for pictures and checkpoints."""
         trainer = super().instantiate_trainer(**kwargs)
         pictures = (ConfusionPicture, ObjectiveMonitor, PredictionPanel, PredictionWriter, TrainingCurves)
-        left_out = (*pictures, pl.callbacks.ModelCheckpoint, CheckpointOnSignal)
-        found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        trainer.callbacks = [callback for callback in found if not isinstance(callback, left_out)]  # type: ignore[attr-defined]
+        excluded = (*pictures, pl.callbacks.ModelCheckpoint, CheckpointOnSignal)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        trainer.callbacks = [callback for callback in callbacks if not isinstance(callback, excluded)]  # type: ignore[attr-defined]
         return trainer
 
 
-class _Orphans(Callback):
-    """Stops a run whose parent is gone, so that a killed comparison leaves nothing behind that computes."""
+class _ExitWithParent(Callback):
+    """Kill this process if its parent died, so that no run outlives a killed ``mcseg compare``."""
 
     def __init__(self) -> None:
         self._parent = os.getppid()
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Look for the parent."""
+        """Check the parent."""
         if os.getppid() != self._parent:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(folder: Path) -> None:
-    """Train, evaluate the last weights on the validation split once, and write the results into ``folder``."""
+    """Train, evaluate the last weights once on the validation split, and write the results to ``folder``."""
     spec = json.loads((folder / "spec.json").read_text())
     if spec["threads"]:
         torch.set_num_threads(spec["threads"])
-    words = [*spec["words"], f"--trainer.default_root_dir={folder}", "--trainer.devices=1"]
+    arguments = [*spec["arguments"], f"--trainer.default_root_dir={folder}", "--trainer.devices=1"]
     if spec["start"]:
-        words.append(f"--model.init_from={spec['start']}")
-    cli = _Run(spec["recipe"], words, run=False)
+        arguments.append(f"--model.init_from={spec['start']}")
+    cli = _Run(spec["recipe"], arguments, run=False)
     training = TrainingRecord()
-    evaluation = EvaluationRecord(spec["shifts"], spec["pictures"], folder / "pictures", spec["log_probs"])
+    evaluation = EvaluationRecord(
+        shifts=spec["shifts"], pictures=spec["pictures"], folder=folder / "pictures", log_probs=spec["log_probs"]
+    )
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    trainer.callbacks += [training, _Orphans()]  # type: ignore[attr-defined]
+    trainer.callbacks += [training, _ExitWithParent()]  # type: ignore[attr-defined]
 
-    began = time.perf_counter()
+    start = time.perf_counter()
     trainer.fit(module, data)
     fitted = time.perf_counter()
     memory = {"process": _peak_memory()}
@@ -115,7 +117,7 @@ def run(folder: Path) -> None:
         "offsets": _offsets(module.objective),
         "curves": training.curves,
         "steps": trainer.global_step,
-        "seconds": training.seconds_per_step() | {"fit": fitted - began, "evaluation": evaluated - fitted},
+        "seconds": training.seconds_per_step() | {"fit": fitted - start, "evaluation": evaluated - fitted},
         "memory_bytes": memory,
         "fingerprint": {"weights": training.weights, "batches": training.batches},
         "machine": {"device": _device(trainer), "threads": torch.get_num_threads(), "precision": str(trainer.precision)},
@@ -125,21 +127,21 @@ def run(folder: Path) -> None:
     save_text(folder / "result.json", json.dumps(result, indent=1))
 
 
-def _settings(found: dict[str, Any]) -> dict[str, Any]:
-    """Settings that numbers depend on, without where this machine has its files: results are there to be shared."""
-    kept = {key: found[key] for key in ("seed_everything", "model", "data", "inference", "trainer")}
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """Select the settings that results depend on, without paths of this machine, so that results can be shared."""
+    kept = {key: config[key] for key in ("seed_everything", "model", "data", "inference", "trainer")}
     kept["trainer"] = {key: value for key, value in kept["trainer"].items() if key not in ("default_root_dir", "logger")}
     data = dict(kept["data"]["init_args"])
     if data.get("root"):
         data["root"] = Path(data["root"]).name
     kept["data"] = {**kept["data"], "init_args": data}
     if start := kept["model"].get("init_from"):
-        kept["model"] = {**kept["model"], "init_from": "/".join(Path(start).parts[-3:])}  # in the comparison's folder
+        kept["model"] = {**kept["model"], "init_from": "/".join(Path(start).parts[-3:])}  # relative to the study's folder
     return cast(dict[str, Any], json.loads(json.dumps(kept, default=str)))
 
 
 def _scores(counts: np.ndarray[Any, Any], tail: list[int]) -> dict[str, Any]:
-    """Read (images,3,C) counts."""
+    """Compute scores from counts (N,3,C)."""
     scores = Scores.from_counts(*torch.from_numpy(counts.sum(0)))
     return {
         "miou": scores.miou,
@@ -155,16 +157,16 @@ def _number(value: float) -> float | None:
 
 
 def _offsets(objective: Any) -> dict[str, list[float]] | None:
-    """Margin offsets of an objective that has some, also inside a sum."""
+    """Return the margin offsets of an objective, or of one in a sum; None without offsets."""
     for module in objective.modules():
-        found = getattr(module, "offsets", None)
-        if found is not None and getattr(module, "is_calibrated", False):
-            return {"foreground": found.foreground.tolist(), "background": found.background.tolist()}
+        offsets = getattr(module, "offsets", None)
+        if offsets is not None and getattr(module, "is_calibrated", False):
+            return {"foreground": offsets.foreground.tolist(), "background": offsets.background.tolist()}
     return None
 
 
 def _peak_memory() -> int:
-    """Largest resident memory of this process in bytes."""
+    """Return the peak resident memory of this process in bytes."""
     unit = 1 if platform.system() == "Darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -187,12 +189,12 @@ def _versions() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    """Commit of the package's sources, where they are a git checkout."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    """Return the commit of the package's sources; None outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     if shutil.which("git") is None:
         return None
-    found = subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None
 
 
 def _save_arrays(path: Path, **arrays: np.ndarray[Any, Any]) -> None:
@@ -200,7 +202,7 @@ def _save_arrays(path: Path, **arrays: np.ndarray[Any, Any]) -> None:
 
 
 def main(folder: Path) -> None:
-    """Run; on an error leave ``error.txt`` with one line, and exit with 1."""
+    """Execute the run; on an error write one line to ``error.txt`` and exit with 1."""
     try:
         with warnings.catch_warnings():
             silence_warnings()

@@ -1,4 +1,4 @@
-"""Data sets as LightningDataModules: images and masks with train ids 0..C-1, void 255."""
+"""Data sets as LightningDataModules that give images and masks of train ids, 0..C-1 and void 255."""
 
 from mcseg.data.benchmark import (
     BDD100KData,

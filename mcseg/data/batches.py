@@ -1,4 +1,4 @@
-"""Samples as items and batches: crops for training, whole images for evaluation, and what is skipped."""
+"""Datasets and collation: augmented crops for training, whole images for evaluation, skipping of unusable files."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,11 @@ from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
 from mcseg.seeds import seeded
 
 Batch = dict[str, Any]
-_EMPTY = (32, 32)  # height and width of a batch without images, which has to pass a network all the same
+_EMPTY_SIZE = (32, 32)  # height and width of a batch without images; it still passes through the network
 
 
 class TrainingCrops(Dataset[Batch]):
-    """Augmented training crops; with ``skip`` the next image that can be used stands in for one that cannot."""
+    """Augmented training crops; with ``skip``, the next usable image replaces an unusable one."""
 
     def __init__(self, reader: Reader, samples: Sequence[Sample], transform: TrainingTransform, skip: bool = False) -> None:
         self.reader = reader
@@ -39,8 +39,8 @@ class TrainingCrops(Dataset[Batch]):
 
     def _usable_crop(self, index: int) -> Batch:
         skipped: dict[str, str] = {}
-        for place in range(index, index + len(self)):
-            sample = self.samples[place % len(self)]
+        for candidate in range(index, index + len(self)):
+            sample = self.samples[candidate % len(self)]
             try:
                 crop = self._crop(sample)
             except DataError as error:
@@ -49,28 +49,31 @@ class TrainingCrops(Dataset[Batch]):
                 skipped[sample.name] = str(error)
             else:
                 return crop | {"skipped": skipped} if skipped else crop
-        raise DataError(f"no training image can be used any more; the first: {next(iter(skipped.values()))}")
+        raise DataError(
+            f"no training image is usable any more, expected at least one; run mcseg check (first error: "
+            f"{next(iter(skipped.values()))})"
+        )
 
     def _crop(self, sample: Sample) -> Batch:
-        drawn: dict[str, Any] = {}
+        params: dict[str, Any] = {}
 
         def choose(mask: Tensor) -> Window:
-            drawn.update(self.transform.draw(mask))
-            window: Window = drawn["window"]
+            params.update(self.transform.draw(mask))
+            window: Window = params["window"]
             return window
 
         image, mask = self.reader.pair(sample, choose)
         return {
-            "image": self.transform.finish_image(image, drawn),
-            "mask": self.transform.finish_mask(mask, drawn),
+            "image": self.transform.finish_image(image, params),
+            "mask": self.transform.finish_mask(mask, params),
             "name": sample.name,
         }
 
 
 class WholeImages(Dataset[Batch]):
-    """Whole images resized by ``image_scale``, with the mask at its own size or, for prediction, without.
+    """Whole images resized by ``image_scale``, with masks at their stored size, or without masks for prediction.
 
-    With ``skip`` an image that cannot be used is an item without ``image`` that says why.
+    With ``skip``, an unusable image gives an item without ``image`` whose ``skipped`` holds the reason.
     """
 
     def __init__(
@@ -95,13 +98,13 @@ class WholeImages(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         sample = self.samples[index]
         try:
-            return self._whole(sample)
+            return self._load(sample)
         except DataError as error:
             if not self.skip:
                 raise
             return {"skipped": {sample.name: str(error)}}
 
-    def _whole(self, sample: Sample) -> Batch:
+    def _load(self, sample: Sample) -> Batch:
         item: Batch = {"name": sample.name}
         if self.masks:
             image, item["mask"] = self.reader.pair(sample)
@@ -113,43 +116,52 @@ class WholeImages(Dataset[Batch]):
 
 
 class WideningLoader(DataLoader[Batch]):
-    """Makes masks int64, which every loss takes, on this side of the pipe from the workers: an eighth goes through it."""
+    """Loader that converts masks to int64, which every loss takes, in the main process.
+
+    Workers send them as uint8, an eighth of the bytes.
+    """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
             batch.pop("dropped", None)
-            for why in batch.pop("skipped", {}).values():
-                warn_skipped(why)
+            for reason in batch.pop("skipped", {}).values():
+                warn_skipped(reason)
             if "mask" in batch:
-                # By numpy: torch's threads would go on spinning on the cores that the workers need.
+                # NumPy, because torch's threads would keep spinning on the cores that the workers need.
                 batch["mask"] = torch.from_numpy(batch["mask"].numpy().astype(np.int64))
             yield batch
 
 
-def warn_skipped(why: str) -> None:
-    """Tell of a sample that is skipped, in the words of its error."""
-    warnings.warn(f"skipped: {why}", stacklevel=2)
+def warn_skipped(reason: str) -> None:
+    """Warn that a sample is skipped; ``reason`` is the message of its error."""
+    warnings.warn(f"skipped: {reason}", stacklevel=2)
 
 
 def collate(items: Sequence[Batch]) -> Batch:
-    """Stack items to a batch, which is empty where none has an image.
+    """Stack items to a batch.
 
-    Where samples were skipped, ``skipped`` has the reason by their names, and ``dropped`` the places of the items without.
+    Returns:
+        A batch as :class:`~mcseg.data.datamodule.SegmentationData` describes it; without images if no item has one. If
+        samples were skipped, ``skipped`` maps their names to the reasons and ``dropped`` lists the positions of the items
+        without an image.
+
+    Raises:
+        DataError: images of different sizes.
     """
-    told: Batch = {}
-    if skipped := {name: why for item in items for name, why in item.get("skipped", {}).items()}:
-        told = {"skipped": skipped, "dropped": [place for place, item in enumerate(items) if "image" not in item]}
+    report: Batch = {}
+    if skipped := {name: reason for item in items for name, reason in item.get("skipped", {}).items()}:
+        report = {"skipped": skipped, "dropped": [index for index, item in enumerate(items) if "image" not in item]}
         items = [item for item in items if "image" in item]
     if not items:
-        height, width = _EMPTY
+        height, width = _EMPTY_SIZE
         image, mask = torch.zeros(0, 3, height, width, dtype=torch.uint8), torch.zeros(0, height, width, dtype=torch.uint8)
-        return {"image": image, "mask": mask, "name": [], "size": []} | told
+        return {"image": image, "mask": mask, "name": [], "size": []} | report
     sizes = sorted({tuple(item["mask" if "mask" in item else "image"].shape[-2:]) for item in items})
     if len(sizes) > 1:
         raise DataError(
-            f"images of different sizes ({sizes[0][1]}x{sizes[0][0]}, {sizes[1][1]}x{sizes[1][0]}) cannot form "
-            "one batch; set data.eval_batch_size to 1"
+            f"found images of {sizes[0][1]}x{sizes[0][0]} and {sizes[1][1]}x{sizes[1][0]} pixels in one batch, expected "
+            "equal sizes; set data.eval_batch_size to 1"
         )
-    # torch's collation stacks tensors where the main process reads them
+    # default_collate stacks in shared memory, so that the main process need not copy
     stacked = {key: default_collate([item[key] for item in items]) for key in ("image", "mask") if key in items[0]}
-    return stacked | {key: [item[key] for item in items] for key in ("name", "size") if key in items[0]} | told
+    return stacked | {key: [item[key] for item in items] for key in ("name", "size") if key in items[0]} | report

@@ -1,5 +1,6 @@
-"""Public benchmarks in their official layouts: ``facts/<name>.toml`` says what is known of each, one class reads them."""
+"""Public benchmarks in their official layouts: ``facts/<name>.toml`` describes each, and one class reads all."""
 
+import itertools
 import json
 import os
 import tomllib
@@ -17,12 +18,12 @@ from mcseg.data.labels import DataError, LabelTable
 from mcseg.data.layout import fill, find, fixed_folder, readable
 from mcseg.data.matlab import MatReader
 
-_FILES = ("images", "masks", "list")  # what a source of a split names
+_FILES = ("images", "masks", "list")  # keys of a source that hold path templates
 
 
 @cache
 def benchmark_facts(name: str) -> dict[str, Any]:
-    """Content of ``facts/<name>.toml``. Raises DataError for a name without such a file."""
+    """Read ``facts/<name>.toml``. Raises DataError for an unknown name."""
     if name not in benchmark_names():
         raise DataError(f"found the benchmark {name}, expected one of {', '.join(benchmark_names())}")
     return tomllib.loads(facts_file(name).read_text(encoding="utf-8"))
@@ -30,14 +31,14 @@ def benchmark_facts(name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Submission:
-    """What a benchmark's evaluation server takes; :class:`~mcseg.callbacks.PredictionWriter` writes it.
+    """File format of a benchmark's evaluation server, which :class:`~mcseg.callbacks.PredictionWriter` writes.
 
     Args:
-        benchmark: its name.
-        file: path of a label map, with ``{name}`` for the sample's name.
+        benchmark: name of the benchmark.
+        file: path of a label map in the archive, with ``{name}`` for the sample's name.
         archive: ``zip`` or ``tar.gz``.
-        values: (C,) value in the label map for each train id.
-        palette: write palette PNGs in the class colours instead of grey ones.
+        values: (C,) value of each train id in the label map.
+        palette: write palette PNGs in the class colours instead of grey PNGs.
     """
 
     benchmark: str
@@ -51,11 +52,14 @@ class BenchmarkData(SegmentationData):
     """A benchmark in its official layout.
 
     Args:
-        name: name of the benchmark, see :func:`mcseg.benchmarks.benchmark_names`.
-        root: folder into which the archives were unpacked, or a folder further in, down to the data set's own.
-        labels: which of the benchmark's label sets, where it has several.
-        table: what the mask values mean, if not what the facts say.
+        name: name of the benchmark, see ``mcseg.benchmarks.benchmark_names``.
+        root: folder into which the archives were unpacked, or one of its subfolders down to the data set's own folder.
+        labels: name of the label set, for a benchmark with several.
+        table: label table to use instead of the one in the facts.
         **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+
+    Raises:
+        DataError: an unknown benchmark or label set.
     """
 
     def __init__(
@@ -77,11 +81,11 @@ class BenchmarkData(SegmentationData):
         super().__init__(table or table_from_toml(self.label_facts, f"{name}.toml", void=()), root, **options)
         self.reader = MatReader(self.reader.table)
         self.official = {split: facts.get("count") for split, facts in self.facts["splits"].items()}
-        self._found: dict[str, tuple[list[Sample], list[str]]] = {}
+        self._listings: dict[str, tuple[list[Sample], list[str]]] = {}  # split -> samples, remarks
 
     @property
     def submission(self) -> Submission | None:
-        """Format of the evaluation server, where there is one."""
+        """File format of the evaluation server; None if there is no server."""
         facts = self.facts.get("submission")
         if facts is None:
             return None
@@ -100,130 +104,132 @@ class BenchmarkData(SegmentationData):
 
     @property
     def home(self) -> Path:
-        """Folder that the paths of the facts start from: the root, or the first folder in it that holds the data set.
+        """Folder that the paths in the facts are relative to: the root or a folder below it.
 
         Raises:
-            DataError: no root given, or nothing of the data set in it.
+            DataError: ``root`` is not given, or holds no file of the data set.
         """
         if self.root is None:
             raise DataError(f"data.root is not set: {self.expected()}")
-        # The archives' own top folders may be part of the root or not.
+        # The root may include some of the archives' top folders.
         parts = Path(self.facts.get("layout", {}).get("home", "")).parts
         for skipped in range(len(parts) + 1):
             home = self.root.joinpath(*parts[skipped:])
             if any(_exists(home, source) for split in self.facts["splits"].values() for source in split.get("from", ())):
                 return home
-        state = f"no {self.facts['title']} here" if self.root.is_dir() else "no such folder"
-        raise DataError(f"{self.root}: {state}; {self.expected()}")
+        problem = f"no {self.facts['title']} in this folder" if self.root.is_dir() else "no such folder"
+        raise DataError(f"{self.root}: {problem}; {self.expected()}")
 
     def samples(self, split: str) -> list[Sample]:
-        """List the images of a split, sorted by name; ``mask`` is None where the benchmark withholds the labels."""
+        """List the images of a split, sorted by name; ``mask`` is None if the labels are not public."""
         return self.listed(split)
 
     def remarks(self, split: str) -> list[str]:
-        """Say where the files differ from the official split: their number, images and masks without a partner."""
+        """List differences from the official split: another number of images, images or masks without a partner."""
         samples, official = self.samples(split), self.official.get(split)
-        remarks = list(self._found[split][1]) if split in self._found else []
+        remarks = list(self._listings[split][1]) if split in self._listings else []
         if samples and official and len(samples) != official:
             remarks.append(
-                f"{self.facts['title']}: {len(samples)} images in the {split} split, the official one has {official}; "
-                "an archive may be missing or unpacked in part"
+                f"{self.facts['title']}: found {len(samples)} images in the {split} split, the official one has {official}; "
+                "check that all archives are there and completely unpacked"
             )
         return remarks
 
     def expected(self, split: str = "train") -> str:
-        """Say which files a split should have and how to get them."""
+        """Describe the files that a split needs and how to get them, for messages."""
         home = self.facts.get("layout", {}).get("home", "")
         source = self.facts["splits"][split if split in self.facts["splits"] else "all"]["from"][0]
         files = [os.path.normpath(os.path.join(home, readable(source[key]))) for key in _FILES if key in source]
-        return f"expected {', '.join(files[:-1])}{' and ' if files[1:] else ''}{files[-1]} below the root; {self._command()}"
+        listing = f"{', '.join(files[:-1])}{' and ' if files[1:] else ''}{files[-1]}"
+        return f"expected {listing} below the root; {self._download_hint()}"
 
     def listed(self, split: str, home: Path | None = None, **fields: str) -> list[Sample]:
         """List a split as the facts describe it.
 
         Args:
             split: key of ``splits`` in the facts.
-            home: folder that their paths start from.
-            **fields: values of fields of the templates that are known beforehand.
+            home: folder that the paths in the facts are relative to; the default is ``self.home``.
+            **fields: values for some fields of the path templates.
 
         Raises:
-            DataError: images without the folder of their masks; a train or val split without images.
+            DataError: images but no masks; a train or val split without images.
         """
-        if split not in self._found:
-            self._found[split] = self._list(self.facts["splits"].get(split, {}), home, fields)
-            if not self._found[split][0] and split in ("train", "val"):
+        if split not in self._listings:
+            self._listings[split] = self._list(self.facts["splits"].get(split, {}), home, fields)
+            if not self._listings[split][0] and split in ("train", "val"):
                 raise DataError(f"{self.root}: the {split} split of {self.facts['title']} is empty; {self.expected(split)}")
-        return self._found[split][0]
+        return self._listings[split][0]
 
     def _list(self, facts: dict[str, Any], home: Path | None, fields: dict[str, str]) -> tuple[list[Sample], list[str]]:
         folder = home or self.home
         sources = [
-            {key: _partly_filled(value, fields) for key, value in source.items()}
+            {key: _fill_fields(value, fields) for key, value in source.items()}
             for source in facts.get("from", ())
             if source.get("labels", self.labels) == self.labels
         ]
-        # Of the layouts that the benchmark had over time, the first that is complete
+        # A benchmark may have had several layouts over time; use the first complete one.
         present = [source for source in sources if _exists(folder, source)]
         for source in present:
             if "masks" not in source or next(find(folder, source["masks"]), None):
-                return self._paired(folder, source, _images(folder, source), facts.get("skip", ()))
+                return self._pair(folder, source, skip=facts.get("skip", ()))
         if present:
             masks = present[0]["masks"]
             raise DataError(
-                f"{fixed_folder(folder, masks)}: no masks of {self.facts['title']} there; expected {readable(masks)}; "
-                f"{self._command()}"
+                f"{fixed_folder(folder, masks)}: no masks of {self.facts['title']}; expected {readable(masks)}; "
+                f"{self._download_hint()}"
             )
         return [], []
 
-    def _paired(
-        self, folder: Path, source: dict[str, str], found: list[tuple[dict[str, str], Path]], skip: Iterable[str]
-    ) -> tuple[list[Sample], list[str]]:
+    def _pair(self, folder: Path, source: dict[str, str], *, skip: Iterable[str]) -> tuple[list[Sample], list[str]]:
+        """Pair the images of a source with their masks; returns samples and remarks."""
         layout = self.facts.get("layout", {})
         name, masks = layout.get("name", "{id}"), source.get("masks")
-        images = {name.format_map(fields): (fields, path) for fields, path in found}
+        images = {name.format_map(fields): (fields, path) for fields, path in _images(folder, source)}
         names = [key for key in sorted(images) if key not in set(skip)]
         samples = [Sample(key, images[key][1], fill(folder, masks, images[key][0]) if masks else None) for key in names]
         if not masks or not layout.get("leave_out_orphans"):
             return samples, []
         partners = {name.format_map(fields): path for fields, path in find(folder, masks)}
         return [sample for sample in samples if sample.name in partners], [
-            f"{self.facts['title']}: {len(alone)} {kind} left out: {', '.join(alone[:6])}{', ...' if len(alone) > 6 else ''}"
-            for kind, alone in (
+            f"{self.facts['title']}: left out {len(orphans)} {kind}: {', '.join(orphans[:6])}"
+            f"{', ...' if len(orphans) > 6 else ''}"
+            for kind, orphans in (
                 ("images without a mask", [key for key in names if key not in partners]),
                 ("masks without an image", sorted(key for key in partners if key not in images)),
             )
-            if alone
+            if orphans
         ]
 
-    def _command(self) -> str:
-        verb = "says how to get them" if self.facts["download"]["login"] else "fetches them"
-        return f"`mcseg download {self.benchmark} --root DIR` {verb}"
+    def _download_hint(self) -> str:
+        effect = "explains how to get them" if self.facts["download"]["login"] else "downloads them"
+        return f"`mcseg download {self.benchmark} --root DIR` {effect}"
 
 
 def check_choice(option: str, value: str, choices: Iterable[str]) -> None:
-    """Raise DataError where a data option is none of its choices."""
+    """Raise DataError if the value of a data option is not one of its choices."""
     if value not in choices:
         raise DataError(f"data.{option}: found {value}, expected one of {', '.join(choices)}")
 
 
-def _partly_filled(value: str, fields: dict[str, str]) -> str:
+def _fill_fields(value: str, fields: dict[str, str]) -> str:
     for name, text in fields.items():
         value = value.replace(f"{{{name}}}", text)
     return value
 
 
 def _exists(folder: Path, source: dict[str, str]) -> bool:
-    """Whether the list of a source, or the folder of its images, is there."""
+    """Whether a source's list of images, or else one of its images, exists."""
     if "list" in source:
         return (folder / source["list"]).is_file()
     return next(find(folder, source["images"]), None) is not None
 
 
 def _images(folder: Path, source: dict[str, str]) -> list[tuple[dict[str, str], Path]]:
+    """List the images of a source as (fields, path)."""
     if "list" not in source:
         return list(find(folder, source["images"]))
     lines = (folder / source["list"]).read_text(encoding="utf-8").split("\n")
-    # One id per line; older lists of VOC have two columns of paths.
+    # Lists have one id per line; older lists of VOC have two columns of paths.
     ids = [Path(line.split()[0]).stem for line in lines if line.strip()]
     return [({"id": id_}, fill(folder, source["images"], {"id": id_})) for id_ in ids]
 
@@ -234,7 +240,7 @@ class CamVidData(BenchmarkData):
     Source: Brostow et al., ECCV 2008; 11-class version of Badrinarayanan, Kendall, Cipolla (SegNet).
 
     Args:
-        root: folder with ``train``, ``trainannot``, ``val``, ``valannot`` and, if there, ``test``, ``testannot``. Images
+        root: folder with ``train``, ``trainannot``, ``val``, ``valannot`` and, optionally, ``test``, ``testannot``. Images
             may be .png or .jpg.
         **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
     """
@@ -249,8 +255,8 @@ class CityscapesData(BenchmarkData):
     Source: Cordts et al., CVPR 2016.
 
     Args:
-        root: folder with ``leftImg8bit`` and ``gtFine`` (and ``gtCoarse``).
-        coarse: train on the 19997 coarsely labelled images of ``train_extra`` as well.
+        root: folder with ``leftImg8bit`` and ``gtFine``, and ``gtCoarse`` for ``coarse``.
+        coarse: also train on the 19997 coarsely labelled images of ``train_extra``.
         **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
     """
 
@@ -261,7 +267,7 @@ class CityscapesData(BenchmarkData):
             self.official["train"] += self.official["train_extra"]
 
     def samples(self, split: str) -> list[Sample]:
-        """List the images of a split; training has those of ``train_extra`` as well where ``coarse`` is set."""
+        """List the images of a split; with ``coarse``, the training split includes ``train_extra``."""
         if split != "train" or not self.coarse:
             return super().samples(split)
         extra = self.listed("train_extra")
@@ -273,11 +279,11 @@ class CityscapesData(BenchmarkData):
 class BDD100KData(BenchmarkData):
     """BDD100K semantic segmentation: 7000 / 1000 / 2000 images of 1280x720, the 19 classes of Cityscapes.
 
-    Images and masks are paired by name; those without a partner, which packages of before June 2021 have, are left out with
+    Images and masks are paired by name. Packages from before June 2021 hold some without a partner; those are left out with
     a warning. Source: Yu et al., CVPR 2020.
 
     Args:
-        root: folder with ``bdd100k``, or that folder itself; the tree of before June 2021 (``seg``) will do as well.
+        root: folder with ``bdd100k``, or that folder itself; the layout from before June 2021 (``seg``) is read too.
         **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
     """
 
@@ -286,19 +292,16 @@ class BDD100KData(BenchmarkData):
 
 
 class MapillaryVistasData(BenchmarkData):
-    """Mapillary Vistas: 18000 / 2000 / 5000 images of up to 20 megapixels and more; 65 (v1.2) or 116 (v2.0) classes.
+    """Mapillary Vistas: 18000 / 2000 / 5000 images, some above 20 megapixels; 65 (v1.2) or 116 (v2.0) classes.
 
-    Where the distribution's ``config`` file is there, its names are compared with the known ones. Source: Neuhold et al.,
+    If the distribution's ``config`` file exists, its label names must equal those in the facts. Source: Neuhold et al.,
     ICCV 2017.
 
     Args:
-        root: folder with ``training``, ``validation`` and ``testing``, in the nested tree of the v2.0 archive or in the
-            flat one of v1.x.
-        version: which labels.
-        **options: see :class:`~mcseg.data.datamodule.SegmentationData`; ``max_side`` keeps memory and time within bounds.
-
-    Raises:
-        DataError: as every benchmark; a config file that names other labels.
+        root: folder with ``training``, ``validation`` and ``testing``, in the nested layout of the v2.0 archive or the flat
+            layout of v1.x.
+        version: version of the labels.
+        **options: see :class:`~mcseg.data.datamodule.SegmentationData`; ``max_side`` limits memory and time.
     """
 
     def __init__(
@@ -307,27 +310,28 @@ class MapillaryVistasData(BenchmarkData):
         super().__init__("mapillary_vistas", root, labels=version, **options)
 
     def samples(self, split: str) -> list[Sample]:
-        """List the images of a split, once the config file is found to agree."""
+        """List the images of a split. Raises DataError if the config file names other labels than the facts."""
         candidates = [self.home / f"config_{self.labels}.json"]
         if self.labels == "v1.2":
-            candidates.append(self.home / "config.json")  # v1.x
+            candidates.append(self.home / "config.json")  # name in the v1.x archives
         for path in candidates:
             if path.is_file():
-                self._compare(path)
+                self._verify_config(path)
         return super().samples(split)
 
-    def _compare(self, path: Path) -> None:
+    def _verify_config(self, path: Path) -> None:
         try:
-            found = [label["name"] for label in json.loads(path.read_text(encoding="utf-8"))["labels"]]
+            config_names = [label["name"] for label in json.loads(path.read_text(encoding="utf-8"))["labels"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path}: cannot be read as the config of Mapillary Vistas ({error})") from None
-        known = self.label_facts["config"]
-        for index in range(max(len(found), len(known))):
-            names = [names[index] if index < len(names) else "nothing" for names in (found, known)]
-            if names[0] != names[1]:
+            raise DataError(
+                f"{path}: cannot be read ({error}); expected the config file of Mapillary Vistas, unpack the archive again"
+            ) from None
+        pairs = itertools.zip_longest(config_names, self.label_facts["config"], fillvalue="nothing")
+        for index, (name, expected) in enumerate(pairs):
+            if name != expected:
                 raise DataError(
-                    f"{path}: label {index} is {names[0]}, expected {names[1]} of {self.labels}; the masks may hold other "
-                    "labels, choose data.version or get the archive anew"
+                    f"{path}: label {index} is {name}, expected {expected} of {self.labels}; the masks may hold other "
+                    "labels, set data.version or download the archive again"
                 )
 
 
@@ -337,7 +341,7 @@ class SceneParse150Data(BenchmarkData):
     Source: Zhou et al., CVPR 2017.
 
     Args:
-        root: folder with ``ADEChallengeData2016`` (and ``release_test``), or the former itself.
+        root: folder with ``ADEChallengeData2016`` and, optionally, ``release_test``; or ``ADEChallengeData2016`` itself.
         **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
     """
 
@@ -365,9 +369,9 @@ class PascalVOCData(BenchmarkData):
     Source: Everingham et al., IJCV 2015; Hariharan et al., ICCV 2011 (SBD).
 
     Args:
-        root: folder with ``VOCdevkit`` (and ``benchmark_RELEASE``), or a folder further in down to ``VOC2012``.
-        train_set: ``train``, or ``train_aug``: the images of VOC train, SBD train and SBD val that are not in VOC val, with
-            VOC's masks where it has any.
+        root: folder with ``VOCdevkit`` (and ``benchmark_RELEASE`` for ``train_aug``), or its subfolder ``VOC2012``.
+        train_set: ``train``, or ``train_aug``: the images of VOC train, SBD train and SBD val that are not in VOC val. An
+            image with a mask of VOC and one of SBD gets the mask of VOC.
         **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
     """
 
@@ -384,15 +388,15 @@ class PascalVOCData(BenchmarkData):
         self.official["train"] = self.official[train_set]
 
     def samples(self, split: str) -> list[Sample]:
-        """List the images of a split; ``train`` is that of ``train_set``."""
-        own = super().samples(split)
+        """List the images of a split; ``train_set`` decides about ``train``."""
+        voc = super().samples(split)
         if split != "train" or self.train_set == "train":
-            return own
+            return voc
         sbd: dict[str, Sample] = {}
         for part in ("sbd_train", "sbd_val"):
             sbd |= {sample.name: sample for sample in self.listed(part)}
             if not self.listed(part):
                 raise DataError(f"{self.root}: data.train_set is train_aug but SBD is missing; {self.expected(part)}")
-        held_out = {sample.name for sample in super().samples("val")}
-        both = sbd | {sample.name: sample for sample in own}
-        return [both[name] for name in sorted(both) if name not in held_out]
+        val_names = {sample.name for sample in super().samples("val")}
+        union = sbd | {sample.name: sample for sample in voc}
+        return [union[name] for name in sorted(union) if name not in val_names]

@@ -1,4 +1,4 @@
-"""Open every file of a data set and list what is wrong with it."""
+"""Decode every file of a data set and list the problems."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,13 @@ from mcseg.data.labels import DataError
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`check` found: images per split, pixels per class and split, and the problems, one line each."""
+    """Result of :func:`check`.
+
+    Args:
+        images: split -> number of images.
+        pixels: split -> (C,) int64 labelled pixels of each class.
+        problems: one line per problem.
+    """
 
     images: dict[str, int]
     pixels: dict[str, Tensor]
@@ -26,7 +32,12 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
     """Decode every image and mask of all splits.
 
     Problems are unreadable files, masks of another size than their image, masks with unknown values, images without a
-    mask, an empty training or validation split, and classes without a pixel in the training labels.
+    mask, an empty training or validation split, classes without a pixel in the training labels, and the data set's
+    ``remarks``.
+
+    Args:
+        data: the data set.
+        progress: show progress bars.
     """
     images: dict[str, int] = {}
     pixels: dict[str, Tensor] = {}
@@ -37,21 +48,21 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
         try:
             samples = data.samples(split)
             problems += data.remarks(split)
-        except DataError as error:  # lists and folders that do not fit; the other splits may
+        except DataError as error:  # a bad list or folder; the other splits may be sound
             problems.append(str(error))
             continue
         images[split] = len(samples)
         if not samples and split != "test":
             problems.append(f"the {split} split is empty")
-        decoded = _Decoded(data.reader, samples, split not in data.withheld)
-        loader = DataLoader(decoded, batch_size=None, num_workers=min(data.num_workers, len(samples)))
-        for found, counts in tqdm(loader, f"Checking {split}", unit=" images", disable=not progress, leave=False):
+        checked = _CheckedSamples(data.reader, samples, masks=split not in data.withheld)
+        loader = DataLoader(checked, batch_size=None, num_workers=min(data.num_workers, len(samples)))
+        for sample_problems, counts in tqdm(loader, f"Checking {split}", unit=" images", disable=not progress, leave=False):
             pixels[split] += counts
-            problems += found
+            problems += sample_problems
     if images["train"]:
-        # Masks of tools that save a shape in white hold 255, which is void.
-        shape = data.num_classes == 2 and not problems
-        hint = "; if it has the value 255 in the masks, say so in classes.toml (id = 255)" if shape else ""
+        # Some tools save a binary mask as 0 and 255, and 255 is void.
+        may_be_binary = data.num_classes == 2 and not problems
+        hint = "; if its value in the masks is 255, write id = 255 in classes.toml" if may_be_binary else ""
         problems += [
             f"class {name} (train id {index}) has no pixel in the training labels{hint}"
             for index, name in enumerate(data.class_names)
@@ -60,8 +71,8 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
     return Report(images, pixels, list(dict.fromkeys(problems)))
 
 
-class _Decoded(Dataset[tuple[list[str], Tensor]]):
-    """(problems, pixel counts) of each sample."""
+class _CheckedSamples(Dataset[tuple[list[str], Tensor]]):
+    """Problems and pixel counts (C,) of each sample; the counts are 0 if there is a problem."""
 
     def __init__(self, reader: Reader, samples: Sequence[Sample], masks: bool) -> None:
         self.reader = reader
@@ -78,15 +89,16 @@ class _Decoded(Dataset[tuple[list[str], Tensor]]):
         def count() -> None:
             counts.copy_(self.reader.counts(sample))
 
-        # Image, mask and their sizes are tried one by one, so that a pair with several faults shows them all.
-        tried = [lambda: self.reader.image(sample), lambda: self.reader.verify(sample, self.masks)]
+        # Image, mask and sizes are checked separately, so that all problems of a pair are listed.
+        steps = [lambda: self.reader.image(sample), lambda: self.reader.verify(sample, self.masks)]
         if self.masks:
-            tried.insert(1, count)
-        problems = list(dict.fromkeys(problem for step in tried if (problem := _fault(step))))
+            steps.insert(1, count)
+        problems = list(dict.fromkeys(problem for step in steps if (problem := _problem(step))))
         return problems, torch.zeros_like(counts) if problems else counts
 
 
-def _fault(step: Callable[[], object]) -> str:
+def _problem(step: Callable[[], object]) -> str:
+    """Return the message of the DataError that ``step`` raises, or ""."""
     try:
         step()
     except DataError as error:

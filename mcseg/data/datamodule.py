@@ -1,4 +1,4 @@
-"""The data module that every data set of mcseg is: samples per split in, batches out."""
+"""Base class of all data sets: lists samples per split and gives batches."""
 
 import fnmatch
 import os
@@ -26,42 +26,50 @@ SPLITS = ("train", "val", "test")
 
 
 class SegmentationData(pl.LightningDataModule):
-    """Pairs of image and mask as batches for training, validation, test and prediction.
+    """Images and masks as batches for training, validation, test and prediction.
 
-    A data set is a subclass that passes its label table and lists its samples in :meth:`samples`; the rest is here. A batch
-    is a dict: ``image`` (N,3,h,w) uint8 RGB, ``mask`` (N,H,W) int64 with train ids 0..C-1 and void 255, ``name`` list of
-    str. In training image and mask are the same crop. In evaluation the image is the whole image resized by ``image_scale``
-    and the mask keeps its own size, at which predictions are scored. For prediction there is ``size`` instead of ``mask``:
-    a list of (height, width) of the files.
+    To add a data set, write a subclass that passes its label table and lists its samples in :meth:`samples`. A batch is a
+    dict:
+
+    - ``image``: (N,3,h,w) uint8 RGB;
+    - ``mask``: (N,H,W) int64, train ids 0..C-1 and void 255; not in prediction;
+    - ``name``: list of N str;
+    - ``size``: list of N (height, width) of the image files; only in prediction.
+
+    In training, image and mask are the same crop. In evaluation, the image is the whole image resized by ``image_scale``
+    and the mask keeps its stored size, at which predictions are scored.
 
     Args:
         table: names, palette and raw ids of the classes.
         root: folder of the data set.
         batch_size: training images per process and step.
-        total_batch_size: training images per step over all processes, in place of ``batch_size``: a run on 1 and on 8 GPUs
-            then takes the same steps.
-        eval_batch_size: validation and test images per step; more than 1 needs images of one size.
-        num_workers: loader processes; -1 takes one per core, at most 8.
+        total_batch_size: training images per step over all processes, instead of ``batch_size``; 1 and 8 GPUs then take
+            the same steps.
+        eval_batch_size: validation and test images per step; more than 1 needs images of equal size.
+        num_workers: number of loader processes; -1 uses one per core, at most 8.
         crop_size: (height, width) of the training crop in pixels of the network's input.
-        image_scale: the network sees images resized by this factor.
-        scale_range: training images are scaled by a factor drawn from here, on top of ``image_scale``.
-        max_class_share: training crops in which one class covers more of the labelled pixels than this are drawn again.
+        image_scale: factor by which images are resized for the network.
+        scale_range: (smallest, largest) further random scale factor of training images.
+        max_class_share: a training crop is drawn again if one class covers more than this share of its labelled pixels.
         flip: flip half of the training images horizontally.
-        color_jitter: strength of brightness, contrast and saturation jitter, 0 to 1; 0 is off.
-        rare_crop_share: probability with which a training crop is centred on a pixel of a class drawn with weights inverse
-            to the classes' training pixels, among the classes of the image; 0 draws all crops anywhere.
-        max_side: images whose longer side has more pixels than this are shrunk to it, before all other scaling; for data
-            sets of huge images. Evaluation still takes place at the mask's own size.
-        predict_root: image file, or folder searched for images in all its levels, for ``predict``; None predicts
-            ``predict_split``.
-        predict_split: split whose images ``predict`` takes where ``predict_root`` is not given; the validation split stands
-            in for a missing test split.
-        held_out: glob patterns of names of training images, for example ``0006R0_*`` for one of CamVid's sequences. Images
-            that match one are left out of training and take the place of the validation split, so that settings can be
-            chosen without a look at that split.
-        on_error: what to do about an image or mask that cannot be used: ``"stop"`` ends the run with its name; ``"skip"``
-            takes the next image in training, goes on without it in evaluation, and lists at the end what was left out.
-        cache_dir: folder for the counts of label pixels; None is the user's cache folder.
+        color_jitter: strength of brightness, contrast and saturation jitter, 0 to 1; 0 disables it.
+        rare_crop_share: probability that a training crop is centred on a pixel of a random class of the image, drawn with
+            the inverse of the classes' training pixels as weights; 0 draws all crops uniformly.
+        max_side: images with a longer side above this are first shrunk to it; for data sets with very large images.
+            Predictions are still scored at the mask's stored size.
+        predict_root: image file, or folder that is searched with its subfolders, for ``predict``; None predicts the images
+            of ``predict_split``.
+        predict_split: split to predict if ``predict_root`` is not given; a missing test split is replaced by the
+            validation split.
+        held_out: glob patterns of names of training images, for example ``0006R0_*`` for one of CamVid's sequences. Matching
+            images are removed from training and replace the validation split, so that settings can be tuned without using
+            that split.
+        on_error: how to handle an unusable image or mask: ``"stop"`` stops the run and names the file; ``"skip"`` uses the
+            next image in training, leaves the image out in evaluation, and lists all skipped images at the end.
+        cache_dir: folder for the cached counts of label pixels; None uses the user's cache folder.
+
+    Raises:
+        DataError: a setting outside its range.
     """
 
     def __init__(
@@ -100,7 +108,7 @@ class SegmentationData(pl.LightningDataModule):
             if value <= 0:
                 raise DataError(f"data.{name}: found {value}, expected a positive number")
         if scale_range[0] > scale_range[1]:
-            raise DataError(f"data.scale_range: found {list(scale_range)}, expected [smallest, largest]")
+            raise DataError(f"data.scale_range: found {list(scale_range)}, expected [smallest, largest]; swap the values")
         if not 0 < max_class_share <= 1:
             raise DataError(f"data.max_class_share: found {max_class_share}, expected a share above 0 and up to 1")
         for name, value in {"color_jitter": color_jitter, "rare_crop_share": rare_crop_share}.items():
@@ -119,19 +127,19 @@ class SegmentationData(pl.LightningDataModule):
         low, high = scale_range
         self.train_transform = TrainingTransform(
             crop_size,
-            (low * image_scale, high * image_scale),
-            max_class_share,
-            flip,
-            color_jitter,
-            max_side,
-            rare_crop_share,
+            scale_range=(low * image_scale, high * image_scale),
+            max_class_share=max_class_share,
+            flip=flip,
+            color_jitter=color_jitter,
+            max_side=max_side,
+            rare_crop_share=rare_crop_share,
         )
         self.predict_root = Path(predict_root).expanduser() if predict_root is not None else None
         self.predict_split = predict_split
         self.held_out = tuple(held_out)
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
         self.skips = on_error == "skip"
-        self._skipped: dict[str, str] = {}  # why, by the sample's name
+        self._skipped: dict[str, str] = {}  # sample's name -> reason
         self._splits: dict[str, list[Sample]] = {}
         self._class_pixels: Tensor | None = None
 
@@ -156,28 +164,28 @@ class SegmentationData(pl.LightningDataModule):
         return self.reader.table.palette
 
     def samples(self, split: str) -> list[Sample]:
-        """List the samples of ``train``, ``val`` or ``test``, sorted; empty where the data set has no such split.
+        """List the samples of ``train``, ``val`` or ``test``, sorted; empty if the data set has no such split.
 
-        Files are only listed: an image without a mask has ``mask=None`` and a broken file is found by :meth:`setup`.
+        Files are listed but not opened: an image without a mask has ``mask=None``, and :meth:`setup` finds broken files.
         """
         raise NotImplementedError
 
     def remarks(self, split: str) -> list[str]:
-        """Lines about a split that its user should read although it can be used; none by default."""
+        """List warnings about a usable split, one line each; none by default."""
         return []
 
     def expected(self, split: str) -> str:
-        """Say which files a split should have and how to get them; "" where it is not known."""
+        """Describe the files that a split needs and how to get them, for messages; "" by default."""
         return ""
 
     def setup(self, stage: str = "fit") -> None:
         """List the splits of the stage and open every header once, so that bad files stop the run before it starts."""
-        wanted = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
-        for split in wanted:
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
+        for split in splits:
             self._prepared(split)
 
     def _prepared(self, split: str) -> list[Sample]:
-        """Samples of a split, listed and verified when first asked for."""
+        """Return the samples of a split, listed and verified at the first call."""
         if split not in self._splits:
             self._splits[split] = self._prepare(split)
         return self._splits[split]
@@ -187,14 +195,17 @@ class SegmentationData(pl.LightningDataModule):
             return images_below(self.predict_root)
         source = self.predict_split if split == "predict" else split
         samples = self._samples_in_use(source)
-        lack = "" if samples else "no test split found"
+        reason = "" if samples else "no test split found"
         if split == "test" and split in self.withheld:
-            lack = "the labels of the test split are not public"
-        if source == "test" and lack:
-            rank_zero_warn(f"{type(self).__name__}: {lack}, using the validation split instead")
+            reason = "the labels of the test split are not public"
+        if source == "test" and reason:
+            rank_zero_warn(f"{type(self).__name__}: {reason}, using the validation split instead")
             source, samples = "val", self._samples_in_use("val")
         if not samples:
-            raise DataError(f"{type(self).__name__}: the {split} split of {self.root} is empty; expected at least one image")
+            raise DataError(
+                f"{type(self).__name__}: the {split} split of {self.root} is empty, expected at least one image; run mcseg "
+                "check"
+            )
         for remark in self.remarks(source):
             rank_zero_warn(remark)
         usable = [sample for sample in samples if self._is_usable(sample, source, masks=split != "predict")]
@@ -205,34 +216,36 @@ class SegmentationData(pl.LightningDataModule):
         return usable
 
     def _is_usable(self, sample: Sample, split: str, masks: bool) -> bool:
-        """Whether the headers say so; where they do not, raise DataError or note that the sample is skipped."""
+        """Whether the headers can be read and fit; if not, raise DataError or record that the sample is skipped."""
         try:
             self.reader.verify(sample, masks)
         except DataError as error:
             if not self.skips:
                 expected = self.expected(split) if isinstance(error, MissingFileError) else ""
                 raise DataError("; ".join(part for part in (str(error), expected) if part)) from None
-            if self.trainer is None or self.trainer.is_global_zero:  # each process finds the same
-                self._note({sample.name: str(error)})
+            if self.trainer is None or self.trainer.is_global_zero:  # all processes skip the same samples here
+                self._record_skipped({sample.name: str(error)})
             return False
         return True
 
-    def _note(self, skipped: Mapping[str, str]) -> None:
-        """Tell of samples that are skipped, each once."""
-        for name, why in skipped.items():
+    def _record_skipped(self, skipped: Mapping[str, str]) -> None:
+        """Record skipped samples and warn once about each."""
+        for name, reason in skipped.items():
             if name not in self._skipped:
-                warn_skipped(why)
+                warn_skipped(reason)
         self._skipped |= skipped
 
     def teardown(self, stage: str) -> None:
-        """List what was skipped."""
+        """List the skipped images in one warning."""
         if self._skipped:
-            told = "\n  ".join(self._skipped.values())
-            warnings.warn(f"images that were skipped (data.on_error): {len(self._skipped)}\n  {told}", stacklevel=1)
+            reasons = "\n  ".join(self._skipped.values())
+            warnings.warn(
+                f"images skipped (data.on_error): {len(self._skipped)}; repair or remove them\n  {reasons}", stacklevel=1
+            )
         self._skipped = {}
 
     def _samples_in_use(self, split: str) -> list[Sample]:
-        """Samples of a split, after training images that are held out have taken the place of the validation split."""
+        """List the samples of a split; if ``held_out`` is set, the images that match it are the validation split."""
         if not self.held_out or split == "test":
             return self.samples(split)
         samples = self.samples("train")
@@ -242,75 +255,77 @@ class SegmentationData(pl.LightningDataModule):
                     f"data.held_out: no training image is named {pattern}; expected a glob pattern of names such as "
                     f"{samples[0].name if samples else 'those of the training split'}"
                 )
-        out = [any(fnmatch.fnmatchcase(sample.name, pattern) for pattern in self.held_out) for sample in samples]
-        return [sample for sample, held in zip(samples, out, strict=True) if held == (split == "val")]
+        is_held_out = [any(fnmatch.fnmatchcase(sample.name, pattern) for pattern in self.held_out) for sample in samples]
+        return [sample for sample, held_out in zip(samples, is_held_out, strict=True) if held_out == (split == "val")]
 
     def class_pixels(self) -> Tensor:
-        """Count the labelled pixels of each class over the training split, before augmentation; cached.
+        """Count the labelled pixels of each class in the training split, before augmentation; the result is cached.
 
         Returns:
             (C,) int64.
         """
-        if self._class_pixels is None:  # objective, scores and crops ask for them, and finding the cache stats every file
+        if self._class_pixels is None:  # called several times, and each look-up in the cache stats every file
             self._class_pixels = count_class_pixels(
                 self.reader, self._prepared("train"), self.num_workers, self.cache_dir, skip=self.skips
             )
         return self._class_pixels.clone()
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled, augmented crops; a last, smaller batch is dropped (batch norm cannot take a single image)."""
+        """Load shuffled, augmented crops; a smaller last batch is dropped (batch norm fails for a single image)."""
         if self.train_transform.rare_crop_share:
             pixels = self.class_pixels().double()
             self.train_transform.class_weights = torch.where(pixels > 0, 1 / pixels.clamp(min=1), 0.0)
-        dataset = TrainingCrops(self.reader, self._prepared("train"), self.train_transform, self.skips)
-        batch_size = self._share_of_batch()
+        dataset = TrainingCrops(self.reader, self._prepared("train"), self.train_transform, skip=self.skips)
+        batch_size = self._batch_size_per_process()
         order = TrainingOrder(dataset, batch_size, self.trainer)
         return self._loader(dataset, batch_size, sampler=order, drop_last=len(order) >= batch_size)
 
-    def _share_of_batch(self) -> int:
+    def _batch_size_per_process(self) -> int:
         if self.total_batch_size is None:
             return self.batch_size
         processes = self.trainer.world_size if self.trainer is not None else 1
-        share, rest = divmod(self.total_batch_size, processes)
+        batch_size, rest = divmod(self.total_batch_size, processes)
         if rest:
             raise DataError(
-                f"data.total_batch_size: found {self.total_batch_size} for {processes} processes, expected a multiple"
+                f"data.total_batch_size: found {self.total_batch_size} for {processes} processes, expected a multiple of "
+                f"{processes}"
             )
-        return share
+        return batch_size
 
     def val_dataloader(self) -> DataLoader[Batch]:
-        """Whole validation images."""
+        """Load whole validation images."""
         return self._evaluation_loader("val")
 
     def test_dataloader(self) -> DataLoader[Batch]:
-        """Whole test images."""
+        """Load whole test images."""
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> DataLoader[Batch]:
-        """Images of any size, one at a time, without masks."""
+        """Load images of any size, one per batch, without masks."""
         reader = FileReader(self.reader.table) if self.predict_root is not None else self.reader
         return self._loader(self._whole_images(reader, "predict", masks=False), 1)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Make masks int64, which every loss takes, where they are cheap to widen and need not travel any more."""
-        self._note(batch.pop("skipped", {}))
+        """Record skipped samples and convert masks to int64, which every loss takes; the copy to the device is of uint8."""
+        self._record_skipped(batch.pop("skipped", {}))
         return batch | {"mask": batch["mask"].long()} if "mask" in batch else batch
 
     def _evaluation_loader(self, split: str) -> DataLoader[Batch]:
         return self._loader(self._whole_images(self.reader, split), self.eval_batch_size)
 
-    def _whole_images(self, reader: Reader, split: str, masks: bool = True) -> "WholeImages":
-        return WholeImages(reader, self._prepared(split), self.image_scale, self.max_side, masks, self.skips)
+    def _whole_images(self, reader: Reader, split: str, masks: bool = True) -> WholeImages:
+        samples = self._prepared(split)
+        return WholeImages(reader, samples, self.image_scale, max_side=self.max_side, masks=masks, skip=self.skips)
 
     def _loader(self, dataset: Dataset[Batch], batch_size: int, **options: Any) -> DataLoader[Batch]:
-        # In a Trainer's run masks travel as bytes and are widened on the device, see on_after_batch_transfer.
+        # Under a running Trainer, masks stay uint8 until they are on the device, see on_after_batch_transfer.
         running = self.trainer is not None and self.trainer.state.status == TrainerStatus.RUNNING
-        kind = DataLoader if running else WideningLoader
-        return kind(
+        loader_class = DataLoader if running else WideningLoader
+        return loader_class(
             dataset,
-            batch_size=batch_size,  # by keyword: Lightning makes the loader anew with other arguments
+            batch_size=batch_size,  # a keyword, because Lightning re-creates the loader with other arguments
             num_workers=self.num_workers,
-            # Page-locked memory only speeds up copies to a GPU; workers are kept because starting them costs seconds.
+            # Page-locked memory only speeds up copies to a GPU; workers persist because starting them takes seconds.
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=prepare_worker,
@@ -320,5 +335,6 @@ class SegmentationData(pl.LightningDataModule):
 
 
 def _cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # Linux alone tells
+    """Return the number of cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")  # on Linux
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Fetching public benchmarks: archives are fetched with resume, verified, and unpacked into the root in one move."""
+"""Download of public benchmarks: archives are downloaded with resume, verified, unpacked and then moved into the root."""
 
 import contextlib
 import gzip
@@ -24,39 +24,39 @@ from tqdm import tqdm
 
 from mcseg.data.labels import DataError
 
-_ATTEMPTS = 3  # in a row that bring nothing new
+_ATTEMPTS = 3  # give up after so many attempts in a row without a new byte
 _PAUSE = 2.0  # seconds before the second attempt, twice as long before the third
 _TIMEOUT = 30.0  # seconds without a byte
-_BLOCK = 1 << 16  # bytes read at once; what a broken connection loses at most
+_BLOCK = 1 << 16  # bytes per read, the most that a broken connection loses
 _HEADERS = {"User-Agent": "Mozilla/5.0 (compatible; mcseg)"}
 _CONTENT_RANGE = re.compile(r"bytes (?:(\d+)-\d+|\*)/(?:(\d+)|\*)")
 _DAMAGE = (zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError, KeyError)
 
-# Name in the archive, and what opens the content; None for a folder.
+# Name of an entry in the archive, and a function that opens its content; None for a folder
 _Entry = tuple[str, Callable[[], IO[bytes] | None] | None]
 
 
-class _Unusable(Exception):
-    """An archive that must not be unpacked; the text goes on from its name."""
+class _RejectedArchive(Exception):
+    """Raised for an archive that must not be unpacked; the message is a predicate for the archive's name."""
 
 
 def download(name: str, facts: Mapping[str, Any], root: Path, *, keep_archives: bool = False, progress: bool = True) -> None:
-    """Fetch the archives of a benchmark and unpack them into ``root``, or say what to fetch by hand.
+    """Download the archives of a benchmark and unpack them into ``root``; list those that need an account.
 
-    Whatever is unfinished lies in ``root/.download``, so that a second call goes on from there: ``<file>.part`` is what has
-    arrived of an archive, ``<file>.done`` says that it is unpacked. An archive that lies in ``root`` is used instead of
-    fetching it, and kept; one in ``root/.download`` counts as fetched.
+    Unfinished work is in ``root/.download``, and a second call resumes it: ``<file>.part`` is the downloaded part of an
+    archive, and ``<file>.done`` marks an unpacked one. An archive in ``root`` or ``root/.download`` is used instead of
+    downloading it; one in ``root`` is never deleted.
 
     Args:
-        name: the benchmark's name for the command line.
-        facts: its facts: ``title``, ``homepage``, ``license`` and the table ``download``.
-        root: folder that is to hold the data; made if missing.
-        keep_archives: leave the fetched archives in ``root/.download``.
-        progress: show bars.
+        name: name of the benchmark on the command line.
+        facts: facts of the benchmark: ``title``, ``homepage``, ``license`` and the table ``download``.
+        root: folder for the data; created if missing.
+        keep_archives: keep the downloaded archives in ``root/.download``.
+        progress: show progress bars.
 
     Raises:
-        DataError: an address that does not answer, a connection that keeps breaking off, an archive that is not the expected
-            one, is damaged or would write outside of its folder, a disk without enough space.
+        DataError: an unreachable address, a connection that keeps breaking, a wrong or damaged archive, one that would write
+            outside its folder, a folder that cannot be written to, or a full disk.
     """
     source, homepage = facts["download"], facts["homepage"]
     print(f"{facts['title']}, {homepage}\nlicence: {facts['license']}")
@@ -66,117 +66,119 @@ def download(name: str, facts: Mapping[str, Any], root: Path, *, keep_archives: 
     for archive in source["archives"]:
         if archive not in by_hand:
             try:
-                _provide(archive, root, homepage, keep_archives, progress)
+                _provide(archive, root, homepage=homepage, keep=keep_archives, progress=progress)
             except OSError as error:
                 raise DataError(
-                    f"{error.filename or root}: {error.strerror or error}; expected a folder with room that can be "
-                    "written to, then run the command again"
+                    f"{error.filename or root}: {error.strerror or error}; expected a writable folder with enough free "
+                    "space, change that and run the command again"
                 ) from error
     if by_hand:
-        print(f"to get by hand, with an account (start at {homepage}):")
+        print(f"download by hand, with an account (start at {homepage}):")
         for archive in by_hand:
             print(f"  {', '.join(archive[key] for key in ('file', 'size', 'content', 'url') if key in archive)}")
-        print(f"unpacked, {root} has to hold\n{textwrap.indent(source['tree'].strip(), '  ')}")
+        print(f"unpack them, so that {root} holds\n{textwrap.indent(source['tree'].strip(), '  ')}")
     print(f"{'then' if source['login'] else 'ready'}: mcseg fit --config {name} --data.root {root}")
 
 
-def _provide(archive: Mapping[str, Any], root: Path, homepage: str, keep: bool, progress: bool) -> None:
-    """See to it that one archive is unpacked."""
+def _provide(archive: Mapping[str, Any], root: Path, *, homepage: str, keep: bool, progress: bool) -> None:
+    """Download and unpack one archive unless that is already done."""
     file, work, target = archive["file"], root / ".download", root / archive.get("into", "")
-    fetched, stamp = work / file, work / f"{file}.done"
-    if stamp.exists():
-        print(f"{file}: already there; to unpack it anew, remove {stamp}")
+    downloaded, marker = work / file, work / f"{file}.done"
+    if marker.exists():
+        print(f"{file}: already unpacked; to unpack it again, remove {marker}")
         return
     work.mkdir(parents=True, exist_ok=True)
-    path = next((path for path in (root / file, fetched) if path.is_file()), fetched)
+    path = next((path for path in (root / file, downloaded) if path.is_file()), downloaded)
     if path.exists():
         print(f"{file}: using {path}")
     else:
         part = work / f"{file}.part"
         _fetch(archive["url"], part, homepage, progress)
         part.replace(path)
-    # Nothing is moved into the root before all of the archive has proved to be readable and harmless.
+    # Nothing is moved into the root before the whole archive has been unpacked without an error.
     staging = work / f"{file}.unpacking"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         digest = _verified_digest(path, archive)
         staging.mkdir()
-        count = _unpack(path, staging, archive.get("only", ""), progress)
-    except (_Unusable, *_DAMAGE) as error:
+        count = _unpack(path, staging, only=archive.get("only", ""), progress=progress)
+    except (_RejectedArchive, *_DAMAGE) as error:
         shutil.rmtree(staging, ignore_errors=True)
-        reason = str(error) if isinstance(error, _Unusable) else f"is damaged ({error or type(error).__name__})"
-        if path == fetched:
+        reason = str(error) if isinstance(error, _RejectedArchive) else f"is damaged ({error or type(error).__name__})"
+        if path == downloaded:
             path.unlink()
         raise DataError(
-            f"{path}: {reason}; {'it was deleted, run' if path == fetched else 'remove it and run'} the command again to "
-            f"fetch it anew; if that ends the same way, the file at the source has changed, see {homepage}"
+            f"{path}: {reason}; {'it was deleted, run' if path == downloaded else 'remove it and run'} the command again to "
+            f"download it; if the error remains, the file at the source has changed, see {homepage}"
         ) from None
-    except RuntimeError as error:  # encryption, a kind of compression such as Deflate64
-        raise DataError(f"{path}: cannot be unpacked here ({error}); unpack it into {target} with another program") from None
-    _move_into(target, staging)
-    stamp.write_text(json.dumps({"url": archive["url"], "digest": digest, "files": count}))
-    if path == fetched and not keep:
+    except RuntimeError as error:  # an encrypted archive, or a compression such as Deflate64
+        raise DataError(
+            f"{path}: cannot be unpacked by Python ({error}); unpack it into {target} with another program"
+        ) from None
+    _merge_into(target, staging)
+    marker.write_text(json.dumps({"url": archive["url"], "digest": digest, "files": count}))
+    if path == downloaded and not keep:
         path.unlink()
     print(f"{file}: {count} file{'s' * (count != 1)} in {target}")
 
 
 def _fetch(url: str, part: Path, homepage: str, progress: bool) -> None:
-    """Complete ``part`` from ``url``, going on from the bytes that it has."""
+    """Download ``url`` into ``part``, starting after the bytes that it already holds."""
     failures, best, total = 0, _size(part), None
     while failures < _ATTEMPTS:
         time.sleep(_PAUSE * failures)
-        have, reason = _size(part), "the connection broke off"
+        have, reason = _size(part), "the connection was closed"
         headers = _HEADERS | ({"Range": f"bytes={have}-"} if have else {})
         try:
             with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT) as response:
                 start, total = _extent(response)
                 if start in (0, have):
-                    _receive(response, part, start, total, progress)
-                    # http.client ends a body that is too short as quietly as a complete one.
+                    _receive(response, part, start=start, total=total, progress=progress)
+                    # http.client reports no error for a body that is too short.
                     if total is None or _size(part) == total:
                         return
                 else:
                     part.unlink(missing_ok=True)
-                    reason = "the server sent another range than the one asked for"
+                    reason = "the server sent another range than requested"
         except urllib.error.HTTPError as error:
             with error:
                 reason = f"the server answers {error.code} {error.reason}"
                 if error.code == 416 and _extent(error)[1] == have:
                     return
-                if error.code == 416:  # what is there is longer than the file, so it is of another one
+                if error.code == 416:  # the part is longer than the file, so it belongs to another file
                     part.unlink(missing_ok=True)
                 elif error.code < 500 and error.code not in (408, 429):
-                    raise DataError(f"{url}: {reason}; look for the present address at {homepage}") from None
+                    raise DataError(f"{url}: {reason}; look for the current address at {homepage}") from None
         except (OSError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         failures = 0 if _size(part) > best else failures + 1
         best = max(best, _size(part))
     raise DataError(
-        f"{url}: broke off ({reason}); {_size(part)} of {'unknown' if total is None else total} bytes are in {part}, "
-        "running the command again goes on from there"
+        f"{url}: download failed ({reason}); {_size(part)} of {'unknown' if total is None else total} bytes are in {part}, "
+        "run the command again to resume"
     )
 
 
 def _extent(response: http.client.HTTPResponse | urllib.error.HTTPError) -> tuple[int, int | None]:
-    """Position in the file where the body starts, and size of the whole file in bytes where the server says it."""
-    announced = response.headers.get("Content-Length", "")
-    length = int(announced) if announced.isdigit() else None
+    """Return the byte of the file at which the body starts, and the size of the whole file; None if it is unknown."""
+    content_length = response.headers.get("Content-Length", "")
+    length = int(content_length) if content_length.isdigit() else None
     if response.status not in (206, 416):
         return 0, length
-    found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-    start = int(found[1]) if found and found[1] else -1
-    if found and found[2]:
-        return start, int(found[2])
+    content_range = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    start = int(content_range[1]) if content_range and content_range[1] else -1
+    if content_range and content_range[2]:
+        return start, int(content_range[2])
     return start, None if length is None or response.status == 416 else start + length
 
 
-def _receive(response: http.client.HTTPResponse, part: Path, start: int, total: int | None, progress: bool) -> None:
-    """Write the body to ``part`` from byte ``start`` on. Raises DataError where the disk is too small."""
+def _receive(response: http.client.HTTPResponse, part: Path, *, start: int, total: int | None, progress: bool) -> None:
+    """Write the body to ``part`` from byte ``start`` on. Raises DataError if the disk has too little free space."""
     needed, free = 2 * (total or 0) - start, shutil.disk_usage(part.parent).free
     if free < needed:
         raise DataError(
             f"{part.parent}: found {free / 1e9:.1f} GB of free space, expected {needed / 1e9:.1f} GB for {part.stem} and "
-            "what it holds; make room or choose another root"
+            "its content; free some space or choose another root"
         )
     bar = tqdm(desc=part.stem, total=total, initial=start, unit="B", unit_scale=True, disable=not progress, leave=False)
     with bar, part.open("ab" if start else "wb") as file:
@@ -190,32 +192,32 @@ def _size(path: Path) -> int:
 
 
 def _verified_digest(path: Path, archive: Mapping[str, Any]) -> str:
-    """Digest as ``algorithm:hex``. Raises _Unusable where another one is expected."""
+    """Return the digest as ``algorithm:hex``. Raises _RejectedArchive if it is not the expected one."""
     algorithm = next((key for key in ("sha256", "sha1", "md5") if key in archive), "sha256")
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, algorithm).hexdigest()
-    expected = archive.get(algorithm, found).lower()
-    if found != expected:
-        raise _Unusable(f"found {algorithm} {found}, expected {expected}")
-    return f"{algorithm}:{found}"
+        digest = hashlib.file_digest(file, algorithm).hexdigest()
+    expected = archive.get(algorithm, digest).lower()
+    if digest != expected:
+        raise _RejectedArchive(f"found {algorithm} {digest}, expected {expected}")
+    return f"{algorithm}:{digest}"
 
 
-def _unpack(path: Path, folder: Path, only: str, progress: bool) -> int:
-    """Unpack the entries below the prefix ``only`` into ``folder``; returns the number of files.
+def _unpack(path: Path, folder: Path, *, only: str, progress: bool) -> int:
+    """Unpack the entries below the folder ``only`` into ``folder``; return the number of files.
 
-    Nothing but names and contents is taken from an archive: no links, owners or permissions.
+    Only names and contents are taken from an archive: no links, owners or permissions.
     """
     bar = partial(tqdm, desc=f"Unpacking {path.name}", unit=" files", disable=not progress, leave=False)
     if not path.name.endswith((".zip", ".tar", ".tgz", ".tar.gz")):
         shutil.copyfile(path, folder / path.name)
         return 1
-    # With the slash, what is left of a name cannot start with one.
+    # The prefix ends in a slash, so that the rest of a name cannot start with one.
     prefix, count = f"{only.strip('/')}/" if only else "", 0
     with contextlib.closing((_zip_entries if path.suffix == ".zip" else _tar_entries)(path, bar)) as entries:
         for name, opener in entries:
-            parts = PureWindowsPath(name)  # knows both separators and drive letters
+            parts = PureWindowsPath(name)  # parses both separators and drive letters
             if parts.anchor or ".." in parts.parts:
-                raise _Unusable(f"holds {name!r}, which leads out of its folder")
+                raise _RejectedArchive(f"holds {name!r}, which is outside its folder")
             inside = f"{parts.as_posix()}/"
             if not inside.startswith(prefix):
                 continue
@@ -226,12 +228,12 @@ def _unpack(path: Path, folder: Path, only: str, progress: bool) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             stream = opener()
             if stream is None:
-                raise _Unusable(f"holds {name!r}, a link to something that is not a file")
+                raise _RejectedArchive(f"holds {name!r}, a link to something other than a file")
             with stream, target.open("wb") as copy:
                 shutil.copyfileobj(stream, copy, 1 << 20)
             count += 1
     if not count:
-        raise _Unusable(f"holds no file below {only}" if only else "holds no file")
+        raise _RejectedArchive(f"holds no file below {only}" if only else "holds no file")
     return count
 
 
@@ -239,18 +241,21 @@ def _zip_entries(path: Path, bar: Callable[[Iterable[Any]], Iterable[Any]]) -> G
     with zipfile.ZipFile(path) as archive:
         for info in bar(archive.infolist()):
             if stat.S_ISLNK(info.external_attr >> 16):
-                raise _Unusable(f"holds {info.filename!r}, which is a link; expected files and folders only")
+                raise _RejectedArchive(f"holds {info.filename!r}, which is a link; expected files and folders only")
             yield info.filename, None if info.is_dir() else partial(archive.open, info)
 
 
 def _tar_entries(path: Path, bar: Callable[[Iterable[Any]], Iterable[Any]]) -> Generator[_Entry, None, None]:
     with tarfile.open(path, "r:" if path.suffix == ".tar" else "r:gz") as archive:
         for member in bar(archive):
-            # A hard link stands for an earlier file of the archive, from which its content is then read.
+            # A hard link refers to an earlier file of the archive; extractfile reads that file's content.
             if not (member.isfile() or member.isdir() or member.islnk()):
-                raise _Unusable(f"holds {member.name!r}, which is a link or a device; expected files and folders only")
+                raise _RejectedArchive(
+                    f"holds {member.name!r}, which is a link or a device; expected files and folders only"
+                )
             yield member.name, None if member.isdir() else partial(archive.extractfile, member)
-        # tarfile takes a damaged header for the end; the real end is a block of zeros, and then the checksum of gzip.
+        # tarfile treats a damaged header as the end of the archive. The real end is a block of zeros; reading the rest
+        # verifies the checksum of gzip.
         stream = archive.fileobj
         assert stream is not None
         stream.seek(archive.offset)
@@ -260,12 +265,12 @@ def _tar_entries(path: Path, bar: Callable[[Iterable[Any]], Iterable[Any]]) -> G
             pass
 
 
-def _move_into(target: Path, folder: Path) -> None:
-    """Move the content of ``folder`` into ``target``, whose other files stay."""
+def _merge_into(target: Path, folder: Path) -> None:
+    """Move the content of ``folder`` into ``target`` and keep the other files there."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.iterdir()):
         if path.is_dir():
-            _move_into(target / path.name, path)
+            _merge_into(target / path.name, path)
         else:
             path.replace(target / path.name)
     folder.rmdir()

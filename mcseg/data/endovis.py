@@ -1,4 +1,4 @@
-"""EndoVis 2017: masks per instrument, merged to one map, and the camera's window in the frame."""
+"""EndoVis 2017: merges the masks of all instruments in a frame, and crops frames to the camera's picture."""
 
 import os
 from dataclasses import dataclass, replace
@@ -15,23 +15,23 @@ from mcseg.data.files import Choice, FileReader, Sample, Window, count_labels, i
 from mcseg.data.labels import DataError, LabelTable
 from mcseg.data.layout import find, fixed_folder
 
-_FRAME = (1080, 1920)
+_FRAME_SIZE = (1080, 1920)  # height and width of an uncropped frame
 
 
 @dataclass(frozen=True)
 class EndoVisReader(FileReader):
-    """Merges the masks of all instruments in a frame, and cuts the camera's window out of frame and masks.
+    """Reader that merges the masks of all instruments in a frame, and crops frame and masks to the camera's picture.
 
-    Where instruments overlap, the larger value wins: of parts the probe over claspers over wrist over shaft, of types the
-    one with the larger id. (Values are never added: 10 + 20 would read as 30.)
+    If instruments overlap, the larger train id wins: for parts, probe over claspers over wrist over shaft; for types, the
+    type with the larger id. Stored values are not added, because shaft (10) plus wrist (20) would read as claspers (30).
 
     Args:
-        table: the classes of the task.
-        instruments: what the values in the instruments' masks mean: classes of the task or, with ``types``, parts.
-        test_table: what the values in the official test maps mean, which are merged already.
-        test_folder: name of the folders of those.
-        types: (keyword in the name of an instrument's folder, id of its type) in the type task; None in the others.
-        window: the camera's in a frame of 1920x1080; None keeps the frame.
+        table: label table of the task.
+        instruments: label table of the instruments' masks: classes of the task or, with ``types``, parts.
+        test_table: label table of the official test maps, which are already merged.
+        test_folder: name of the folders with the official test maps.
+        types: (keyword in the name of an instrument's folder, id of its type) for the type task; None for other tasks.
+        window: position of the camera's picture in a frame of 1920x1080; None keeps the whole frame.
     """
 
     instruments: LabelTable
@@ -41,89 +41,94 @@ class EndoVisReader(FileReader):
     window: Window | None
 
     def image(self, sample: Sample) -> Tensor:
-        """(3,H,W) uint8 RGB."""
+        """Read the frame, (3,H,W) uint8 RGB, cropped to the camera's picture."""
         return self._cut(super().image(sample), sample.image)
 
     def mask(self, sample: Sample) -> Tensor:
-        """(H,W) uint8 train ids."""
+        """Read and merge the masks of the instruments, (H,W) uint8 train ids."""
         path = mask_path(sample)
         if path.parent.name == self.test_folder:
             return self._cut(torch.from_numpy(self.test_table.train_ids(self._stored(path), path)), path)
         merged = self._instrument(path)
         for file in sample.more_masks:
             part = self._instrument(file)
-            self._compare(replace(sample, mask=file), (merged.shape[0], merged.shape[1]), (part.shape[0], part.shape[1]))
+            self._compare_sizes(
+                replace(sample, mask=file), (merged.shape[0], merged.shape[1]), (part.shape[0], part.shape[1])
+            )
             np.maximum(merged, part, out=merged)
         return self._cut(torch.from_numpy(merged), path)
 
     def pair(self, sample: Sample, choose: Choice | None = None) -> tuple[Tensor, Tensor]:
-        """Image and mask of one size, or the window of both that ``choose`` takes from the mask."""
+        """Read image and mask, which must have the same size; with ``choose``, cut both to the window it returns."""
         image, mask = self.image(sample), self.mask(sample)
-        self._compare(sample, (image.shape[1], image.shape[2]), (mask.shape[0], mask.shape[1]))
+        self._compare_sizes(sample, (image.shape[1], image.shape[2]), (mask.shape[0], mask.shape[1]))
         if choose is None:
             return image, mask
         window = choose(mask)
         return window.cut(image), window.cut(mask)
 
     def counts(self, sample: Sample) -> Tensor:
-        """(C,) int64: pixels of each class in the merged mask."""
+        """Count the pixels of each class in the merged mask, (C,) int64."""
         return count_labels(self.mask(sample), self.table.num_classes)
 
     def verify(self, sample: Sample, masks: bool = True) -> None:
-        """Open the headers of frame and masks: readable, of one size, and with the camera's window where it is wanted."""
+        """Check the headers of frame and masks: readable, of equal size, and large enough to crop."""
         size = image_size(sample.image)
         self._window(size, sample.image)
         for path in (mask_path(sample), *sample.more_masks) if masks else ():
-            self._compare(replace(sample, mask=path), size, image_size(path))
+            self._compare_sizes(replace(sample, mask=path), size, image_size(path))
 
     def _instrument(self, path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """Train ids (H,W) of one instrument's mask, background where it is not."""
+        """Read one instrument's mask as train ids (H,W); 0, the background, outside the instrument."""
         values = self.instruments.train_ids(self._stored(path), path)
         if self.types is not None:
             return (values > 0) * np.uint8(type_id(path.parent.name, self.types))
-        return np.array(values)  # an array of its own, to write into
+        return np.array(values)  # a writable copy
 
     def _cut(self, pixels: Tensor, path: Path) -> Tensor:
         window = self._window((pixels.shape[-2], pixels.shape[-1]), path)
         return pixels if window is None else window.cut(pixels)
 
     def _window(self, size: tuple[int, int], path: Path) -> Window | None:
-        """Part of a picture of ``size`` to keep; None for all of it."""
+        """Return the part of a picture of ``size`` to keep; None keeps all of it."""
         window = self.window
         if window is None or size == (window.bottom - window.top, window.right - window.left):
             return None
-        if size != _FRAME:
+        if size != _FRAME_SIZE:
             raise DataError(
-                f"{path}: {size[1]}x{size[0]} pixels; the camera's window is known in frames of {_FRAME[1]}x{_FRAME[0]}, "
-                "set data.crop_to_camera to false for others"
+                f"{path}: found {size[1]}x{size[0]} pixels, expected {_FRAME_SIZE[1]}x{_FRAME_SIZE[0]} to crop to the "
+                "camera's picture; for other sizes set data.crop_to_camera to false"
             )
         return window
 
 
 def type_id(folder: str, types: tuple[tuple[str, int], ...]) -> int:
-    """Id of the instrument whose keyword stands in a folder's name; 0 for none."""
+    """Return the id of the instrument type whose keyword is in a folder's name; 0 if there is none."""
     return next((id_ for keyword, id_ in types if keyword in folder), 0)
 
 
 class EndoVis2017Data(BenchmarkData):
     """EndoVis 2017 robotic instruments: 8 training sequences of 225 frames, 1200 official test frames; three tasks.
 
-    The challenge's rule: who tests on the 75 test frames of a sequence from 1 to 8 must not have trained on that sequence.
-    With a fold, ``test_sequences`` of that fold and 9 and 10 keep to it.
+    Rule of the challenge: a model that is tested on the 75 test frames of one of the sequences 1 to 8 must not be trained
+    on that sequence. With a fold, set ``test_sequences`` to the fold's validation sequences plus 9 and 10.
 
     Source: Allan et al., arXiv:1902.06426; frame ranges: Yu et al., IJCV 2022; folds: Shvets et al., ICMLA 2018.
 
     Args:
         root: folder with ``instrument_dataset_1`` to ``instrument_dataset_8`` of the training archives.
         task: ``binary`` (instrument or not), ``parts`` (shaft, wrist, claspers, probe) or ``type`` (seven instruments).
-        other: whether the objects in ``Other_labels`` (the ultrasound probe) count: without, they are background, and
-            ``parts`` and ``type`` have a class less.
-        crop_to_camera: cut the camera's 1280x1024 pixels out of the 1920x1080 frames.
+        other: whether to use the objects in ``Other_labels`` (the ultrasound probe). If not, they are background, and
+            ``parts`` and ``type`` have one class less.
+        crop_to_camera: crop the 1920x1080 frames to the camera's 1280x1024 pixels.
         split: ``frames``, the paper's: frames 0-149 of each sequence for training, 150-174 for validation, 175-224 for test;
             ``fold0`` to ``fold3``: two sequences for validation, six for training.
-        test_root: folder of the official test set; its frames are the test split then.
-        test_sequences: sequences of the official test set that are used; None is all ten.
+        test_root: folder of the official test set, which then is the test split.
+        test_sequences: sequences of the official test set to use, 1 to 10; None uses all.
         **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+
+    Raises:
+        DataError: an unknown task, split or test sequence.
     """
 
     def __init__(
@@ -169,46 +174,48 @@ class EndoVis2017Data(BenchmarkData):
     def samples(self, split: str) -> list[Sample]:
         """List the frames of a split, sorted by sequence and frame."""
         if split != "test" or self.test_root is None:
-            return [sample for sample in self._annotated() if self._belongs(sample, split)]
+            return [sample for sample in self._training_frames() if self._is_in_split(sample, split)]
         frames = self.listed("official_test", self.test_root, folder=self.label_facts["folder"])
         if not frames:
             raise DataError(f"data.test_root: no official test set in {self.test_root}; {self.expected('official_test')}")
-        wanted = self.test_sequences or range(1, 11)
-        return [sample for sample in frames if _sequence(sample) in wanted]
+        sequences = self.test_sequences or range(1, 11)
+        return [sample for sample in frames if _sequence(sample) in sequences]
 
-    def _annotated(self) -> list[Sample]:
-        """All frames of the training archives, with the masks of the instruments that count."""
-        if "all" not in self._found:
+    def _training_frames(self) -> list[Sample]:
+        """List all frames of the training archives, with the masks of the instruments in use."""
+        if "all" not in self._listings:
             source, name = self.facts["splits"]["all"]["from"][0], self.facts["layout"]["name"]
             folders: dict[Path, list[Path]] = {}
             samples = []
             for fields, path in find(self.home, source["images"]):
-                truth = fixed_folder(self.home, source["masks"].format_map({**fields, "instrument": "{instrument}"}))
-                if truth not in folders:
-                    folders[truth] = self._instruments(truth)
-                masks = tuple(folder / path.name for folder in folders[truth])
+                labels = fixed_folder(self.home, source["masks"].format_map({**fields, "instrument": "{instrument}"}))
+                if labels not in folders:
+                    folders[labels] = self._instrument_folders(labels)
+                masks = tuple(folder / path.name for folder in folders[labels])
                 samples.append(Sample(name.format_map(fields), path, masks[0], masks[1:]))
-            self._found["all"] = (sorted(samples, key=lambda sample: sample.name), [])
-        return self._found["all"][0]
+            self._listings["all"] = (sorted(samples, key=lambda sample: sample.name), [])
+        return self._listings["all"][0]
 
-    def _instruments(self, truth: Path) -> list[Path]:
-        """Folders of the instruments that count in a sequence."""
-        found = [path for path in sorted(truth.iterdir()) if path.is_dir()] if truth.is_dir() else []
-        counting = []
-        for folder in found:
-            id_ = type_id(folder.name, self.types)
+    def _instrument_folders(self, labels: Path) -> list[Path]:
+        """List the folders of the instruments in use below a sequence's folder of labels."""
+        used = []
+        for folder in sorted(path for path in labels.iterdir() if path.is_dir()) if labels.is_dir() else ():
             if folder.name in self.facts["layout"]["derived"]:
                 continue
+            id_ = type_id(folder.name, self.types)
             if not id_:
                 keywords = ", ".join(keyword for keyword, _ in self.types)
                 raise DataError(f"{folder}: unknown instrument; expected one of {keywords} in the name, or remove it")
             if self.other or id_ != dict(self.types)["Other"]:
-                counting.append(folder)
-        if not counting:
-            raise DataError(f"{truth}: no masks of instruments there; {self._command()}")
-        return counting
+                used.append(folder)
+        if not used:
+            raise DataError(
+                f"{labels}: no masks of instruments; expected folders such as Prograsp_Forceps_labels; "
+                f"{self._download_hint()}"
+            )
+        return used
 
-    def _belongs(self, sample: Sample, split: str) -> bool:
+    def _is_in_split(self, sample: Sample, split: str) -> bool:
         layout = self.facts["layout"]
         if self.split == "frames":
             first, last = layout["frames"][split]

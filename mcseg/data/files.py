@@ -1,4 +1,4 @@
-"""Reading image and mask files, with errors that name the file."""
+"""Read image and mask files, with errors that name the file."""
 
 import ctypes
 import functools
@@ -23,8 +23,8 @@ from mcseg.data.labels import IGNORE_INDEX, DataError, LabelTable, MissingFileEr
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _ORIENTATION = 0x0112  # EXIF tag
-_TURNED = (5, 6, 7, 8)  # its values that swap height and width
-# Those that hold images of 8 or 16 bits. Pillow knows more; some of them start other programs (EPS), or are other data.
+_TRANSPOSING = (5, 6, 7, 8)  # orientations that swap height and width
+# Formats of 8- or 16-bit images. Pillow reads more, but some of them run other programs (EPS) or hold other data.
 _FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
 
 
@@ -33,10 +33,10 @@ class Sample:
     """One image of a data set.
 
     Args:
-        name: unlike that of any other sample of the split; may hold ``/``.
-        image: file of the image.
-        mask: file of the mask; None where there is none (prediction) or it is not a file.
-        more_masks: further files that the mask is made of.
+        name: unique name within the split; may contain ``/``.
+        image: path of the image file.
+        mask: path of the mask file; None if there is no mask (prediction) or no file (drawn scenes).
+        more_masks: further mask files to merge with ``mask``.
     """
 
     name: str
@@ -54,93 +54,96 @@ class Window(NamedTuple):
     right: int
 
     def cut(self, pixels: Tensor) -> Tensor:
-        """This part of pixels (...,H,W)."""
+        """Cut this part out of ``pixels``, (...,H,W)."""
         return pixels[..., self.top : self.bottom, self.left : self.right]
 
 
-Choice = Callable[[Tensor], Window]
+Choice = Callable[[Tensor], Window]  # chooses the window to cut, given the mask (H,W)
 
 
 class Reader(Protocol):
-    """Turns samples into tensors. A reader travels to worker processes, so it holds settings and no open files."""
+    """Reads samples as tensors. Readers are pickled for worker processes, so they hold settings but no open files.
+
+    All methods raise :class:`~mcseg.data.labels.DataError` for a sample that cannot be used.
+    """
 
     @property
     def table(self) -> LabelTable:
-        """What the mask values mean."""
+        """Label table: the meaning of the mask values."""
 
     def image(self, sample: Sample) -> Tensor:
-        """(3,H,W) uint8 RGB."""
+        """Read the image, (3,H,W) uint8 RGB."""
 
     def mask(self, sample: Sample) -> Tensor:
-        """(H,W) uint8 train ids, void 255."""
+        """Read the mask, (H,W) uint8 train ids, void 255."""
 
     def pair(self, sample: Sample, choose: Choice | None = None) -> tuple[Tensor, Tensor]:
-        """Image and mask of one size, or the window of both that ``choose`` takes from the mask."""
+        """Read image and mask, which must have the same size; with ``choose``, cut both to the window it returns."""
 
     def counts(self, sample: Sample) -> Tensor:
-        """(C,) int64: pixels of each class in the mask."""
+        """Count the pixels of each class in the mask, (C,) int64."""
 
     def verify(self, sample: Sample, masks: bool = True) -> None:
-        """Raise DataError where the headers already show that the sample, or its image alone, cannot be used."""
+        """Check the headers of image and mask, or of the image only, without decoding the pixels."""
 
 
 @dataclass(frozen=True)
 class FileReader:
-    """Reads image and mask files that Pillow can read; the mask's values go through ``table``."""
+    """Reader of image and mask files that Pillow supports; ``table`` maps the mask values to train ids."""
 
     table: LabelTable
 
     def image(self, sample: Sample) -> Tensor:
-        """(3,H,W) uint8 RGB, turned upright by its EXIF orientation."""
+        """Read the image, (3,H,W) uint8 RGB, rotated upright by its EXIF orientation."""
         return read_image(sample.image)
 
     def mask(self, sample: Sample) -> Tensor:
-        """(H,W) uint8 train ids, void 255."""
+        """Read the mask, (H,W) uint8 train ids, void 255."""
         path = mask_path(sample)
         return torch.from_numpy(self.table.train_ids(self._stored(path), path))
 
     def counts(self, sample: Sample) -> Tensor:
-        """(C,) int64: pixels of each class in the mask."""
+        """Count the pixels of each class in the mask, (C,) int64."""
         path = mask_path(sample)
         histogram = None if self.table.by_color else self._histogram(path)
-        # Where a value has no class, mapping the mask itself says how many pixels have it.
+        # No counts if a value has no class; mapping the mask then raises an error that names value and number of pixels.
         counts = None if histogram is None else self.table.class_counts(histogram)
         return count_labels(self.mask(sample), self.table.num_classes) if counts is None else torch.from_numpy(counts)
 
     def pair(self, sample: Sample, choose: Choice | None = None) -> tuple[Tensor, Tensor]:
-        """Image and mask of one size, or the window of both that ``choose`` takes from the mask."""
+        """Read image and mask, which must have the same size; with ``choose``, cut both to the window it returns."""
         mask = self.mask(sample)
-        with _upright(sample.image) as file:
-            self._compare(sample, (file.height, file.width), (mask.shape[0], mask.shape[1]))
-            picture = _of_8_bits(file, sample.image)
+        with _open_upright(sample.image) as file:
+            self._compare_sizes(sample, (file.height, file.width), (mask.shape[0], mask.shape[1]))
+            picture = _to_8_bits(file, sample.image)
             if choose is None:
                 return _pixels(picture), mask
             window = choose(mask)
-            # Cut by Pillow: turning all of a decoded photo into a tensor takes a third as long as decoding it.
+            # Pillow cuts, because converting a whole photo to a tensor takes a third as long as decoding it.
             return _pixels(picture.crop((window.left, window.top, window.right, window.bottom))), window.cut(mask)
 
     def verify(self, sample: Sample, masks: bool = True) -> None:
-        """Open the headers: readable, and of one size. The pixels are not decoded."""
+        """Check that the headers can be read and the sizes are equal, without decoding the pixels."""
         image = image_size(sample.image)
         if masks:
-            self._compare(sample, image, self._stored_size(mask_path(sample)) or image)
+            self._compare_sizes(sample, image, self._stored_size(mask_path(sample)) or image)
 
     def _stored(self, path: Path) -> NDArray[np.integer[Any]]:
-        """Values of a mask file."""
+        """Read the values of a mask file."""
         return read_mask(path, self.table.by_color)
 
     def _stored_size(self, path: Path) -> tuple[int, int] | None:
-        """(height, width) of a mask file; None where only decoding would tell."""
+        """Return (height, width) of a mask file; None if that needs decoding."""
         return image_size(path)
 
     def _histogram(self, path: Path) -> NDArray[np.int64] | None:
-        """(256,) pixels of each value in a mask of 8 bits, in less time than an array of it takes; None for others."""
-        with _upright(path) as file:
-            plain = file.mode in ("L", "P") and file.format == "PNG"  # others have more to be looked at, see read_mask
+        """Count the pixels of each value in an 8-bit PNG, (256,), faster than through an array; None for other files."""
+        with _open_upright(path) as file:
+            plain = file.mode in ("L", "P") and file.format == "PNG"  # read_mask checks other files further
             return np.array(file.histogram(), dtype=np.int64) if plain else None
 
     @staticmethod
-    def _compare(sample: Sample, image: tuple[int, int], mask: tuple[int, int]) -> None:
+    def _compare_sizes(sample: Sample, image: tuple[int, int], mask: tuple[int, int]) -> None:
         if image != mask:
             raise DataError(
                 f"{sample.mask}: the mask is {mask[1]}x{mask[0]} pixels but {sample.image} is "
@@ -149,28 +152,28 @@ class FileReader:
 
 
 def mask_path(sample: Sample) -> Path:
-    """Path of the mask. Raises DataError where the sample has none."""
+    """Return the path of the mask. Raises DataError if the sample has none."""
     if sample.mask is None:
         raise DataError(f"{sample.image}: has no mask; add one or remove the image")
     return sample.mask
 
 
 def count_labels(mask: Tensor, num_classes: int) -> Tensor:
-    """Count the pixels of each class in a mask (H,W) uint8 of train ids; (C,) int64, void left out."""
+    """Count the pixels of each class in a mask of train ids (H,W) uint8; returns (C,) int64 without void."""
     return torch.bincount(mask.flatten(), minlength=IGNORE_INDEX + 1)[:num_classes]
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """Open with Pillow; whatever goes wrong while open becomes one line that names the file."""
+def _open(path: Path) -> Iterator[ImageFile.ImageFile]:
+    """Open a file with Pillow; any error while it is open becomes a DataError of one line that names the file."""
     try:
-        if not path.is_file() and path.exists():  # opening a pipe would wait for ever
+        if not path.is_file() and path.exists():  # opening a pipe would block
             raise DataError(f"{path}: is not a file; expected an image, remove or rename it")
-        # not as a Path, which Pillow before 11 resolves first: a link to itself is an error of another kind there
+        # str, because Pillow before 11 resolves a Path, which raises another type of error for a link to itself.
         with Image.open(str(path), formats=_readable_formats()) as file:
             images = getattr(file, "n_frames", 1)
-            if images > 1 and file.format != "MPO":  # a photo with other versions of itself
-                raise DataError(f"{path}: holds {images} images; expected one, save each as a file of its own")
+            if images > 1 and file.format != "MPO":  # MPO: a photo with previews or other views of itself
+                raise DataError(f"{path}: holds {images} images; expected one, save each in a separate file")
             yield file
     except FileNotFoundError:
         raise MissingFileError(f"{path}: no such file") from None
@@ -184,64 +187,70 @@ def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
 @functools.cache
 def _readable_formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(form for form in _FORMATS if form in Image.OPEN)  # as Pillow was built
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # this build of Pillow may lack some
 
 
 @functools.cache
 def image_extensions() -> frozenset[str]:
-    """Extensions of the image files that can be read, such as ``.png``, in lower case."""
+    """Return the extensions of the readable image formats, such as ``.png``, in lower case."""
     formats = _readable_formats()
-    return frozenset(ending for ending, form in Image.registered_extensions().items() if form in formats)
+    return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats)
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) as displayed, from the header alone. Raises DataError where the header cannot be read."""
-    with _opened(path) as file:
+    """Read (height, width) as displayed from the header. Raises DataError if the header cannot be read."""
+    with _open(path) as file:
         width, height = file.size
-        turned = "exif" in file.info and file.getexif().get(_ORIENTATION) in _TURNED
-        return (width, height) if turned else (height, width)
+        transposed = "exif" in file.info and file.getexif().get(_ORIENTATION) in _TRANSPOSING
+        return (width, height) if transposed else (height, width)
 
 
 def image_mode(path: Path) -> str:
-    """Pillow's mode of a file, such as ``RGB``, from the header alone. Raises DataError where it cannot be read."""
-    with _opened(path) as file:
+    """Read Pillow's mode of an image, such as ``RGB``, from the header. Raises DataError if the header cannot be read."""
+    with _open(path) as file:
         return file.mode
 
 
 def read_image(path: Path) -> Tensor:
-    """Read an image as (3,H,W) uint8 RGB, turned upright by its EXIF orientation. Raises DataError.
+    """Read an image, rotated upright by its EXIF orientation.
 
-    Values of 16 bits are divided by 257; floating-point values and whole numbers of 32 bits have no such scale and are
-    refused.
+    Args:
+        path: image file of 8 or 16 bits per channel; 16-bit grey values are divided by 257.
+
+    Returns:
+        (3,H,W) uint8 RGB; transparency is dropped.
+
+    Raises:
+        DataError: a file that cannot be read; 32-bit integers or floating-point values, whose range is not defined.
     """
-    with _upright(path) as file:
-        return _pixels(_of_8_bits(file, path))
+    with _open_upright(path) as file:
+        return _pixels(_to_8_bits(file, path))
 
 
 @contextmanager
-def _upright(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """Open an image or a mask as it is displayed."""
-    with _opened(path) as file:
+def _open_upright(path: Path) -> Iterator[ImageFile.ImageFile]:
+    """Open an image or a mask and apply its EXIF orientation."""
+    with _open(path) as file:
         if "exif" in file.info:
             ImageOps.exif_transpose(file, in_place=True)
         yield file
 
 
 def _pixels(picture: Image.Image) -> Tensor:
-    """(3,H,W) uint8 RGB; transparency is left out."""
+    """Convert to (3,H,W) uint8 RGB without transparency."""
     if picture.mode == "P":
-        picture = picture.convert("RGBA")  # Pillow warns of some palettes with transparency otherwise
+        picture = picture.convert("RGBA")  # otherwise Pillow warns about some palettes with transparency
     return torch.from_numpy(np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))).permute(2, 0, 1)
 
 
-def _of_8_bits(file: Image.Image, path: Path) -> Image.Image:
-    """The image, its values brought to 0..255 where they have 16 bits: Pillow would cut them off at 255."""
-    # Grey images of 16 bits have the mode I in some versions of Pillow.
+def _to_8_bits(file: Image.Image, path: Path) -> Image.Image:
+    """Scale 16-bit values to 0..255, where Pillow would clip them at 255; other images are returned unchanged."""
+    # Some versions of Pillow open 16-bit grey images in mode I.
     if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
         return Image.fromarray((np.array(file) // 257).astype(np.uint8))
     if file.mode in ("I", "F"):
-        kind = "whole" if file.mode == "I" else "floating-point"
-        raise DataError(f"{path}: an image of {kind} numbers of 32 bits; expected 8 or 16 bits, save it as such")
+        kind = "integers" if file.mode == "I" else "floating-point values"
+        raise DataError(f"{path}: an image of 32-bit {kind}; expected 8 or 16 bits, convert it")
     return file
 
 
@@ -249,22 +258,22 @@ def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
     """Read the stored values of a mask.
 
     Args:
-        path: a lossless file: palette or grey PNG of 1, 8 or 16 bits, RGB where colours stand for classes.
-        by_color: palette files give their colours instead of their indices.
+        path: a lossless file: a palette or grey PNG of 1, 8 or 16 bits, or RGB if colours stand for classes.
+        by_color: read the colours of a palette file instead of its indices.
 
     Returns:
         (H,W) integers, or (H,W,3) uint8 for colour files.
 
     Raises:
-        DataError: unreadable, lossy (JPEG) or floating-point file.
+        DataError: a file that cannot be read, is lossy (JPEG) or has other values than integer indices or 8-bit colours.
     """
-    with _upright(path) as file:
+    with _open_upright(path) as file:
         if "JPEG" in (file.format, str(file.info.get("compression")).upper()):
-            raise DataError(f"{path}: JPEG changes label values; expected a lossless mask such as PNG")
+            raise DataError(f"{path}: JPEG changes label values; expected a lossless mask, export it again as PNG")
         if file.mode in ("F", "CMYK", "YCbCr", "LAB", "HSV"):
-            raise DataError(f"{path}: mask of mode {file.mode}; expected integer indices or RGB colours")
+            raise DataError(f"{path}: mask of mode {file.mode}; expected integer indices or RGB colours, convert it")
         if any(";16" in str(tile[3]) for tile in file.tile) and file.mode in ("RGB", "RGBA", "LA"):
-            raise DataError(f"{path}: a mask of 16 bits in several channels; expected one channel, or 8 bits of each colour")
+            raise DataError(f"{path}: a 16-bit mask of several channels; expected one channel or 8-bit colours, convert it")
         if by_color or file.mode in ("RGB", "RGBA"):
             return np.array(file.convert("RGB"))
         if file.mode in ("LA", "PA"):
@@ -274,46 +283,46 @@ def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
 
 
 def prepare_worker(_worker: int) -> None:
-    """Set a loader's worker process up: what its loader's process decides about ending, and memory that it keeps."""
-    _leave_signals_to_the_loader()
+    """Initialise a loader worker: ignore signals sent to the whole run, and keep freed memory."""
+    _ignore_run_wide_signals()
     _keep_freed_memory()
 
 
-def _leave_signals_to_the_loader() -> None:
-    """Let a worker outlive a signal that reaches all processes of a run, unless its loader's process sends it.
+def _ignore_run_wide_signals() -> None:
+    """Ignore SIGINT and SIGTERM in a worker, except a SIGTERM from the process that owns the loader.
 
-    Ctrl-C, SLURM and systemd signal them all. The process that trains ends its step and writes a checkpoint, for which it
-    may still need batches; then it ends its workers.
+    Ctrl-C, SLURM and systemd signal all processes of a run. The training process then finishes its step, for which it may
+    still need batches, writes a checkpoint and terminates its workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # which tells who sent a signal, where the system has it
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows; it reports the sender of a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_with_the_loader, daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
 
 
-def _end_with_the_loader() -> None:
+def _exit_on_sigterm_of_parent() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
 def _keep_freed_memory() -> None:
-    """Let a process keep the memory that it frees, where the C library is glibc.
+    """Make glibc keep freed memory in this process; other C libraries are left as they are.
 
-    By default an image's memory goes back to the system and is fetched, page by page and zeroed, for the next image.
+    By default, the memory of an image returns to the system and is mapped again, zeroed page by page, for the next image.
     """
     with suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        # The first fails for a value beyond the C library's maximum (32 MB in some versions); then nothing is changed.
+        # The first call fails and changes nothing if the value exceeds glibc's maximum, 32 MB in some versions.
         if mallopt(_M_MMAP_THRESHOLD, 1 << 28) or mallopt(_M_MMAP_THRESHOLD, 1 << 25):
             mallopt(_M_TRIM_THRESHOLD, 1 << 29)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """List the files directly in ``folder`` that have the extension of an image, sorted by name; hidden ones are left out.
+    """List the files directly in ``folder`` with the extension of an image, sorted by name, without hidden files.
 
     Raises:
-        DataError: the folder cannot be listed, or a name could not be printed or written to a file.
+        DataError: the folder cannot be listed, or a name holds control characters or is not valid UTF-8.
     """
     try:
         entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -322,24 +331,26 @@ def image_files(folder: Path) -> list[Path]:
     files = [path for path in entries if path.suffix.lower() in image_extensions()]
     for path in files:
         if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in path.name):
-            raise DataError(
-                f"{folder}: a file is named {path.name!r}; expected letters in UTF-8 and no line break, rename it"
-            )
+            raise DataError(f"{folder}: a file is named {path.name!r}; expected UTF-8 without control characters, rename it")
     return files
 
 
 def images_below(root: Path) -> list[Sample]:
-    """Samples of an image file, or of all image files in a folder and below, named by their path in it."""
+    """List an image file, or all image files in a folder and its subfolders, as samples named by their relative path.
+
+    Raises:
+        DataError: no such file or folder, or no readable image in it.
+    """
     if root.is_file():
         return [Sample(root.stem, root)]
     if not root.is_dir():
-        raise DataError(f"data.predict_root: {root} is neither an image nor a folder of images")
+        raise DataError(f"data.predict_root: no such file or folder: {root}; expected an image or a folder of images")
     folders = [root, *sorted(path for path in root.rglob("*") if path.is_dir())]
     files = [path for folder in folders for path in image_files(folder)]
     if not files:
-        raise DataError(f"data.predict_root: no image that can be read in {root}; expected files such as .jpg or .png")
+        raise DataError(f"data.predict_root: no readable image in {root}; expected files such as .jpg or .png")
     stems = [path.relative_to(root).with_suffix("").as_posix() for path in files]
-    # Two files that differ only in their extension keep it, or one result would overwrite the other.
+    # Files that differ only in their extension keep it, so that no prediction overwrites another.
     occurrences = Counter(stems)
     names = [
         stem if occurrences[stem] == 1 else path.relative_to(root).as_posix().replace(".", "_")

@@ -1,4 +1,4 @@
-"""A user's own folder of images and masks."""
+"""Folders of images and masks in the user's own layout."""
 
 import os
 import random
@@ -18,32 +18,35 @@ Split = Literal["auto", "folder", "list", "fraction"]
 
 
 class FolderData(SegmentationData):
-    """Images and masks in a folder of the user's own; a mask has its image's name.
+    """A folder of images and masks; each mask is named like its image.
 
-    ``root/images`` and ``root/masks`` are split by one of
+    ``split`` says how to divide ``root/images`` and ``root/masks``:
 
-    - ``folder``: ``root/images/train`` and ``root/masks/train`` (``val``, ``test`` likewise), or ``root/train/images`` and
-      ``root/train/masks``;
-    - ``list``: ``root/train.txt``, ``root/val.txt`` and, if wanted, ``root/test.txt``: an image name per line;
-    - ``fraction``: a random part goes to validation, another to test, the rest to training, the same for the same seed.
+    - ``folder``: by subfolders, ``root/images/train`` and ``root/masks/train`` or ``root/train/images`` and
+      ``root/train/masks``, likewise for ``val`` and ``test``;
+    - ``list``: by the text files ``root/train.txt``, ``root/val.txt`` and, optionally, ``root/test.txt`` with one image name
+      per line;
+    - ``fraction``: at random, with ``split_seed``;
+    - ``auto``: ``list`` if ``root/train.txt`` exists, else ``folder`` if there is a ``train`` folder, else ``fraction``.
 
-    ``auto`` takes lists where ``train.txt`` exists, else folders where a ``train`` folder exists, else fractions.
-
-    Masks hold class indices (8- or 16-bit grey or palette files; 255 is void), or RGB colours where the class list gives
-    each class a colour.
+    Masks hold class indices (8- or 16-bit grey or palette files; 255 is void), or RGB colours if the class list gives each
+    class a colour.
 
     Args:
-        root: the folder.
+        root: path of the folder.
         classes: class names in the order of their indices, or the path of a class list (see
             :func:`~mcseg.data.classlist.table_from_file`); None looks for ``classes.toml`` or ``classes.txt`` in the root.
-        split: how the images are divided.
-        val_fraction: share of the images for validation, above 0 and below 1.
-        test_fraction: share of the images for test.
-        split_seed: seed of the random division.
+        split: ``auto``, ``folder``, ``list`` or ``fraction``, see above.
+        val_fraction: share of the images for validation, above 0 and below 1; for ``fraction``.
+        test_fraction: share of the images for test, 0 or more; for ``fraction``.
+        split_seed: seed of the random split; for ``fraction``.
         images_dir: name of the image folder.
         masks_dir: name of the mask folder.
-        mask_suffix: what a mask's name has after its image's name, such as ``_mask``.
+        mask_suffix: suffix of the masks' names after the images' names, such as ``_mask``.
         **options: see :class:`~mcseg.data.datamodule.SegmentationData`.
+
+    Raises:
+        DataError: no such folder, impossible fractions, or no usable class list.
     """
 
     def __init__(
@@ -67,8 +70,8 @@ class FolderData(SegmentationData):
             raise DataError(f"data.root: no folder {folder}; expected one with {images_dir}, {masks_dir} and a class list")
         if not (0 < val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
             raise DataError(
-                f"data.val_fraction {val_fraction} and data.test_fraction {test_fraction}: expected "
-                "val_fraction above 0 and something left for training"
+                f"found data.val_fraction {val_fraction} and data.test_fraction {test_fraction}, expected val_fraction "
+                "above 0, test_fraction of 0 or more and a sum below 1"
             )
         self.images_dir, self.masks_dir, self.mask_suffix = images_dir, masks_dir, mask_suffix
         self.folder = folder
@@ -83,23 +86,23 @@ class FolderData(SegmentationData):
         pairs = self._pairs(*folders) if folders else []
         if self.split == "folder":
             return pairs
-        return self._listed(pairs, split) if self.split == "list" else self._drawn(pairs, split)
+        return self._split_by_list(pairs, split) if self.split == "list" else self._split_at_random(pairs, split)
 
     def remarks(self, split: str) -> list[str]:
-        """Files of the split that are not used, and images that are listed for training as well."""
+        """List files of the split that are not used, and images that are also listed for training."""
         folders = self._folders(split)
-        lines = self._unused(*folders) if folders and (self.split == "folder" or split == "train") else []
+        lines = self._unused_files(*folders) if folders and (self.split == "folder" or split == "train") else []
         if self.split == "list" and split != "train":
-            trained = {sample.name for sample in self.samples("train")}
-            if both := [sample.name for sample in self.samples(split) if sample.name in trained]:
+            train_names = {sample.name for sample in self.samples("train")}
+            if shared := [sample.name for sample in self.samples(split) if sample.name in train_names]:
                 lines.append(
-                    f"{self.folder / split}.txt: {_some(both)} in train.txt as well; scores of images that were trained on "
-                    "promise too much, list each image once"
+                    f"{self.folder / split}.txt: {_abbreviate(shared)} also in train.txt; scores on training images are too "
+                    "high, list each image in one file only"
                 )
         return lines
 
     def _folders(self, split: str) -> tuple[Path, Path] | None:
-        """Where images and masks of a split lie; None where there is no such split."""
+        """Return the folders with a split's images and masks; None if there is no such split."""
         images, masks = self.folder / self.images_dir, self.folder / self.masks_dir
         if self.split != "folder":
             return images, masks
@@ -112,47 +115,51 @@ class FolderData(SegmentationData):
         for folder in (images, masks):
             if not folder.is_dir():
                 raise DataError(f"{folder}: no such folder; expected the {'images' if folder == images else 'masks'} there")
-        by_stem = _by_stem(masks)
-        return [Sample(path.stem, path, by_stem.get(stem + self.mask_suffix)) for stem, path in _by_stem(images).items()]
+        masks_by_stem = _by_stem(masks)
+        return [
+            Sample(path.stem, path, masks_by_stem.get(stem + self.mask_suffix)) for stem, path in _by_stem(images).items()
+        ]
 
-    def _unused(self, images: Path, masks: Path) -> list[str]:
-        """A line about masks without an image, and one about each folder with other files."""
-        wanted = {stem + self.mask_suffix for stem in _by_stem(images)}
+    def _unused_files(self, images: Path, masks: Path) -> list[str]:
+        """Report masks without an image, and files that cannot be read as images."""
+        expected_stems = {stem + self.mask_suffix for stem in _by_stem(images)}
         lines = []
-        if alone := [path.name for stem, path in _by_stem(masks).items() if stem not in wanted]:
+        if orphans := [path.name for stem, path in _by_stem(masks).items() if stem not in expected_stems]:
             lines.append(
-                f"{masks}: {_some(alone)} without an image of this name; expected the image's name, upper and lower case "
-                f"alike, and data.mask_suffix ({self.mask_suffix!r}) behind it"
+                f"{masks}: {_abbreviate(orphans)} without an image of this name; expected the image's name in the same "
+                f"upper and lower case, followed by data.mask_suffix ({self.mask_suffix!r})"
             )
         for folder in (images, masks):
-            known = set(image_files(folder))
-            if other := sorted(path.name for path in folder.iterdir() if path not in known and _is_meant(path)):
-                lines.append(f"{folder}: {_some(other)} left out; expected images such as .jpg, .png or .tif, convert them")
+            readable = set(image_files(folder))
+            if other := sorted(path.name for path in folder.iterdir() if path not in readable and _is_user_file(path)):
+                lines.append(
+                    f"{folder}: {_abbreviate(other)} not used; expected images such as .jpg, .png or .tif, convert them"
+                )
         return lines
 
-    def _listed(self, pairs: list[Sample], split: str) -> list[Sample]:
+    def _split_by_list(self, pairs: list[Sample], split: str) -> list[Sample]:
         path = self.folder / f"{split}.txt"
         if not path.is_file():
             return []
         by_name = {sample.name: sample for sample in pairs} | {sample.image.name: sample for sample in pairs}
-        by_name = {_composed(name): sample for name, sample in by_name.items()}
+        by_name = {_normalized(name): sample for name, sample in by_name.items()}
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); expected an image name per line in UTF-8") from None
-        names = [_composed(Path(line.strip()).name) for line in lines if line.strip()]
+            raise DataError(f"{path}: cannot be read ({error}); expected one image name per line in UTF-8") from None
+        names = [_normalized(Path(line.strip()).name) for line in lines if line.strip()]
         missing = [name for name in names if name not in by_name]
         if missing:
             raise DataError(
                 f"{path}: lists {missing[0]} ({len(missing)} such names), which is not in "
-                f"{self.folder / self.images_dir}; expected names of images there"
+                f"{self.folder / self.images_dir}; expected names of images in this folder, correct the list"
             )
         listed = [by_name[name] for name in names]
-        if twice := [sample.name for sample, count in Counter(listed).items() if count > 1]:
-            raise DataError(f"{path}: {_some(twice)} more than once; expected each image once, remove the others")
+        if repeated := [sample.name for sample, count in Counter(listed).items() if count > 1]:
+            raise DataError(f"{path}: {_abbreviate(repeated)} more than once; expected each image once, correct the list")
         return listed
 
-    def _drawn(self, pairs: list[Sample], split: str) -> list[Sample]:
+    def _split_at_random(self, pairs: list[Sample], split: str) -> list[Sample]:
         order = list(range(len(pairs)))
         random.Random(self.split_seed).shuffle(order)
         val = max(1, round(self.fractions[0] * len(pairs)))
@@ -168,10 +175,10 @@ class FolderData(SegmentationData):
         if path is None:
             raise DataError(
                 f"no class list: looked for {' and '.join(map(str, candidates))}; write one class name per line "
-                "into classes.txt, or give data.classes"
+                "into classes.txt, or set data.classes"
             )
         if self._first_mask_is_rgb():
-            # A list without colours does not fit RGB masks; then the mask itself is the better place to complain.
+            # A list without colours does not fit RGB masks; reading the first mask then gives the clearer error.
             with suppress(DataError):
                 return table_from_file(path, by_color=True)
         return table_from_file(path, by_color=False)
@@ -183,7 +190,7 @@ class FolderData(SegmentationData):
             self.folder / "train" / self.masks_dir,
         ):
             for path in image_files(masks) if masks.is_dir() else []:
-                with suppress(DataError):  # of a broken file; the next one tells as well
+                with suppress(DataError):  # a broken file; look at the next one
                     return image_mode(path) in ("RGB", "RGBA")
         return False
 
@@ -195,27 +202,27 @@ def _detect_split(root: Path, images_dir: str) -> Split:
 
 
 def _by_stem(folder: Path) -> dict[str, Path]:
-    """Image files by their name without extension."""
+    """Map the names of the image files in a folder, without extension, to their paths."""
     files: dict[str, Path] = {}
     for path in image_files(folder):
-        stem = _composed(path.stem)
+        stem = _normalized(path.stem)
         if stem in files:
             both = f"{files[stem].name} and {path.name}"
-            raise DataError(f"{folder}: {both} have one name; expected different ones, rename or remove one")
+            raise DataError(f"{folder}: {both} have the same name; expected different names, rename or remove one file")
         files[stem] = path
     return files
 
 
-def _composed(name: str) -> str:
-    """A name as other systems write it: macOS may keep an umlaut as two characters."""
+def _normalized(name: str) -> str:
+    """Return the composed Unicode form of a name; macOS may store an umlaut as two characters."""
     return unicodedata.normalize("NFC", name)
 
 
-def _is_meant(path: Path) -> bool:
-    """Whether someone put this file into a folder of images, and not their system."""
+def _is_user_file(path: Path) -> bool:
+    """Whether a file is not hidden and not created by the operating system."""
     return path.is_file() and path.name[0] != "." and path.name not in ("Thumbs.db", "desktop.ini")
 
 
-def _some(names: Sequence[str]) -> str:
-    """Names for a message: the first, and how many there are."""
+def _abbreviate(names: Sequence[str]) -> str:
+    """Format names for a message as the first name and the number of further names."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -1,4 +1,4 @@
-"""Folder layouts: path templates such as ``images/{city}/{id}.png`` that find files, and say where a partner must lie."""
+"""Path templates such as ``images/{city}/{id}.png``: find the files that match, and build the path of a partner file."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -8,23 +8,24 @@ Fields = Mapping[str, str]
 
 
 def find(folder: Path, template: str) -> Iterator[tuple[dict[str, str], Path]]:
-    """Find the files below ``folder`` that fit a template, in no particular order.
+    """Find the files below ``folder`` that match a template, in no particular order.
 
     Args:
-        folder: where the template starts.
-        template: path with ``{field}`` for parts that vary; a field never reaches over a ``/``. Hidden files do not fit.
+        folder: folder that the template is relative to.
+        template: path with ``{field}`` for each varying part; a field does not match ``/``. A name that starts with a field
+            does not match hidden files.
 
     Yields:
-        Value of each field, and the file.
+        Value of each field, and the path of the file.
     """
     first, _, rest = template.partition("/")
     if "{" in first:
         pattern = re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>.+)", re.escape(first)))
         entries = (path for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else iter(())
-        fitting = ((match.groupdict(), path) for path in entries if (match := pattern.fullmatch(path.name)))
+        matches = ((match.groupdict(), path) for path in entries if (match := pattern.fullmatch(path.name)))
     else:
-        fitting = (({}, folder / first) for _ in range(1))
-    for fields, path in fitting:
+        matches = (({}, folder / first) for _ in range(1))
+    for fields, path in matches:
         if not rest:
             if path.is_file():
                 yield fields, path
@@ -35,15 +36,15 @@ def find(folder: Path, template: str) -> Iterator[tuple[dict[str, str], Path]]:
 
 
 def fill(folder: Path, template: str, fields: Fields) -> Path:
-    """Path of the file that a template names once its fields are known."""
+    """Return the path that a template gives for these values of its fields."""
     return folder / template.format_map(fields)
 
 
 def fixed_folder(folder: Path, template: str) -> Path:
-    """Deepest folder that a template names without knowing its fields."""
+    """Return the deepest folder of a template that does not depend on a field."""
     return folder / template.partition("{")[0].rpartition("/")[0]
 
 
 def readable(template: str) -> str:
-    """Template for people: ``images/<city>/<id>.png``."""
+    """Format a template for messages: ``images/<city>/<id>.png``."""
     return re.sub(r"\{(\w+)\}", r"<\1>", template)

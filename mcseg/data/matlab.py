@@ -1,4 +1,4 @@
-"""Masks in MATLAB files: COCO-Stuff 10k and the Semantic Boundaries Dataset (SBD)."""
+"""Read masks from MATLAB files, the format of COCO-Stuff 10k and the Semantic Boundaries Dataset (SBD)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from mcseg.messages import one_line
 
 @dataclass(frozen=True)
 class MatReader(FileReader):
-    """Reads masks from ``.mat`` files, and all others as :class:`~mcseg.data.files.FileReader` does."""
+    """Reader of masks in ``.mat`` files; all other files are read as by :class:`~mcseg.data.files.FileReader`."""
 
     def _stored(self, path: Path) -> NDArray[np.integer[Any]]:
         return read_mat(path) if path.suffix == ".mat" else super()._stored(path)
@@ -37,7 +37,7 @@ def read_mat(path: Path) -> NDArray[np.integer[Any]]:
         (H,W) integers as stored.
 
     Raises:
-        DataError: unreadable file, or none of the two in it.
+        DataError: the file cannot be read, or holds neither of the two.
     """
     from scipy.io import loadmat
 
@@ -48,7 +48,7 @@ def read_mat(path: Path) -> NDArray[np.integer[Any]]:
         raise MissingFileError(f"{path}: no such file") from None
     except KeyError:
         raise DataError(f"{path}: expected the variable S (COCO-Stuff) or GTcls.Segmentation (SBD), found neither") from None
-    except Exception as error:  # the parser meets broken files with whatever error comes first
+    except Exception as error:  # on a broken file the parser can raise any exception
         raise DataError(f"{path}: cannot be read ({one_line(error)}); replace or remove the file") from None
     if values.ndim != 2 or not (np.issubdtype(values.dtype, np.integer) or (values == np.rint(values)).all()):
         raise DataError(f"{path}: found an array of {values.dtype} with shape {values.shape}, expected (H,W) whole numbers")

@@ -1,4 +1,4 @@
-"""The order of the training images of each epoch, and the seed of what is drawn for each."""
+"""Order of the training images in each epoch, and the seed of each image's crop."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,22 +12,22 @@ from mcseg.seeds import seed_of
 
 
 class Draw(NamedTuple):
-    """An image by its index, and the seed of its crop."""
+    """Index of an image, and the seed of its crop."""
 
     image: int
     seed: int
 
 
 class TrainingOrder(DistributedSampler[Any]):
-    """Shuffles the images anew for each epoch and shares them out over the processes.
+    """Sampler that shuffles the images for each epoch and divides them among the processes.
 
-    Order and seeds follow from the run's seed and the epoch alone: a run that goes on in the middle of an epoch has the
-    batches that it would have had, whatever its loader had read ahead. Without a running Trainer each iteration is an epoch.
+    Order and seeds depend only on the run's seed and the epoch, so a run resumed in the middle of an epoch gets the batches
+    of an uninterrupted run, whatever its loader had prefetched. Without a running Trainer, each iteration is an epoch.
 
     Args:
-        dataset: of training images.
-        batch_size: images per step of a process.
-        trainer: knows processes, epoch and the batches that are done.
+        dataset: the training images.
+        batch_size: images per step and process.
+        trainer: gives the number of processes, the epoch and the number of finished batches; None is a single process.
     """
 
     def __init__(self, dataset: Dataset[Any], batch_size: int, trainer: Trainer | None) -> None:
@@ -37,11 +37,11 @@ class TrainingOrder(DistributedSampler[Any]):
         self._batch_size, self._trainer = batch_size, trainer
 
     def __iter__(self) -> Iterator[Draw]:
-        """Give the images of this process that are left of the epoch."""
+        """Iterate over the images of this process that remain in the epoch."""
         start = 0
         if self._trainer is not None and self._trainer.training:
-            self.epoch, batches = training_position(self._trainer)
-            start = batches * self._batch_size
+            self.epoch, finished_batches = training_position(self._trainer)
+            start = finished_batches * self._batch_size
         indices = list(super().__iter__())[start:]
         epoch = self.epoch
         self.epoch = epoch + 1

@@ -1,4 +1,4 @@
-"""Pixel counts of the training labels: counted once in parallel, cached, shared out over DDP processes."""
+"""Pixel counts of the training labels: counted in parallel, divided among DDP processes, and cached."""
 
 import hashlib
 import json
@@ -33,19 +33,22 @@ def count_class_pixels(
 ) -> Tensor:
     """Count the labelled pixels of each class over ``samples``.
 
-    The result is cached under a key made of the reader's settings (label table included) and of each mask's path, size and
-    modification time; a cache file that cannot be read is counted again. In a process group each rank counts its share.
+    The cache key is made of the reader's settings (label table included) and of each mask's path, size and modification
+    time. If the cache file cannot be read, the masks are counted again. In a process group each rank counts its share.
 
     Args:
-        reader: gives the masks.
+        reader: reads the masks.
         samples: the training samples.
-        num_workers: processes that decode; 0 counts in this one.
-        cache_dir: folder of the cache; None counts every time.
-        progress: show a bar (on rank 0).
-        skip: leave out masks that cannot be used, without a word: whoever reads them for training tells of them.
+        num_workers: number of worker processes; 0 counts in this process.
+        cache_dir: folder of the cache; None disables the cache.
+        progress: show a progress bar (on rank 0).
+        skip: leave out unusable masks without a warning; the training loader warns about them.
 
     Returns:
-        (C,) int64, void left out.
+        (C,) int64 pixel counts without void.
+
+    Raises:
+        DataError: an unusable mask, unless ``skip`` is set; a mask file that does not exist.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
@@ -53,7 +56,7 @@ def count_class_pixels(
     path = cache_dir / f"class_pixels-{key[:20]}.json" if cache_dir else None
     classes = reader.table.num_classes
 
-    # Rank 0 decides for all: a rank that looked later could already find the file and leave the others waiting.
+    # Rank 0 decides for all ranks: one that looked later might already find the file, and the reduction below would hang.
     cached = [_read_cache(path, key, classes) if rank == 0 else None]
     if distributed:
         torch.distributed.broadcast_object_list(cached)
@@ -61,19 +64,19 @@ def count_class_pixels(
         return torch.tensor(cached[0], dtype=torch.int64)
 
     share = samples[rank::world]
-    # A generator of its own: without, the loader would draw from the global one, and a run that finds the counts in the
-    # cache would train with other random numbers than one that counts.
+    # A separate generator: with the global one, a run that counts would train with other random numbers than a run that
+    # finds the counts in the cache.
     generator = torch.Generator()
     workers = min(num_workers, len(share))
-    # Several masks to a message, as each costs as much as counting a small mask; few enough to keep all workers busy.
-    together = max(1, min(16, len(share) // (8 * max(1, workers))))
-    masks = _MaskCounts(reader, share, skip)
+    # A worker's message costs as much as counting a small mask, so each holds several masks; few enough to keep all
+    # workers busy.
+    masks_per_message = max(1, min(16, len(share) // (8 * max(1, workers))))
     loader = DataLoader(
-        masks,
-        together,
+        _MaskCounts(reader, share, skip),
+        batch_size=masks_per_message,
         num_workers=workers,
         generator=generator,
-        collate_fn=_sum_up,
+        collate_fn=_sum_counts,
         worker_init_fn=prepare_worker,
     )
     total = torch.zeros(classes, dtype=torch.int64)
@@ -84,7 +87,7 @@ def count_class_pixels(
             total += counts
             bar.update(number)
     if distributed:
-        # The backend's own device: gloo reduces on the CPU, NCCL only on the GPU.
+        # Gloo reduces on the CPU, NCCL only on the GPU.
         device = torch.device("cuda", torch.cuda.current_device()) if torch.distributed.get_backend() == "nccl" else "cpu"
         reduced = total.to(device)
         torch.distributed.all_reduce(reduced)
@@ -95,6 +98,8 @@ def count_class_pixels(
 
 
 class _MaskCounts(Dataset[Tensor]):
+    """Pixel counts (C,) int64 of each sample's mask."""
+
     def __init__(self, reader: Reader, samples: Sequence[Sample], skip: bool) -> None:
         self.reader = reader
         self.samples = samples
@@ -112,7 +117,8 @@ class _MaskCounts(Dataset[Tensor]):
             return torch.zeros(self.reader.table.num_classes, dtype=torch.int64)
 
 
-def _sum_up(counts: list[Tensor]) -> tuple[Tensor, int]:
+def _sum_counts(counts: list[Tensor]) -> tuple[Tensor, int]:
+    """Return the summed counts (C,) and the number of masks."""
     return torch.stack(counts).sum(0), len(counts)
 
 
@@ -123,10 +129,12 @@ def _fingerprint(reader: Reader, samples: Sequence[Sample]) -> str:
         for path in (sample.mask, *sample.more_masks):
             if path is not None:
                 try:
-                    state = path.stat()
+                    status = path.stat()
                 except OSError as error:
-                    raise MissingFileError(f"{path}: cannot be found any more ({error.strerror})") from None
-                digest.update(f"|{path.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode())
+                    raise MissingFileError(
+                        f"{path}: the mask no longer exists ({error.strerror}); restore it or remove its image"
+                    ) from None
+                digest.update(f"|{path.resolve()}|{status.st_size}|{status.st_mtime_ns}".encode())
     return digest.hexdigest()
 
 
@@ -140,7 +148,7 @@ def _read_cache(path: Path | None, key: str, classes: int) -> list[int] | None:
             return counts
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    warnings.warn(f"{path}: unusable cache of label counts, counting again", stacklevel=3)
+    warnings.warn(f"{path}: the cache of label counts cannot be used; counting the labels again", stacklevel=3)
     return None
 
 
@@ -150,6 +158,7 @@ def _write_cache(path: Path, key: str, counts: Tensor) -> None:
         write_atomically(path, lambda temporary: temporary.write_text(text))
     except OSError as error:
         warnings.warn(
-            f"{path}: the label counts cannot be cached ({error.strerror}); they are counted again next time",
+            f"{path}: the label counts cannot be cached ({error.strerror}), so the next run counts them again; "
+            "set data.cache_dir to a writable folder",
             stacklevel=3,
         )

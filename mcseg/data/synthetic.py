@@ -1,4 +1,4 @@
-"""The embedded data set: street scenes drawn on the fly from a seed."""
+"""The built-in data set: street scenes drawn on the fly from a seed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from mcseg.data.scenes import SCENE_CLASSES, SCENE_PALETTE, draw_scene
 
 @dataclass(frozen=True)
 class SceneReader:
-    """Draws the scene that a sample's name stands for: the same seed and name give the same scene."""
+    """Reader that draws a scene from the seed and the sample's name; the same two give the same scene."""
 
     table: LabelTable
     height: int
@@ -23,32 +23,32 @@ class SceneReader:
     seed: int
 
     def pair(self, sample: Sample, choose: Choice | None = None) -> tuple[Tensor, Tensor]:
-        """(3,H,W) uint8 image and (H,W) uint8 labels, void 255, or the window of both that ``choose`` takes."""
-        drawn, labels = draw_scene((self.seed, *sample.name.encode()), self.height, self.width)
-        image, mask = torch.from_numpy(drawn).permute(2, 0, 1), torch.from_numpy(labels)
+        """Draw image (3,H,W) uint8 and labels (H,W) uint8, void 255; with ``choose``, cut both to the window it returns."""
+        pixels, labels = draw_scene((self.seed, *sample.name.encode()), self.height, self.width)
+        image, mask = torch.from_numpy(pixels).permute(2, 0, 1), torch.from_numpy(labels)
         if choose is None:
             return image, mask
         window = choose(mask)
         return window.cut(image), window.cut(mask)
 
     def image(self, sample: Sample) -> Tensor:
-        """(3,H,W) uint8 image."""
+        """Draw the image, (3,H,W) uint8."""
         return self.pair(sample)[0]
 
     def mask(self, sample: Sample) -> Tensor:
-        """(H,W) uint8 labels, void 255."""
+        """Draw the labels, (H,W) uint8, void 255."""
         return self.pair(sample)[1]
 
     def counts(self, sample: Sample) -> Tensor:
-        """(C,) int64: pixels of each class."""
+        """Count the pixels of each class, (C,) int64."""
         return count_labels(self.mask(sample), self.table.num_classes)
 
     def verify(self, sample: Sample, masks: bool = True) -> None:
-        """Every scene can be drawn."""
+        """Do nothing: every scene can be drawn."""
 
 
 class SyntheticData(SegmentationData):
-    """Street scenes of 8 classes whose pixel shares run from over 50 % to about 0.1 %, drawn from a seed; no files.
+    """Street scenes of 8 classes with pixel shares from over 50 % down to about 0.1 %, drawn from a seed; no files needed.
 
     Args:
         train_scenes: number of training scenes.
@@ -81,5 +81,5 @@ class SyntheticData(SegmentationData):
         self.scenes = {"train": train_scenes, "val": val_scenes, "test": test_scenes}
 
     def samples(self, split: str) -> list[Sample]:
-        """Name the scenes of a split; they have no files."""
+        """List the scenes of a split; they have names but no files."""
         return [Sample(f"{split}-{index:04d}", Path(f"{split}-{index:04d}")) for index in range(self.scenes[split])]

@@ -1,4 +1,4 @@
-"""Evaluation: scores over a whole split, inference on whole images, and bounds for unseen images."""
+"""Evaluation: scores over a split, inference on whole images, and bounds for unseen images."""
 
 from mcseg.evaluation.inference import Inference
 from mcseg.evaluation.metrics import IGNORE_INDEX, Scores, SegmentationScores, score

@@ -1,4 +1,4 @@
-"""Confusion counts over a whole split, and what is read from them; every IoU in the package comes from here."""
+"""Confusion counts over a whole split and the scores derived from them: IoU, precision, recall, accuracy."""
 
 import math
 from collections.abc import Collection
@@ -16,13 +16,17 @@ IGNORE_INDEX = 255  # label of void pixels
 
 @dataclass(frozen=True)
 class Scores:
-    """What one confusion matrix says.
+    """Scores of one confusion matrix; void pixels do not count.
 
-    Per class (C,) float64, NaN where the quantity is undefined (division by zero pixels): ``iou`` TP / (TP + FP + FN),
-    ``precision`` TP / (TP + FP), ``recall`` TP / (TP + FN), ``share`` of the labelled pixels. ``miou`` is the mean of
-    the defined IoUs, so a class with neither target nor predicted pixels is left out; ``classes_averaged`` counts the
-    others. ``pixel_accuracy`` is the share of labelled pixels predicted right. ``confusion`` (C,C) holds the counts
-    where they are known for each pair of classes. Void pixels count nowhere.
+    Attributes:
+        miou: mean of the defined IoUs; a class without target and predicted pixels does not enter it.
+        pixel_accuracy: share of the labelled pixels that are predicted correctly.
+        classes_averaged: number of classes in ``miou``.
+        iou: TP / (TP + FP + FN) of each class, float64 (C,); NaN if that is 0 / 0, like the three scores below.
+        precision: TP / (TP + FP) of each class, float64 (C,).
+        recall: TP / (TP + FN) of each class, float64 (C,).
+        share: share of the labelled pixels, float64 (C,).
+        confusion: int64 (C,C) counts, rows are targets, columns predictions; None if only sums per class are known.
     """
 
     miou: float
@@ -36,13 +40,19 @@ class Scores:
 
     @classmethod
     def from_confusion(cls, confusion: Tensor) -> "Scores":
-        """Compute from (C,C) int64 counts: rows are targets, columns predictions."""
+        """Compute scores from int64 counts (C,C); rows are targets, columns predictions."""
         counts = confusion.cpu()
         return replace(cls.from_counts(counts.diagonal(), counts.sum(1), counts.sum(0)), confusion=counts)
 
     @classmethod
     def from_counts(cls, hit: Tensor, target: Tensor, predicted: Tensor) -> "Scores":
-        """Compute from (C,) counts of pixels per class: predicted right, in the target, in the prediction."""
+        """Compute scores from pixel counts per class.
+
+        Args:
+            hit: (C,) pixels that are predicted correctly.
+            target: (C,) pixels in the target.
+            predicted: (C,) pixels in the prediction.
+        """
         hit, target, predicted = hit.double(), target.double(), predicted.double()  # exact up to 2^53 pixels
         iou = hit / (target + predicted - hit)
         return cls(
@@ -57,10 +67,13 @@ class Scores:
 
 
 def rarest_third(class_pixels: Tensor) -> Tensor:
-    """Train ids of the rarest third of the classes, rarest first; a class without a pixel is not rare but absent.
+    """Select the rarest third of the classes with pixels, rounded up.
 
     Args:
-        class_pixels: (C,) labelled training pixels.
+        class_pixels: (C,) labelled training pixels per class.
+
+    Returns:
+        int64 train ids, rarest first.
 
     Example:
         >>> import torch
@@ -74,60 +87,61 @@ def rarest_third(class_pixels: Tensor) -> Tensor:
 
 
 def is_repeated(loader: Any, count: int, batch_idx: int, processes: int, rank: int, dropped: Collection[int] = ()) -> Tensor:
-    """Find the images that a distributed sampler repeats so that each process has as many.
+    """Find the images of a batch that a distributed sampler repeats to give each process the same number.
 
-    Lightning's sampler deals image j to process j % processes and fills up at the end.
+    Lightning's sampler gives image j to process j % processes and repeats images at the end.
 
     Args:
-        loader: the process's loader, not shuffled, with a ``batch_size`` of its own or of its batch sampler.
-        count: images N of the batch.
-        batch_idx: number of the batch in its epoch.
+        loader: this process's loader, not shuffled, with a ``batch_size`` or a ``batch_sampler`` that has one.
+        count: number of images N in the batch.
+        batch_idx: index of the batch in the epoch.
         processes: number of processes.
-        rank: number of this process.
-        dropped: places of images of the batch that were skipped; they are not among the N.
+        rank: rank of this process.
+        dropped: positions of images that were dropped from the batch; they are not among the N.
 
     Returns:
         (N,) bool on the CPU.
     """
-    places = torch.tensor([place for place in range(count + len(dropped)) if place not in dropped], dtype=torch.int64)
+    positions = torch.tensor([index for index in range(count + len(dropped)) if index not in dropped], dtype=torch.int64)
     size = loader.batch_size or loader.batch_sampler.batch_size
-    repeated: Tensor = (batch_idx * size + places) * processes + rank >= len(loader.dataset)
+    repeated: Tensor = (batch_idx * size + positions) * processes + rank >= len(loader.dataset)
     return repeated
 
 
 def image_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
-    """Count an image's pixels per class, void left out.
+    """Count the labelled pixels of an image per class.
 
     Args:
         preds: (H,W) integer classes 0..C-1.
         target: (H,W) integer classes 0..C-1 or ``ignore_index``.
         num_classes: number of classes C.
-        ignore_index: target value that counts nowhere.
+        ignore_index: label of void pixels.
 
     Returns:
-        (3,C) int64: pixels predicted right, in the target, in the prediction; see :meth:`Scores.from_counts`.
+        (3,C) int64: pixels predicted correctly, in the target, in the prediction, as
+        :meth:`mcseg.evaluation.Scores.from_counts` takes them.
 
     Raises:
         TypeError: predictions or target are not integers.
-        ValueError: they have different shapes.
+        ValueError: predictions and target have different shapes.
     """
     check_predictions(preds, target)
     preds, target = preds.long(), target.long()  # before the comparison: uint8 would wrap an ignore_index outside 0..255
     labelled = target != ignore_index
-    chosen = (labelled & (preds == target), target), (labelled, target), (labelled, preds)
-    ids = [torch.where(mask, ids, num_classes).flatten() for mask, ids in chosen]  # what is left out gets a bin of its own
-    return torch.stack([torch.bincount(found, minlength=num_classes + 1) for found in ids])[:, :num_classes]
+    selections = (labelled & (preds == target), target), (labelled, target), (labelled, preds)
+    ids = [torch.where(mask, classes, num_classes).flatten() for mask, classes in selections]  # other pixels get bin C
+    return torch.stack([torch.bincount(values, minlength=num_classes + 1) for values in ids])[:, :num_classes]
 
 
 class SegmentationScores(MulticlassJaccardIndex):
-    """torchmetrics' Jaccard index over one confusion matrix of a whole split, giving :class:`Scores`.
+    """Metric over a whole split: torchmetrics' Jaccard index with :class:`~mcseg.evaluation.Scores` as a second result.
 
-    The counts are int64 and summed over processes. ``compute()`` is torchmetrics' macro average, the mIoU as a tensor;
-    :meth:`scores` gives everything.
+    The int64 counts are summed over batches and processes. ``compute()`` returns the mIoU, the macro average of
+    torchmetrics; :meth:`scores` returns all scores.
 
     Args:
         num_classes: number of classes C.
-        ignore_index: target value that counts nowhere.
+        ignore_index: label of void pixels.
     """
 
     confmat: Tensor
@@ -136,7 +150,7 @@ class SegmentationScores(MulticlassJaccardIndex):
     ignore_index: int
 
     def __init__(self, num_classes: int, ignore_index: int = 255) -> None:
-        # Its validation runs torch.unique over every batch and still does not look at the range.
+        # the validation of torchmetrics runs torch.unique on every batch and does not check the range
         super().__init__(num_classes, average="macro", ignore_index=ignore_index, validate_args=False)
         self.add_state("unknown", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
@@ -148,24 +162,29 @@ class SegmentationScores(MulticlassJaccardIndex):
             target: (N,H,W) integer classes 0..C-1 or ``ignore_index``.
 
         Raises:
-            ValueError: other classes, on the CPU; on a GPU, :meth:`scores` does.
+            TypeError: predictions or target are not integers.
+            ValueError: shapes differ, or (CPU only) a value is out of range. On a GPU, :meth:`scores` raises instead.
         """
-        # torchmetrics' own update compares every pixel with every pair of classes under `deterministic=True`, 44 GiB for a
-        # batch of 512x512 and 150 classes
+        # with `deterministic=True` the update of torchmetrics compares every pixel with every pair of classes: 44 GiB for a
+        # batch of 512x512 pixels and 150 classes
         counts, unknown = confusion_counts(preds, target, self.num_classes, self.ignore_index)
         self.confmat += counts
         self.unknown += unknown
 
     def compute(self) -> Tensor:
-        """Compute the mIoU; see :meth:`scores` for what it raises."""
+        """Compute the mIoU, a scalar.
+
+        Raises:
+            ValueError: a prediction or a target was out of range.
+        """
         self._check()
         return super().compute()
 
     def scores(self) -> Scores:
-        """Read the counts, summed over all processes in a process group.
+        """Compute all scores from the counts of all processes.
 
         Raises:
-            ValueError: a target or a prediction was no class. On the CPU :meth:`update` has said so.
+            ValueError: a prediction or a target was out of range; on the CPU, :meth:`update` raises first.
         """
         with self.sync_context():
             self._check()
@@ -174,27 +193,31 @@ class SegmentationScores(MulticlassJaccardIndex):
     def _check(self) -> None:
         if self.unknown:
             raise ValueError(
-                f"{int(self.unknown)} pixels are of unknown classes; expected 0 to {self.num_classes - 1} in predictions "
-                f"and target, or {self.ignore_index} in the target for void"
+                f"found {int(self.unknown)} pixels of unknown classes, expected 0 to {self.num_classes - 1} in predictions "
+                f"and target, or {self.ignore_index} for void in the target; check the labels and num_classes"
             )
 
 
 def score(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> Scores:
-    """Score predictions that are all at hand.
+    """Compute the scores of predictions in one call.
 
     Args:
         preds: integer classes 0..C-1, any shape.
-        target: of the same shape: 0..C-1 or ``ignore_index``.
+        target: integer classes 0..C-1 or ``ignore_index``, same shape as ``preds``.
         num_classes: number of classes C.
-        ignore_index: target value that counts nowhere.
+        ignore_index: label of void pixels.
+
+    Raises:
+        TypeError: predictions or target are not integers.
+        ValueError: shapes differ, or a value is out of range.
 
     Example:
         >>> import torch
         >>> from mcseg.evaluation import score
-        >>> found = score(preds=torch.tensor([0, 0, 1, 1]), target=torch.tensor([0, 1, 1, 255]), num_classes=2)
-        >>> found.iou
+        >>> scores = score(preds=torch.tensor([0, 0, 1, 1]), target=torch.tensor([0, 1, 1, 255]), num_classes=2)
+        >>> scores.iou
         tensor([0.5000, 0.5000], dtype=torch.float64)
-        >>> found.miou
+        >>> scores.miou
         0.5
     """
     metric = SegmentationScores(num_classes, ignore_index)

@@ -1,4 +1,4 @@
-"""Objectives for semantic segmentation: modules called with logits and target that return a scalar."""
+"""Objectives for semantic segmentation: modules that take logits and target and return a scalar."""
 
 from mcseg.kernels import Upsampling
 from mcseg.losses.base import ObjectiveProtocol, offered
@@ -37,7 +37,7 @@ __all__ = [
     "offered",
 ]
 
-# In checkpoints and configurations objectives are named by this path, wherever in the package they are written.
+# Checkpoints and configs name objectives by this path, so that a class can move to another file.
 for _name in __all__:
     if isinstance(_object := globals()[_name], type):
         _object.__module__ = __name__

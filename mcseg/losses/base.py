@@ -1,4 +1,4 @@
-"""What an objective offers, and what those of mcseg share: checked inputs, constants that stay float64, calibration."""
+"""The protocol of objectives and their base classes: input checks, calibration, float64 buffers, sums over processes."""
 
 import inspect
 import math
@@ -15,18 +15,18 @@ from mcseg.margins import ClassPixels, checked_counts
 
 
 class ObjectiveProtocol(Protocol):
-    """What an objective offers to the module, to sums of objectives and to the callbacks.
+    """Interface between an objective and the module, `SumLoss` and the callbacks.
 
-    Any ``torch.nn.Module`` that is called with logits and target serves; all else is optional, and `offered` gives what
-    holds where an objective does not have it.
+    Any ``torch.nn.Module`` that takes logits and target is an objective. All other members are optional; `offered` returns
+    their defaults for an objective that does not define them.
 
     Attributes:
-        is_calibrated: Whether it can be called; False until `calibrate` where it needs pixel counts. Default: True.
-        terms: Parts of the last value by name, scalars without gradient, which are logged. Default: none.
-        class_constants: What calibration set for each class, ``(C,)`` each by name. Default: none.
-        class_statistics: What the last call found of each class, ``(C,)`` each by name. Default: none.
-        takes_coarse_logits: Whether it may be called with an `mcseg.kernels.Upsampling` as third argument and logits
-            ``(N, C, h, w)`` that are to be upsampled so to the target's size. Default: False.
+        is_calibrated: Whether the objective is ready to be called. Default: True.
+        terms: Named parts of the last loss, scalars without gradient; the module logs them. Default: none.
+        class_constants: Named constants per class that calibration sets, ``(C,)`` each. Default: none.
+        class_statistics: Named statistics per class of the last call, ``(C,)`` each. Default: none.
+        takes_coarse_logits: Whether the objective accepts an `mcseg.kernels.Upsampling` as its third argument, with logits
+            ``(N, C, h, w)`` that it upsamples to the size of the target. Default: False.
     """
 
     is_calibrated: bool
@@ -36,11 +36,11 @@ class ObjectiveProtocol(Protocol):
     takes_coarse_logits: bool
 
     def __call__(self, logits: Tensor, target: Tensor, /) -> Tensor:
-        """Compute a scalar from ``logits (N, C, H, W)`` and ``target (N, H, W)``: classes, or 255 where void."""
+        """Compute a scalar from ``logits (N, C, H, W)`` and ``target (N, H, W)``: 0..C-1, or 255 for void."""
         ...
 
     def calibrate(self, class_pixels: ClassPixels, /) -> Any:
-        """Take ``(C,)`` counts of the pixels of the training labels. Default: None in its place, nothing is counted."""
+        """Set constants from the ``(C,)`` pixel counts of the training labels. Default: no such method, no counting."""
         ...
 
 
@@ -55,14 +55,25 @@ _DEFAULTS: dict[str, Any] = {
 
 
 def offered(objective: nn.Module, name: str) -> Any:
-    """An optional member of `ObjectiveProtocol` by its name, or the default where the objective does not have it."""
+    """Return an optional member of `ObjectiveProtocol` by name, or its default if the objective does not define it."""
     return getattr(objective, name, _DEFAULTS[name])
 
 
 def check_inputs(logits: Tensor, target: Tensor, least_classes: int = 1, upsampling: Upsampling | None = None) -> None:
-    """Raise TypeError or ValueError where logits (N,C,*spatial) and target (N,*spatial) do not go together."""
+    """Check the dtypes and shapes of logits (N,C,*spatial) and target (N,*spatial).
+
+    Args:
+        logits: With ``upsampling`` (N,C,h,w).
+        target: With ``upsampling`` (N,H,W).
+        least_classes: Smallest C.
+        upsampling: Upsampling of the logits, or None.
+
+    Raises:
+        TypeError: Logits are not floating point, or the target is not of an integer dtype.
+        ValueError: The shapes do not match, or C is below ``least_classes``.
+    """
     if not logits.is_floating_point():
-        raise TypeError(f"logits: found dtype {logits.dtype}, expected floating point: the network's raw output")
+        raise TypeError(f"logits: found dtype {logits.dtype}, expected floating point; pass the network's raw output")
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(f"target: found dtype {target.dtype}, expected an integer dtype; convert labels with .long()")
     if logits.ndim < 2 or logits.shape[1] < least_classes:
@@ -71,36 +82,36 @@ def check_inputs(logits: Tensor, target: Tensor, least_classes: int = 1, upsampl
     if upsampling is not None:
         if logits.ndim != 4 or target.ndim != 3 or len(target) != len(logits):
             raise ValueError(
-                f"upsampling: found logits {tuple(logits.shape)} and target {tuple(target.shape)}, expected (N, C, h, w) "
-                "and (N, H, W)"
+                f"upsampling: found logits of shape {tuple(logits.shape)} and target of shape {tuple(target.shape)}, "
+                "expected (N, C, h, w) and (N, H, W)"
             )
         if target.shape[1] > upsampling.height or target.shape[2] > upsampling.width:
             raise ValueError(
-                f"upsampling: found a target of {tuple(target.shape[1:])} for logits upsampled to {upsampling[:2]}, "
-                "expected no larger one"
+                f"upsampling: found a target of size {tuple(target.shape[1:])} and logits upsampled to {upsampling[:2]}, "
+                "expected a target that is not larger"
             )
         return
     expected = (logits.shape[0], *logits.shape[2:])
     if target.shape != expected:
         raise ValueError(
-            f"target: found shape {tuple(target.shape)}, expected {expected} for logits {tuple(logits.shape)}: "
-            "class indices without a class dimension, logits resized to the labels"
+            f"target: found shape {tuple(target.shape)}, expected {expected} for logits of shape {tuple(logits.shape)}; "
+            "pass class indices without a class dimension, and resize the logits to the target"
         )
 
 
 def as_upsampling(upsample: bool | Upsampling, target: Tensor) -> Upsampling | None:
-    """Spell out what True (to the size of the target) and False (not at all) say."""
+    """Convert the argument ``upsample``: True is an upsampling to the size of the target, False is None."""
     return Upsampling(*target.shape[-2:]) if upsample is True else upsample or None
 
 
 def check_choice(name: str, value: str, choices: Any) -> None:
-    """Raise ValueError where a setting is none of the values of its Literal type."""
+    """Raise ValueError unless ``value`` is one of the values of the Literal type ``choices``."""
     if value not in get_args(choices):
         raise ValueError(f"{name}: found {value!r}, expected one of {', '.join(map(repr, get_args(choices)))}")
 
 
 def check_range(name: str, value: float, low: float, *, open_: bool = False) -> None:
-    """Raise ValueError where a setting is not finite and at least ``low``, or with ``open_`` above it."""
+    """Raise ValueError unless ``value`` is finite and at least ``low``, or above ``low`` with ``open_``."""
     if not (math.isfinite(value) and (value > low if open_ else value >= low)):
         raise ValueError(f"{name}: found {value}, expected a finite number {'>' if open_ else '>='} {low}")
 
@@ -108,11 +119,15 @@ def check_range(name: str, value: float, low: float, *, open_: bool = False) -> 
 def summed_over_processes(counts: Tensor) -> Tensor:
     """Sum counts over all processes of a group, with gradient.
 
-    Outside a group, and where no gradient is recorded (an evaluation is a process's own affair, and the others would be
-    waited for in vain), they are returned as they are.
+    The mean of the processes' gradients, which DDP computes, is then the gradient of a loss that is a function of the
+    sums.
 
-    A process answers for its share of the sums of all, so the mean over processes that DDP takes of the gradients is the
-    gradient of a loss that is a function of the sums.
+    Args:
+        counts: This process's counts, of the same shape and floating-point dtype on every process.
+
+    Returns:
+        The sums; without a process group, or if gradients are off, ``counts`` as they are. An evaluation may run on one
+        process only, where a collective would deadlock.
     """
     if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
         return cast(Tensor, _SumOverProcesses.apply(counts))
@@ -120,7 +135,7 @@ def summed_over_processes(counts: Tensor) -> Tensor:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """A sum over processes, whose derivative is one as well; torch deprecates its own from 2.14 on."""
+    """Sum over processes, in the backward pass as well; torch deprecates its own function from 2.14 on."""
 
     @staticmethod
     def forward(ctx: Any, counts: Tensor) -> Tensor:
@@ -136,18 +151,21 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def mean_over_processes(total: Tensor, number: Tensor) -> Tensor:
-    """Divide a sum by what it is a sum of, 0 by nothing; in training the number is that of all processes of a group.
+    """Divide a sum by its count; 0 if the count is 0.
 
-    The mean over processes that DDP takes of the gradients is then that of the mean over all their pixels, also where one
-    process has more labelled ones than another, or none; and so is the mean of the losses.
+    In training the count is the mean over all processes of a group. The mean of the processes' losses and gradients,
+    which DDP computes, is then that of the mean over the pixels of all processes, however many each of them has.
 
     Args:
-        total: scalar, this process's sum.
-        number: scalar, pixels or the sum of their weights, no gradient is wanted of it.
+        total: Scalar, this process's sum.
+        number: Scalar, this process's count: pixels, or the sum of their weights. It gets no gradient.
+
+    Returns:
+        A scalar in the dtype of ``total`` or float32, whichever is wider.
     """
     processes = 1
     number = number.detach().to(torch.promote_types(total.dtype, torch.float32))
-    # a loss that has no gradient may be one process's own affair, and the others would be waited for in vain
+    # an evaluation without gradients may run on one process only, where a collective would deadlock
     if total.requires_grad and torch.distributed.is_available() and torch.distributed.is_initialized():
         processes = torch.distributed.get_world_size()
         number = number.clone()
@@ -156,14 +174,16 @@ def mean_over_processes(total: Tensor, number: Tensor) -> Tensor:
 
 
 class Objective(nn.Module):
-    """What the objectives share: checked inputs, settings in their representation, constants that stay float64.
+    """Base class of the objectives: checks inputs, shows the settings in ``repr``, keeps buffers in float64.
+
+    A subclass implements ``_loss(logits, target, labelled)``.
 
     Args:
         ignore_index: Label of void pixels.
 
     Attributes:
-        class_statistics: What the last call found of each class, ``(C,)`` each by name, without gradient; NaN where the
-            batch does not say. Over all processes, where the objective is. `mcseg.callbacks.ObjectiveMonitor` logs them.
+        class_statistics: Named statistics per class of the last call, ``(C,)`` each, without gradient; NaN if the batch
+            does not determine the value. `mcseg.callbacks.ObjectiveMonitor` logs them.
     """
 
     def __init__(self, ignore_index: int = 255) -> None:
@@ -173,11 +193,11 @@ class Objective(nn.Module):
 
     @property
     def class_constants(self) -> dict[str, Tensor]:
-        """What calibration set for each class, ``(C,)`` each by name; none before it, and where none is needed."""
+        """Named constants per class that calibration sets, ``(C,)`` each; empty before calibration."""
         return {}
 
     def extra_repr(self) -> str:
-        """Name the settings."""
+        """List the settings."""
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in inspect.signature(type(self)).parameters)
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -188,16 +208,17 @@ class Objective(nn.Module):
             target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
 
         Returns:
-            Scalar >= 0 in float32, or float64 for logits of that type; 0 where nothing is labelled.
+            Scalar >= 0 in float32, or in float64 for float64 logits; 0 if nothing is labelled.
 
         Raises:
-            RuntimeError: The loss derives constants from pixel counts and is not calibrated.
-            TypeError: Logits are not floating point or labels not integers.
-            ValueError: Shapes or numbers of classes do not go together, or (CPU only) a label is no class.
+            RuntimeError: The objective needs pixel counts and is not calibrated.
+            TypeError: Logits are not floating point, or the target is not of an integer dtype.
+            ValueError: Shapes or numbers of classes do not match, or (CPU only) a label is neither a class nor
+                ``ignore_index``.
         """
         check_inputs(logits, target)
         target = target.long()  # before the comparison: uint8 would wrap a negative ignore_index
-        if logits.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU the host would wait
             check_labels(target, logits.shape[1], self.ignore_index)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         labelled = target != self.ignore_index
@@ -205,14 +226,20 @@ class Objective(nn.Module):
         return self._loss(logits.masked_fill(~labelled.unsqueeze(1), 0.0), target, labelled)
 
     def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
-        """Compute the loss of checked inputs: logits in float32 or wider, target in int64, True where labelled."""
+        """Compute the loss of checked inputs.
+
+        Args:
+            logits: (N,C,*spatial) float32 or float64; 0 at void pixels.
+            target: (N,*spatial) int64.
+            labelled: (N,*spatial) bool, False at void pixels.
+        """
         raise NotImplementedError
 
     def _reset_buffers(self) -> None:
-        """Register the buffers with the values that they have in a new module."""
+        """Register the buffers with the values of a new module."""
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        # .half() and .to(dtype) would round the constants: hide them from `fn`, then follow it to its device only
+        # .half() and .to(dtype) would round the buffers: hide them from `fn`, then move them to its device only
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         if not kept:
             return cast(Self, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
@@ -224,7 +251,7 @@ class Objective(nn.Module):
             device = fn(torch.empty((), device=before)).device
         finally:
             self._buffers.update(kept)
-        if before.type == "meta" and device.type != "meta":  # to_empty() of a module that was built without storage
+        if before.type == "meta" and device.type != "meta":  # to_empty() of a module built on the meta device
             self._reset_buffers()
         for name in kept:
             # mps has no float64
@@ -234,25 +261,27 @@ class Objective(nn.Module):
 
 
 class CalibratedLoss(Objective):
-    """An objective with constants per class that follow from the pixel counts of the training labels.
+    """Base class of objectives with constants per class that follow from the pixel counts of the training labels.
 
-    Call `calibrate` once before the first use. What `_stored` names are buffers, float64 ``(C,)``: NaN until calibrated,
-    they travel in the ``state_dict``, so that an objective that loads a calibrated checkpoint needs no training labels.
-    They stay float64 when the module is cast.
+    Call `calibrate` once before the first use. The constants are float64 buffers ``(C,)``, NaN until then. The
+    ``state_dict`` holds them, so an objective that loads a calibrated checkpoint needs no training labels. They stay
+    float64 when the module is cast to another dtype.
+
+    A subclass names its buffers in ``_stored``, computes them in ``_values`` and calls ``_require_calibrated``.
 
     Args:
-        num_classes: C >= 2; None only where no counts are needed.
+        num_classes: C >= 2; may be None if ``counted`` is False.
         ignore_index: Label of void pixels.
-        counted: False where a setting needs no counts: there are no buffers then.
+        counted: Whether the settings need pixel counts; without them there are no buffers.
     """
 
     _stored: tuple[str, ...] = ()
-    _absent = "its constant is 0"  # what becomes of a class without pixels, in the words of the warning
+    _absent = "its constant is 0"  # end of the warning about a class without pixels
 
     def __init__(self, num_classes: int | None, ignore_index: int = 255, *, counted: bool = True) -> None:
         super().__init__(ignore_index)
         if num_classes is None and counted:
-            raise ValueError("num_classes: found None, expected the number of classes, as counts of pixels are needed")
+            raise ValueError("num_classes: found None, expected the number of classes; these settings need pixel counts")
         if num_classes is not None and num_classes < 2:
             raise ValueError(f"num_classes: found {num_classes}, expected at least 2")
         self.num_classes = num_classes
@@ -261,25 +290,28 @@ class CalibratedLoss(Objective):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the constants are known, or not needed."""
+        """Whether the constants are set, or not needed."""
         return self._calibrated or not self._counted
 
     def calibrate(self, class_pixels: ClassPixels) -> Self:
-        """Set the constants from ``(C,)`` counts of labelled training pixels per class, void excluded.
+        """Set the constants from the pixel counts of the training labels.
+
+        Args:
+            class_pixels: ``(C,)`` labelled pixels per class, void excluded; tensor, array or sequence.
 
         Returns:
             The module itself.
 
         Raises:
-            ValueError: The counts are not ``num_classes`` finite counts >= 0, with pixels in at least two classes.
+            ValueError: The counts are not ``num_classes`` finite numbers >= 0, or fewer than two classes have pixels.
 
         Warns:
-            UserWarning: Some class has no pixels; it is named by its index.
+            UserWarning: A class has no pixels; the warning names its index.
         """
         n = checked_counts(class_pixels)
         if len(n) != self.num_classes:
             raise ValueError(
-                f"class_pixels: found {len(n)} counts, expected {self.num_classes}: one for each of num_classes"
+                f"class_pixels: found {len(n)} counts, expected {self.num_classes}, one per class (num_classes)"
             )
         if absent := torch.nonzero(n == 0).flatten().tolist():
             warnings.warn(
@@ -287,7 +319,7 @@ class CalibratedLoss(Objective):
                 "if the training labels should contain it.",
                 stacklevel=2,
             )
-        with warnings.catch_warnings():  # it has just been said
+        with warnings.catch_warnings():  # margin_offsets() would repeat the warning
             warnings.filterwarnings("ignore", message="class_pixels: no pixels of class")
             values = self._values(n)
         for name in self._stored:
@@ -297,25 +329,25 @@ class CalibratedLoss(Objective):
         return self
 
     def extra_repr(self) -> str:
-        """Name the settings and whether the constants are known."""
+        """List the settings, and whether the objective is calibrated."""
         return super().extra_repr() + (f", calibrated={self._calibrated}" if self._counted else "")
 
     def _values(self, n: Tensor) -> dict[str, Tensor]:
-        """What is stored, finite float64 ``(C,)`` each by name, from the counts, likewise on the CPU."""
+        """Compute the buffers by name, finite float64 ``(C,)`` each, from counts of the same form; on the CPU."""
         raise NotImplementedError
 
     def _derive(self) -> None:
-        """Compute what follows from the stored buffers; after each change of these."""
+        """Recompute everything that depends on the stored buffers; called after each change of them."""
 
     def _require_calibrated(self) -> None:
         if not self.is_calibrated:
             raise RuntimeError(
                 f"{type(self).__name__} is not calibrated: call loss.calibrate(class_pixels) with the pixel counts of "
-                "the training labels, or load a calibrated state_dict (inside a Trainer, the data module calibrates it)"
+                "the training labels, or load a calibrated state_dict (trainer.fit calibrates the module's objective)"
             )
 
     def _reset_buffers(self) -> None:
-        # a flag beside the buffers: looking for NaN in them at each step would make the host wait for the device
+        # a flag beside the buffers: a search for NaN at each step would make the host wait for the device
         self._calibrated = False
         if not self._counted:
             return
@@ -333,30 +365,32 @@ class CalibratedLoss(Objective):
 
 
 class CountedLoss(CalibratedLoss):
-    """An objective with one constant per class, computed anew from the counts, which are what is stored.
+    """Base class of objectives with one constant per class; it stores the counts and derives the constant from them.
+
+    A subclass computes the constants in ``_terms`` and reads them with ``_terms_for``.
 
     Args:
-        num_classes: As of `CalibratedLoss`, likewise the others.
-        ignore_index: See there.
-        counted: See there.
+        num_classes: C >= 2; may be None if ``counted`` is False.
+        ignore_index: Label of void pixels.
+        counted: Whether the settings need pixel counts; without them there are no buffers.
 
     Attributes:
         class_pixels: Buffer, float64 ``(C,)``, NaN until calibrated.
-        class_terms: Buffer outside the ``state_dict``, float64 ``(C,)``: what the objective derives from the counts.
+        class_terms: Constants derived from the counts, float64 ``(C,)``; a buffer that is not in the ``state_dict``.
     """
 
     class_pixels: Tensor
     class_terms: Tensor
     _stored = ("class_pixels",)
-    _term = "constant"  # what `class_terms` are
+    _term = "constant"  # name of the entry in `class_constants`
 
     @property
     def class_constants(self) -> dict[str, Tensor]:
-        """``class_terms``, once they are known, by what they are."""
+        """The constant per class, ``(C,)``, by its name; empty before calibration."""
         return {self._term: self.class_terms} if self._calibrated else {}
 
     def _values(self, n: Tensor) -> dict[str, Tensor]:
-        self._terms(n)  # which may refuse them, before anything is stored
+        self._terms(n)  # raises for invalid counts before anything is stored
         return {"class_pixels": n}
 
     def _derive(self) -> None:
@@ -365,15 +399,15 @@ class CountedLoss(CalibratedLoss):
         self.register_buffer("class_terms", terms, persistent=False)
 
     def _terms(self, n: Tensor) -> Tensor:
-        """Derive finite constants, float64 ``(C,)``, from the counts, likewise on the CPU."""
+        """Derive finite constants, float64 ``(C,)``, from counts of the same form; on the CPU."""
         raise NotImplementedError
 
     def _terms_for(self, logits: Tensor) -> Tensor:
-        """Constants in dtype and on the device of the logits."""
+        """Return the constants in the dtype and on the device of the logits."""
         self._require_calibrated()
         if logits.shape[1] != self.num_classes:
             raise ValueError(
-                f"logits: found {logits.shape[1]} classes, expected {self.num_classes}; give the network and the loss the "
-                "same number of classes"
+                f"logits: found {logits.shape[1]} classes, expected {self.num_classes}; use the same number of classes in "
+                "the network and in the loss"
             )
         return self.class_terms.to(logits.dtype).to(logits.device)  # dtype first: some devices have no float64

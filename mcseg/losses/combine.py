@@ -1,4 +1,4 @@
-"""Weighted sums of objectives, with a warm-up by cross entropy."""
+"""Weighted sums of objectives, with an optional warm-up by cross entropy."""
 
 import inspect
 import pkgutil
@@ -14,27 +14,30 @@ from mcseg.margins import ClassPixels
 
 
 class SumLoss(nn.Module):
-    """Weighted sum of objectives; cross entropy alone for the first steps, if wanted.
+    """Weighted sum of objectives, with an optional warm-up by cross entropy.
 
-    Let w be the share of the warm-up that is over: 0 for ``warmup_steps`` training steps, then rising to 1 over
-    ``blend_steps``. The loss is ``w * sum_i weight_i loss_i + (1 - w) * cross entropy``. From scratch, a large background
-    margin can silence rare classes for good; a warm-up lets them be found first.
+    The loss is::
+
+        w * sum_i weight_i loss_i + (1 - w) * cross entropy
+
+    where w is 0 for the first ``warmup_steps`` training steps and then rises linearly to 1 over ``blend_steps``. In
+    training from scratch, large background offsets can suppress rare classes permanently; a warm-up avoids this.
 
     Args:
-        num_classes: number of classes C, given to the objectives that take it.
-        objectives: one mapping for each: ``class_path``, ``init_args`` (plain values, may be left out) and ``weight`` (1 if
-            left out), for example ``{"class_path": "mcseg.losses.DiceLoss", "weight": 0.5}``.
-        warmup_steps: training steps of cross entropy alone.
-        blend_steps: training steps over which the sum takes over.
-        ignore_index: label of void pixels for the cross entropy of the warm-up.
+        num_classes: Number of classes C, passed to each objective that has this argument.
+        objectives: One mapping per objective with ``class_path``, optional ``init_args`` (plain values) and an optional
+            ``weight`` (default 1), for example ``{"class_path": "mcseg.losses.DiceLoss", "weight": 0.5}``.
+        warmup_steps: Training steps with cross entropy only, >= 0.
+        blend_steps: Training steps of the transition to the sum, >= 0.
+        ignore_index: Label of void pixels for the cross entropy of the warm-up.
 
     Attributes:
-        terms: values of the last call without gradient, by class name (numbered where it occurs twice), unweighted; the
-            module logs them.
+        terms: Unweighted losses of the last call without gradient, by class name; a name that occurs more than once is
+            numbered. The module logs them.
 
     Raises:
-        ValueError: no objectives, a mapping with other keys, a class that cannot be found or made, a
-            weight that is negative or not finite, a negative number of steps.
+        ValueError: There are no objectives, a mapping has other keys, a class cannot be imported or built, a weight is
+            negative or not finite, or a number of steps is negative.
 
     Example:
         >>> import torch
@@ -61,8 +64,8 @@ class SumLoss(nn.Module):
         super().__init__()
         if not objectives:
             raise ValueError("objectives: found none, expected at least one mapping with class_path")
-        if min(warmup_steps, blend_steps) < 0:
-            raise ValueError(f"warmup_steps {warmup_steps}, blend_steps {blend_steps}: expected numbers >= 0")
+        check_range("warmup_steps", warmup_steps, 0)
+        check_range("blend_steps", blend_steps, 0)
         self.num_classes = num_classes
         self.objectives = [dict(entry) for entry in objectives]
         self.warmup_steps = warmup_steps
@@ -71,10 +74,11 @@ class SumLoss(nn.Module):
         self.weights = [float(entry.get("weight", 1.0)) for entry in self.objectives]
         for weight in self.weights:
             check_range("objectives: weight", weight, 0)
-        self.parts = nn.ModuleList([_made(entry, num_classes) for entry in self.objectives])
-        kinds = [type(part).__name__ for part in self.parts]
+        self.parts = nn.ModuleList([_build(entry, num_classes) for entry in self.objectives])
+        classes = [type(part).__name__ for part in self.parts]
         self.names = [
-            kind if kinds.count(kind) == 1 else f"{kind}{kinds[: index + 1].count(kind)}" for index, kind in enumerate(kinds)
+            name if classes.count(name) == 1 else f"{name}{classes[: index + 1].count(name)}"
+            for index, name in enumerate(classes)
         ]
         self.terms: dict[str, Tensor] = {}
         self.warm_up = CrossEntropyLoss(ignore_index=ignore_index) if warmup_steps + blend_steps else None
@@ -83,20 +87,20 @@ class SumLoss(nn.Module):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether all objectives that want pixel counts have them."""
+        """Whether all objectives are calibrated."""
         return all(offered(part, "is_calibrated") for part in self.parts)
 
     @property
     def class_constants(self) -> dict[str, Tensor]:
-        """Constants per class of the objectives, ``(C,)`` each, as ``<objective>/<constant>``."""
-        return self._of_parts("class_constants")
+        """Constants per class of the objectives, ``(C,)`` each, named ``<objective>/<constant>``."""
+        return self._collect("class_constants")
 
     @property
     def class_statistics(self) -> dict[str, Tensor]:
-        """What the last call found of each class, ``(C,)`` each, as ``<objective>/<statistic>``."""
-        return self._of_parts("class_statistics")
+        """Statistics per class of the last call, ``(C,)`` each, named ``<objective>/<statistic>``."""
+        return self._collect("class_statistics")
 
-    def _of_parts(self, attribute: str) -> dict[str, Tensor]:
+    def _collect(self, attribute: str) -> dict[str, Tensor]:
         return {
             f"{name}/{key}": values
             for name, part in zip(self.names, self.parts, strict=True)
@@ -104,38 +108,48 @@ class SumLoss(nn.Module):
         }
 
     def calibrate(self, class_pixels: ClassPixels) -> Self:
-        """Give the ``(C,)`` pixel counts of the training labels to the objectives that want them."""
+        """Calibrate the objectives that have a method ``calibrate`` with ``(C,)`` pixel counts of the training labels."""
         for part in self.parts:
             if (calibrate := offered(part, "calibrate")) is not None:
                 calibrate(class_pixels)
         return self
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute the sum for logits (N,C,H,W) and target (N,H,W)."""
+        """Compute the sum.
+
+        Args:
+            logits: (N,C,H,W) floating point, unbounded scores.
+            target: (N,H,W) integers, 0..C-1 or the objectives' ``ignore_index``.
+
+        Returns:
+            Scalar; the errors are those of the objectives.
+        """
         values = [cast(Tensor, part(logits, target)) for part in self.parts]
         total = torch.stack([weight * value for weight, value in zip(self.weights, values, strict=True)]).sum()
         self.terms = {name: value.detach() for name, value in zip(self.names, values, strict=True)}
         if self.warm_up is None:
             return total
-        start = self.warm_up(logits, target)
-        self.terms["warm-up"] = start.detach()
-        over = ((self.steps - self.warmup_steps + 1) / (self.blend_steps + 1)).clamp(0, 1).to(total.dtype)
+        cross_entropy = self.warm_up(logits, target)
+        self.terms["warm-up"] = cross_entropy.detach()
+        share = ((self.steps - self.warmup_steps + 1) / (self.blend_steps + 1)).clamp(0, 1).to(total.dtype)
         if self.training:
             self.steps += 1
-        return torch.lerp(start, total, over)
+        return torch.lerp(cross_entropy, total, share)
 
 
-def _made(entry: dict[str, Any], num_classes: int) -> nn.Module:
+def _build(entry: dict[str, Any], num_classes: int) -> nn.Module:
     unknown = sorted(set(entry) - {"class_path", "init_args", "weight"})
     if unknown or "class_path" not in entry:
-        raise ValueError(f"objectives: found the keys {sorted(entry)}, expected class_path, init_args and weight")
+        raise ValueError(
+            f"objectives: found the keys {sorted(entry)}, expected class_path and, optionally, init_args and weight"
+        )
     path, arguments = entry["class_path"], dict(entry.get("init_args") or {})
     try:
-        kind = pkgutil.resolve_name(path)
-        if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):  # before anything is called
+        cls = pkgutil.resolve_name(path)
+        if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):  # checked before it is called
             raise ValueError(f"objectives: found {path}, expected a class derived from torch.nn.Module")
-        if "num_classes" in inspect.signature(kind).parameters:
+        if "num_classes" in inspect.signature(cls).parameters:
             arguments.setdefault("num_classes", num_classes)
-        return kind(**arguments)
+        return cls(**arguments)
     except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"objectives: {path} cannot be made ({error})") from None
+        raise ValueError(f"objectives: cannot build {path} ({error}); check its class_path and init_args") from None

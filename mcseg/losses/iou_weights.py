@@ -1,4 +1,4 @@
-"""Log errors at calibrated margins, weighted by running IoU counts so that their sum follows mIoU."""
+"""Log errors at calibrated margins, with class weights from running IoU counts so that the loss follows mIoU."""
 
 import torch
 from torch import Tensor
@@ -10,35 +10,37 @@ from mcseg.margins import MarginOffsets, margin_offsets
 
 
 class IoUWeightedLoss(MarginLoss):
-    r"""Log errors of misses and false alarms, weighted by what each of them costs in mIoU at the moment.
+    r"""Log errors of misses and false alarms, weighted by their current cost in mIoU.
 
-    With class margins ``s_k = z_k - max_{j != k} z_j``, offsets of scheme ``"miou"`` and label ``y``, the mean over labelled
-    pixels of::
+    With class margins ``s_k = z_k - max_{j != k} z_j``, offsets of scheme ``"miou"`` and label ``y``, the loss is the mean
+    over labelled pixels of::
 
         u_y * softplus(foreground_y - s_y) + sum_{k != y} v_k * softplus(background_k + s_k)
 
-    With p_i the share of class i, a_i and b_i those of its misses and false alarms, and IoU_i, all of the current model::
+    The weights ``u`` of misses and ``v`` of false alarms follow from the derivative of mIoU. Let ``p_i`` be the share of
+    the pixels labelled i, and ``a_i``, ``b_i`` the shares that are misses and false alarms of class i. Then::
 
         d mIoU = -(1/C) sum_i [d a_i + IoU_i d b_i] / (p_i + b_i)
 
-    so u_i is 1 / (p_i + b_i), scaled so that sum_i u_i p_i = 1, and v_i is u_i max(IoU_i, 0.1). The counts are those of the
-    training batches so far, of all processes, with weights that fade by ``decay`` a step.
+    so ``u_i = 1 / (p_i + b_i)``, scaled to ``sum_i u_i p_i = 1``, and ``v_i = u_i max(IoU_i, 0.1)``. The shares are
+    exponential averages over the training batches of all processes.
 
     Args:
         num_classes: C >= 2.
-        max_margin: Largest offset, > 0, in logit units, see `mcseg.margins.margin_offsets`.
-        decay: Share of the running counts that a step keeps, 0 <= decay < 1.
+        max_margin: Largest offset in logit units, > 0, see `mcseg.margins.margin_offsets`.
+        decay: Weight of the old average in a training step, 0 <= decay < 1.
         ignore_index: Label of void pixels.
         backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
 
     Attributes:
         foreground_offsets: Buffer, float64 ``(C,)``, NaN until calibrated.
-        background_offsets: Buffer, likewise.
-        running_shares: Buffer, float64 ``(3, C)``: shares of labels, hits and predictions, see `confusion_shares`.
-        class_statistics: ``running_iou``, ``miss_weight`` and ``false_alarm_weight``.
+        background_offsets: Buffer, float64 ``(C,)``, NaN until calibrated.
+        running_shares: Buffer, float64 ``(3, C)``: averaged shares of labels, hits and predictions, see
+            `mcseg.losses.iou_weights.confusion_shares`.
+        class_statistics: ``running_iou``, ``miss_weight`` and ``false_alarm_weight``, ``(C,)`` each.
 
     Raises:
-        ValueError: A setting is out of its range.
+        ValueError: A setting is out of range.
 
     Example:
         >>> import torch
@@ -67,17 +69,28 @@ class IoUWeightedLoss(MarginLoss):
         self.decay = decay
 
     def forward(self, logits: Tensor, target: Tensor, upsample: bool | Upsampling = False) -> Tensor:
-        """Compute the loss; arguments and errors as of `mcseg.losses.MarginCalibrationLoss`.
+        """Compute the loss, and update the running shares in training mode.
+
+        Args:
+            logits: ``(N, C, *spatial)`` floating point, unbounded scores.
+            target: ``(N, *spatial)`` integers, ``0..C-1`` or ``ignore_index``.
+            upsample: Whether to upsample coarse logits, and how; see `mcseg.losses.margin_calibration_loss`.
 
         Returns:
-            Scalar >= 0 in float32, or float64 for logits of that type; 0 where nothing is labelled.
+            Scalar >= 0 in float32, or in float64 for float64 logits; 0 if nothing is labelled.
+
+        Raises:
+            RuntimeError: The loss is not calibrated.
+            TypeError: Logits are not floating point, or the target is not of an integer dtype.
+            ValueError: Shapes or numbers of classes do not match, or (CPU only) a label is neither a class nor
+                ``ignore_index``.
         """
         upsampling = as_upsampling(upsample, target)
         check_margin_inputs(logits, target, self.offsets, upsampling)
         target = target.long()
         if self.training:
-            found = confusion_shares(logits, target, self.ignore_index, upsampling)
-            self.running_shares.copy_(self.decay * self.running_shares + (1 - self.decay) * found)
+            shares = confusion_shares(logits, target, self.ignore_index, upsampling)
+            self.running_shares.copy_(self.decay * self.running_shares + (1 - self.decay) * shares)
         misses, false_alarms = iou_weights(self.running_shares)
         self.class_statistics = {
             "running_iou": class_iou(self.running_shares),
@@ -101,38 +114,43 @@ class IoUWeightedLoss(MarginLoss):
 
     def _reset_buffers(self) -> None:
         super()._reset_buffers()
-        # goes on where a run is resumed
         self.register_buffer("running_shares", torch.zeros(3, self.num_classes or 0, dtype=torch.float64))
 
 
 def confusion_shares(logits: Tensor, target: Tensor, ignore_index: int, upsampling: Upsampling | None = None) -> Tensor:
-    """Count labels, hits and predictions of a batch, over all processes of a group, as shares of the labelled pixels.
+    """Compute the shares of labels, hits and predictions in a batch, over all processes of a group.
+
+    Args:
+        logits: ``(N, C, *spatial)`` floating point.
+        target: ``(N, *spatial)`` int64, ``0..C-1`` or ``ignore_index``.
+        ignore_index: Label of void pixels.
+        upsampling: Upsampling of the logits to the target, or None.
 
     Returns:
-        ``(3, C)`` float64, without gradient: share of the pixels that are labelled i, that are so and predicted so, and
-        that are predicted i. All 0 where nothing is labelled.
+        ``(3, C)`` float64, without gradient: the shares of the labelled pixels that are labelled i, that are labelled and
+        predicted i, and that are predicted i. All 0 if nothing is labelled.
     """
     preds = predicted_classes(logits, target.shape[-2:] if upsampling else None, upsampling)
     confusion, _ = confusion_counts(preds, target, logits.shape[1], ignore_index)
-    found = summed_over_processes(torch.stack([confusion.sum(1), confusion.diagonal(), confusion.sum(0)]).double())
-    return found / found[0].sum().clamp(min=1)
+    counts = summed_over_processes(torch.stack([confusion.sum(1), confusion.diagonal(), confusion.sum(0)]).double())
+    return counts / counts[0].sum().clamp(min=1)
 
 
 def class_iou(shares: Tensor) -> Tensor:
-    """IoU ``(C,)`` of ``(3, C)`` shares as from `confusion_shares`, NaN without a label or a prediction."""
+    """Compute the IoU ``(C,)`` from shares ``(3, C)`` of `confusion_shares`; NaN without labels and predictions."""
     labels, hits, predictions = shares.unbind()
     return hits / (labels + predictions - hits)
 
 
 def iou_weights(shares: Tensor, floor: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Derive the weights u of misses and v of false alarms, see `IoUWeightedLoss`.
+    """Compute the weights u of misses and v of false alarms, see `mcseg.losses.IoUWeightedLoss`.
 
     Args:
-        shares: ``(3, C)`` as from `confusion_shares`, or a multiple.
-        floor: Smallest IoU that weighs false alarms.
+        shares: ``(3, C)`` shares of `confusion_shares`, or a multiple of them.
+        floor: Lower limit of the IoU in the weights of false alarms.
 
     Returns:
-        ``(C,)`` weights of misses and of false alarms. Classes without a label so far have both 0.
+        Weights ``(C,)`` of misses and of false alarms. Both are 0 for a class that has no labels yet.
     """
     labels, hits, predictions = (shares / shares[0].sum().clamp(min=torch.finfo(shares.dtype).tiny)).unbind()
     union = labels + predictions - hits

@@ -1,4 +1,4 @@
-"""The margin-calibrated log-loss as a function and as a module."""
+"""The margin-calibrated log-loss of Yu et al. (IJCV 2022) as a function and as a module."""
 
 import inspect
 from typing import Literal
@@ -30,40 +30,40 @@ def margin_calibration_loss(
     backend: str = "auto",
     upsample: bool | Upsampling = False,
 ) -> Tensor:
-    r"""Compute the margin-calibrated log-loss of logits against labels.
+    r"""Compute the margin-calibrated log-loss.
 
-    With class margins ``s_k = z_k - max_{j != k} z_j``, ``softplus(t) = log(1 + exp(t))`` and label ``y``, a pixel has
-    the loss::
+    With class margins ``s_k = z_k - max_{j != k} z_j``, ``softplus(t) = log(1 + exp(t))`` and label ``y``, the loss of a
+    pixel is::
 
         [ foreground_weight * softplus(foreground_y - s_y) + sum_{k != y} softplus(background_k + s_k) ] / C
 
-    After Yu et al., "Distribution-Aware Margin Calibration for Semantic Segmentation in Images", IJCV 130(1):95-110,
+    Source: Yu et al., "Distribution-Aware Margin Calibration for Semantic Segmentation in Images", IJCV 130(1):95-110,
     2022, arXiv 2112.11554.
 
     Args:
         logits: ``(N, C, *spatial)``, floating point, C >= 2, any number of spatial dimensions, any strides. Unbounded
             scores, not probabilities; never overwritten.
-        target: ``(N, *spatial)``, any integer dtype, ``0..C-1``, or ``ignore_index`` where void.
-        offsets: Two tensors ``(C,)``, as from `mcseg.margins.margin_offsets`; constants, no gradient flows to them.
+        target: ``(N, *spatial)``, any integer dtype, ``0..C-1``, or ``ignore_index`` for void.
+        offsets: Two tensors ``(C,)``, usually from `mcseg.margins.margin_offsets`; constants without gradient.
         foreground_weight: Weight >= 0 of the labelled class; None is C, as in the paper's code.
-        ignore_index: Label of void pixels: they have loss 0 and gradient 0, whatever their logits.
-        reduction: ``"mean"`` over labelled pixels (0 where there are none), ``"sum"``, or ``"none"`` for all pixels.
-        backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``; the same function computed in different ways, see
+        ignore_index: Label of void pixels. Their loss and gradient are 0, whatever their logits.
+        reduction: ``"mean"`` over labelled pixels, ``"sum"``, or ``"none"`` for one value per pixel.
+        backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``: implementations of the same function, see
             `mcseg.kernels`.
         upsample: True takes coarse logits ``(N, C, h, w)`` and upsamples them bilinearly to the target ``(N, H, W)``, with
-            corners aligned as segmentation_models_pytorch does it, a strip of rows at a time: logits of full resolution are
-            never held. An `mcseg.kernels.Upsampling` does it its way.
+            aligned corners as in segmentation_models_pytorch. It works on a strip of rows at a time, so the logits of
+            full resolution never take memory. An `mcseg.kernels.Upsampling` sets size and alignment.
 
     Returns:
         A scalar, or ``(N, *spatial)`` for ``"none"``; >= 0, in the dtype of the logits or float32, whichever is wider.
 
     Raises:
         TypeError: Logits are not floating point, or the target is not of an integer dtype.
-        ValueError: Shapes do not go together, the number of classes is not that of the offsets, the reduction or
-            backend is unknown, or (CPU only) a label is neither a class nor ``ignore_index``.
+        ValueError: Shapes or numbers of classes do not match, an option is invalid, or (CPU only) a label is neither a
+            class nor ``ignore_index``.
 
     Note:
-        All void gives 0 with zero gradient. A NaN logit at a labelled pixel gives NaN.
+        If all pixels are void, the loss is 0 with zero gradient. A NaN logit at a labelled pixel gives NaN.
 
     Example:
         >>> import torch
@@ -93,7 +93,9 @@ def margin_calibration_loss(
 
 
 class MarginLoss(CalibratedLoss):
-    """An objective with a foreground and a background offset per class; a subclass says how they follow from the counts.
+    """Base class of objectives with a foreground and a background offset per class.
+
+    A subclass computes the offsets from pixel counts in ``_offsets``.
 
     Args:
         num_classes: C >= 2.
@@ -102,7 +104,7 @@ class MarginLoss(CalibratedLoss):
 
     Attributes:
         foreground_offsets: Buffer, float64 ``(C,)``, NaN until calibrated.
-        background_offsets: Buffer, likewise.
+        background_offsets: Buffer, float64 ``(C,)``, NaN until calibrated.
         takes_coarse_logits: True.
     """
 
@@ -119,19 +121,23 @@ class MarginLoss(CalibratedLoss):
 
     @property
     def offsets(self) -> MarginOffsets:
-        """Offsets in use; RuntimeError before calibration."""
+        """The offsets, float64 ``(C,)`` each.
+
+        Raises:
+            RuntimeError: The loss is not calibrated.
+        """
         self._require_calibrated()
         return MarginOffsets(self.foreground_offsets, self.background_offsets)
 
     @property
     def class_constants(self) -> dict[str, Tensor]:
-        """The offsets, once they are known: ``foreground_offset`` and ``background_offset``."""
+        """``foreground_offset`` and ``background_offset``, ``(C,)`` each; empty before calibration."""
         if not self._calibrated:
             return {}
         return {"foreground_offset": self.foreground_offsets, "background_offset": self.background_offsets}
 
     def _offsets(self, n: Tensor) -> MarginOffsets:
-        """Offsets from counts."""
+        """Compute the offsets from float64 counts ``(C,)``."""
         raise NotImplementedError
 
     def _values(self, n: Tensor) -> dict[str, Tensor]:
@@ -139,29 +145,30 @@ class MarginLoss(CalibratedLoss):
 
 
 class MarginCalibrationLoss(MarginLoss):
-    """`margin_calibration_loss` with offsets from the pixel counts of the training labels: the loss of the paper.
+    """The paper's loss: `margin_calibration_loss` with offsets from the pixel counts of the training labels.
 
-    Call `calibrate` once before the first use, unless the scheme is ``"none"``. The offsets travel in the ``state_dict``, so
-    a loss that loads a calibrated checkpoint needs no training labels. They stay float64 when the module is cast to another
+    Call `calibrate` once before the first use, unless the scheme is ``"none"``. The ``state_dict`` holds the offsets, so a
+    loss that loads a calibrated checkpoint needs no training labels. They stay float64 when the module is cast to another
     dtype.
 
     Args:
         num_classes: C >= 2.
-        scheme: How counts become offsets, see `mcseg.margins.margin_offsets`.
+        scheme: ``"ijcv2022"``, ``"miou"`` or ``"none"``: how offsets follow from counts, see
+            `mcseg.margins.margin_offsets`.
         tau: Scale of the offsets of scheme ``"ijcv2022"``, > 0; other schemes refuse it.
-        upsilon: Background against foreground in ``"ijcv2022"``, > 0; other schemes refuse it.
+        upsilon: Weight of background against foreground in scheme ``"ijcv2022"``, > 0; other schemes refuse it.
         foreground_weight: Weight >= 0 of the labelled class; None is ``num_classes``, as in the paper's code.
         ignore_index: Label of void pixels.
         reduction: ``"mean"`` over labelled pixels, ``"sum"`` or ``"none"``.
         backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
-        max_margin: Largest offset of scheme ``"miou"``, > 0; other schemes refuse it.
+        max_margin: Largest offset of scheme ``"miou"`` in logit units, > 0; other schemes refuse it.
 
     Attributes:
-        foreground_offsets: Buffer, float64 ``(C,)``, NaN until calibrated (0 with scheme ``"none"``).
-        background_offsets: Buffer, likewise.
+        foreground_offsets: Buffer, float64 ``(C,)``, NaN until calibrated; 0 with scheme ``"none"``.
+        background_offsets: Buffer, float64 ``(C,)``, NaN until calibrated; 0 with scheme ``"none"``.
 
     Raises:
-        ValueError: A setting is out of its range, or has no effect with this scheme.
+        ValueError: A setting is out of range, or the scheme does not use it.
 
     Example:
         >>> import torch
@@ -196,18 +203,24 @@ class MarginCalibrationLoss(MarginLoss):
 
     @property
     def class_constants(self) -> dict[str, Tensor]:
-        """The offsets, where there are such and once they are known: ``foreground_offset`` and ``background_offset``."""
+        """``foreground_offset`` and ``background_offset``, ``(C,)`` each; empty before calibration or with ``"none"``."""
         return {} if self.scheme == "none" else super().class_constants
 
     def forward(self, logits: Tensor, target: Tensor, upsample: bool | Upsampling = False) -> Tensor:
-        """Compute the loss of ``logits (N, C, *spatial)`` against ``target (N, *spatial)``.
+        """Compute the loss; in training the mean is over the pixels of all processes of a group.
 
-        With ``upsample`` from coarse logits, see `margin_calibration_loss`. The mean is over the pixels of all processes of
-        a group.
+        Args:
+            logits: ``(N, C, *spatial)`` floating point, unbounded scores.
+            target: ``(N, *spatial)`` integers, ``0..C-1`` or ``ignore_index``.
+            upsample: Whether to upsample coarse logits, and how; see `margin_calibration_loss`.
+
+        Returns:
+            A scalar, or ``(N, *spatial)`` for reduction ``"none"``; see `margin_calibration_loss`.
 
         Raises:
             RuntimeError: The loss is not calibrated.
-            TypeError: As `margin_calibration_loss`, likewise ValueError.
+            TypeError: See `margin_calibration_loss`.
+            ValueError: See `margin_calibration_loss`.
         """
         total = margin_calibration_loss(
             logits,
@@ -236,13 +249,13 @@ class MarginCalibrationLoss(MarginLoss):
 
 
 def check_margin_inputs(logits: Tensor, target: Tensor, offsets: MarginOffsets, upsampling: Upsampling | None) -> None:
-    """Raise TypeError or ValueError where logits, target and offsets do not go together."""
+    """Raise TypeError or ValueError unless logits, target and offsets match each other."""
     check_inputs(logits, target, least_classes=2, upsampling=upsampling)
     for name, offset in zip(MarginOffsets._fields, offsets, strict=True):
         if offset.shape != logits.shape[1:2]:
             raise ValueError(
                 f"logits: found {logits.shape[1]} classes but {name} offsets of shape {tuple(offset.shape)}, expected "
-                f"one offset per class; give the network and the loss the same number of classes"
+                "one offset per class; use the same number of classes in the network and in the loss"
             )
 
 
@@ -250,7 +263,7 @@ _TAKES: dict[Scheme, tuple[str, ...]] = {"ijcv2022": ("tau", "upsilon"), "miou":
 
 
 def _refuse_unused(scheme: Scheme, **scales: float) -> None:
-    # Not at its default is what counts as given: the command line writes all defaults into a run's configuration.
+    # Only a value other than the default counts as given: the command writes all defaults into a run's config.
     defaults = inspect.signature(margin_offsets).parameters
     for name, value in scales.items():
         if name not in _TAKES[scheme] and value != defaults[name].default:

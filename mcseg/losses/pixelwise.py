@@ -1,4 +1,4 @@
-"""Objectives that are a mean over pixels: cross entropy and its relatives."""
+"""Objectives that are a mean over pixels: cross entropy and its variants."""
 
 import math
 from collections.abc import Callable
@@ -15,40 +15,39 @@ Weighting = Literal["none", "inverse", "median_frequency", "effective_number", "
 
 
 class CrossEntropyLoss(CountedLoss):
-    r"""Cross entropy, with or without class weights; 0 where all is void, which torch's own turns into NaN.
+    r"""Cross entropy, with optional class weights.
 
-    With ``p = softmax(z)`` over the classes, label ``y`` and ``t`` the smoothed one-hot label
-    ``(1 - label_smoothing) [k = y] + label_smoothing / C``, as `torch.nn.CrossEntropyLoss`::
+    With ``p = softmax(z)`` over the classes, label ``y`` and the smoothed one-hot label
+    ``t_k = (1 - label_smoothing) [k = y] + label_smoothing / C``, the loss is that of `torch.nn.CrossEntropyLoss`::
 
-        loss = - sum over labelled pixels of sum_k w_k t_k log p_k  /  sum over labelled pixels of w_y
+        - sum over labelled pixels of sum_k w_k t_k log p_k  /  sum over labelled pixels of w_y
 
-    Class weights ``w`` from counts ``n_c``, ``N = sum n_c``, by ``weighting``:
+    but 0, not NaN, if nothing is labelled. The class weights ``w`` follow from the counts ``n_c``, ``N = sum n_c``:
 
-    * ``"none"``: all 1; needs no counts and has no method ``calibrate``.
+    * ``"none"``: 1 for each class; needs no counts and has no method ``calibrate``.
     * ``"inverse"``: ``1 / n_c``, scaled to mean 1.
-    * ``"median_frequency"``: ``median(f) / f_c``, ``f_c = n_c / N``; Eigen and Fergus, ICCV 2015, arXiv 1411.4734.
-      There, ``f_c`` divides by the pixels of the images in which the class occurs. Counts per image are not at
-      hand here, so it divides by all labelled pixels.
-    * ``"effective_number"``: ``(1 - beta) / (1 - beta^n_c)``, scaled to mean 1, that is to sum C; Cui et al.,
-      "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, arXiv 1901.05555.
+    * ``"median_frequency"``: ``median(f) / f_c``, ``f_c = n_c / N``, after Eigen and Fergus, ICCV 2015, arXiv 1411.4734.
+      In the paper, N counts the pixels of the images that contain the class; here it counts all labelled pixels.
+    * ``"effective_number"``: ``(1 - beta) / (1 - beta^n_c)``, scaled to mean 1; Cui et al., "Class-Balanced Loss Based on
+      Effective Number of Samples", CVPR 2019, arXiv 1901.05555.
     * ``"enet"``: ``1 / ln(enet_c + n_c / N)``; Paszke et al., "ENet", 2016, arXiv 1606.02147.
 
-    In all four a class without pixels has weight 0, and takes no part in the mean or median.
+    A class without pixels has weight 0 and does not enter the mean or the median.
 
     Args:
-        num_classes: C >= 2; None, which only ``weighting="none"`` allows, is any number.
-        weighting: How counts become weights.
-        beta: Of ``"effective_number"``, 0 <= beta < 1. 0 weights all classes alike, towards 1 it becomes ``"inverse"``;
-            classes of many more than ``1 / (1 - beta)`` pixels are weighted alike.
-        enet_c: Of ``"enet"``, > 1. Weights lie between ``1 / ln(enet_c + 1)`` and ``1 / ln(enet_c)``.
-        label_smoothing: Share 0..1 of the label that is spread over all classes, see Szegedy et al., CVPR 2016.
+        num_classes: C >= 2; None is any number of classes and needs ``weighting="none"``.
+        weighting: ``"none"``, ``"inverse"``, ``"median_frequency"``, ``"effective_number"`` or ``"enet"``.
+        beta: Parameter of ``"effective_number"``, 0 <= beta < 1. With 0 all weights are equal; towards 1 they approach
+            ``"inverse"``. Classes with many more than ``1 / (1 - beta)`` pixels have equal weights.
+        enet_c: Parameter of ``"enet"``, > 1. Weights lie between ``1 / ln(enet_c + 1)`` and ``1 / ln(enet_c)``.
+        label_smoothing: Share of the label that is spread over all classes, 0..1; Szegedy et al., CVPR 2016.
         ignore_index: Label of void pixels.
 
     Attributes:
-        class_terms: The weights (weighted only), float64 ``(C,)``, NaN until calibrated.
+        class_terms: Class weights, float64 ``(C,)``, NaN until calibrated; absent with ``weighting="none"``.
 
     Raises:
-        ValueError: A setting is out of its range.
+        ValueError: A setting is out of range.
 
     Example:
         >>> import torch
@@ -97,7 +96,7 @@ class CrossEntropyLoss(CountedLoss):
 
     @property
     def calibrate(self) -> Callable[[ClassPixels], Self]:
-        """Method that sets the weights from counts; absent from the unweighted loss, so that no labels are counted."""
+        """Method that sets the weights from pixel counts; absent with ``weighting="none"``, so that nothing is counted."""
         if not self._counted:
             raise AttributeError("calibrate")
         return super().calibrate
@@ -119,22 +118,22 @@ class CrossEntropyLoss(CountedLoss):
 
 
 class FocalLoss(Objective):
-    r"""Focal loss, softmax form: cross entropy that fades on pixels that are already right.
+    r"""Focal loss in its softmax form: cross entropy with a low weight for pixels that are already right.
 
-    With ``p = softmax(z)`` over the classes and label ``y``, the mean over labelled pixels of::
+    With ``p = softmax(z)`` over the classes and label ``y``, the loss is the mean over labelled pixels of::
 
         - alpha_y (1 - p_y)^gamma log p_y
 
-    After Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002, eq. 5, which has sigmoids of two
-    classes and divides by the number of foreground anchors.
+    After Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, arXiv 1708.02002, eq. 5. The paper uses a sigmoid
+    for two classes and divides by the number of foreground anchors.
 
     Args:
-        gamma: >= 0; 0 is cross entropy (weighted by alpha).
-        alpha: C weights >= 0, one per class; None is 1 for all. The mean is over pixels whatever their weights.
+        gamma: Exponent >= 0; 0 is cross entropy, weighted by ``alpha``.
+        alpha: C class weights >= 0; None is 1 for each class. They do not change the divisor of the mean.
         ignore_index: Label of void pixels.
 
     Raises:
-        ValueError: A setting is out of its range.
+        ValueError: A setting is out of range.
 
     Example:
         >>> import torch
@@ -157,13 +156,13 @@ class FocalLoss(Objective):
 
     def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
         if self.alpha is not None and len(self.alpha) != logits.shape[1]:
-            raise ValueError(f"alpha: found {len(self.alpha)} weights, expected {logits.shape[1]}: one for each class")
+            raise ValueError(f"alpha: found {len(self.alpha)} weights, expected {logits.shape[1]}, one per class")
         labels = target.masked_fill(~labelled, 0)
         log_p = logits.log_softmax(1)
         pixels = -log_p.gather(1, labels[:, None])[:, 0]
         if self.gamma > 0:
-            # 1 - p_y as the sum of the others, without cancellation. Where even that underflows, its power has for
-            # gamma < 1 an infinite slope: keep it away from 0, where the loss is 0 and flat anyway.
+            # 1 - p_y as the sum of the other p_k, without cancellation. If even the sum underflows to 0, the slope of its
+            # power is infinite for gamma < 1: clamp it, as the loss is 0 and flat there.
             others = log_p.exp().scatter(1, labels[:, None], 0.0).sum(1)
             pixels = others.clamp(min=torch.finfo(others.dtype).tiny) ** self.gamma * pixels
         if self.alpha is not None:
@@ -178,24 +177,24 @@ class FocalLoss(Objective):
 class LogitAdjustmentLoss(CountedLoss):
     r"""Cross entropy of logits that are shifted by the log-share of their class.
 
-    The mean over labelled pixels, with counts ``n_c`` and ``N = sum n_c``, of::
+    With counts ``n_c`` and ``N = sum n_c``, the loss is the mean over labelled pixels of::
 
         - log softmax(z + tau log pi)_y,    pi_c = n_c / N
 
-    Predictions are made from ``z`` itself, so the loss favours rare classes, the more the larger ``tau``. After Menon et
-    al., "Long-tail learning via logit adjustment", ICLR 2021, arXiv 2007.07314, eq. 10.
+    Predictions use ``z`` without the shift, so the loss favours rare classes, and more so for larger ``tau``. Source: Menon
+    et al., "Long-tail learning via logit adjustment", ICLR 2021, arXiv 2007.07314, eq. 10.
 
     Args:
         num_classes: C >= 2.
-        tau: >= 0; 0 is cross entropy, 1 is consistent for the mean of the classes' recalls.
+        tau: Scale of the shift, >= 0; 0 is cross entropy, 1 is consistent for the mean recall of the classes.
         ignore_index: Label of void pixels.
 
     Attributes:
-        class_terms: ``tau log pi``, float64 ``(C,)``, NaN until calibrated. A class without pixels counts as one of one
-            pixel, to stay finite.
+        class_terms: ``tau log pi``, float64 ``(C,)``, NaN until calibrated. A class without pixels counts as one pixel, so
+            that its term is finite.
 
     Raises:
-        ValueError: A setting is out of its range.
+        ValueError: A setting is out of range.
 
     Example:
         >>> import torch
@@ -206,7 +205,7 @@ class LogitAdjustmentLoss(CountedLoss):
     """
 
     _term = "adjustment"
-    _absent = "it is adjusted as a class of one pixel"
+    _absent = "it counts as a class with one pixel"
 
     def __init__(self, num_classes: int, tau: float = 1.0, ignore_index: int = 255) -> None:
         super().__init__(num_classes, ignore_index)
@@ -223,11 +222,13 @@ class LogitAdjustmentLoss(CountedLoss):
 
 
 class BalancedSoftmaxLoss(LogitAdjustmentLoss):
-    r"""Cross entropy of the softmax in which each class counts as often as it occurs: `LogitAdjustmentLoss` with tau 1.
+    r"""Cross entropy of the balanced softmax, which weights each class by its count: `LogitAdjustmentLoss` with tau 1.
 
-    The mean over labelled pixels of ``- log( n_y exp(z_y) / sum_k n_k exp(z_k) )``, after Ren et al., "Balanced
-    Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, arXiv 2007.10740. Dividing counts by their
-    sum changes nothing in it.
+    The loss is the mean over labelled pixels of::
+
+        - log( n_y exp(z_y) / sum_k n_k exp(z_k) )
+
+    Source: Ren et al., "Balanced Meta-Softmax for Long-Tailed Visual Recognition", NeurIPS 2020, arXiv 2007.10740.
 
     Args:
         num_classes: C >= 2.
@@ -246,28 +247,29 @@ class BalancedSoftmaxLoss(LogitAdjustmentLoss):
 
 
 class LDAMLoss(CountedLoss):
-    r"""Cross entropy in which the labelled class must win by a margin, larger for rare classes.
+    r"""Cross entropy with a margin for the labelled class (LDAM); rare classes have larger margins.
 
-    The mean over labelled pixels of ``- log softmax(scale u)_y``, where ``u = z`` but for the label's::
+    The loss is the mean over labelled pixels of::
 
-        u_y = z_y - margin_y,    margin_c = max_margin (n_c / min_k n_k)^(-1/4)
+        - log softmax(scale u)_y,    u_y = z_y - margin_y,    u_k = z_k for k != y
+        margin_c = max_margin (n_c / min_k n_k)^(-1/4)
 
     After Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019,
-    arXiv 1906.07413. There, logits are cosines (features and weights of norm 1) and the authors' code scales
-    them by 30. A segmentation network's logits are unbounded, so the scale is 1 here; their second stage of reweighting
-    (DRW) is no part of this.
+    arXiv 1906.07413. In the paper, logits are cosines, and the authors' code scales them by 30. The logits of a
+    segmentation network are unbounded, so the default scale is 1. The paper's second stage, deferred re-weighting (DRW),
+    is not included.
 
     Args:
         num_classes: C >= 2.
-        max_margin: > 0, margin of the rarest class, in logit units.
-        scale: > 0, factor of the logits.
+        max_margin: Margin of the rarest class in logit units, > 0.
+        scale: Factor of the logits, > 0.
         ignore_index: Label of void pixels.
 
     Attributes:
-        class_terms: The margins, float64 ``(C,)``, NaN until calibrated. A class without pixels has margin 0.
+        class_terms: Margins, float64 ``(C,)``, NaN until calibrated. A class without pixels has margin 0.
 
     Raises:
-        ValueError: A setting is out of its range.
+        ValueError: A setting is out of range.
 
     Example:
         >>> import torch

@@ -1,25 +1,31 @@
-r"""Objectives that are ratios of pixel counts made soft: Dice, Jaccard, Tversky, and the Lovász extension of Jaccard.
+r"""Objectives on regions: ratios of soft pixel counts (Dice, Jaccard, Tversky), and the Lovász extension of Jaccard.
 
-With ``p = softmax(z)`` over the classes and a power q, sums over the labelled pixels of an image or of the whole batch, each
-class has the soft counts::
+Let ``p = softmax(z)`` over the classes, and q the power. The soft counts of class c, over the labelled pixels of an image or
+of the whole batch, are::
 
-    n_c   pixels labelled c                          (T_c)
-    A_c = sum of 1 - p_c^q over these                misses
-    B_c = sum of 1 - (1 - p_c)^q over the others     false alarms
+    n_c   number of pixels labelled c                          (T_c)
+    A_c = sum of 1 - p_c^q over these pixels                   misses
+    B_c = sum of 1 - (1 - p_c)^q over the other pixels         false alarms
 
-With q = 1 these are the usual ones: ``I_c = n_c - A_c = sum p_c r_c`` is the soft intersection, ``P_c = I_c + B_c = sum
-p_c`` what is predicted, r the one-hot labels. Per image or batch, losses are averaged over the classes that have labelled
-pixels (``"present"``) or over all; an image without labelled pixels takes no part in the mean over images. Where nothing is
-labelled the loss is 0. Over the batch means over the batches of all processes: their soft counts are summed, so that a step
-on several GPUs is that of one. Lovász-softmax cannot be had from sums and is taken over the batch of each process.
+With q = 1 these are the usual soft counts: ``n_c - A_c = I_c`` is the soft intersection, the sum of ``p_c`` over the pixels
+labelled c, and ``I_c + B_c = P_c`` is the sum of ``p_c`` over all labelled pixels.
 
-**Why a power.** With q = 1 the slope of a pixel's error in its logits is p (1 - p), which vanishes for the pixels that are
-most wrong: a rare class that is missed everywhere stays missed. With q < 1 it is q p^q (1 - p) for a miss: the smaller q,
-the more do hopeless pixels still pull, until (1 - p^q) / q becomes -log p. Errors stay within 0 and 1, so that ratios of
-them stay ratios. Nor does q move the decision: with weights u of misses and v of false alarms, a pixel of two classes that
-has the first one with probability h has least risk at p = 1/2 where h (u_1 + v_2) = (1 - h)(u_2 + v_1), for every q. For
-one-hot labels 1 - p^q is q times the loss of Zhang and Sabuncu, "Generalized Cross Entropy Loss for Training Deep Neural
-Networks with Noisy Labels", NeurIPS 2018.
+The loss is the mean over the classes with labelled pixels (``"present"``), or over all classes (``"all"``). With
+``per_image`` it is then averaged over the images with labelled pixels. It is 0 if nothing is labelled.
+
+Over the batch, soft counts are summed over all processes, so a step on several GPUs equals a step on one GPU with all
+images. Lovász-softmax does not depend on sums only; each process computes it on its own batch.
+
+**Why a power.** With q = 1 the gradient of a pixel's error with respect to its logits is proportional to ``p (1 - p)``. It
+vanishes for the pixels that are most wrong, so a rare class that is missed everywhere stays missed. With q < 1 the gradient
+of a miss is proportional to ``q p^q (1 - p)``, which decays more slowly for small p; in the limit q -> 0,
+``(1 - p^q) / q`` is ``-log p``. The errors stay in [0, 1], so the ratios stay valid.
+
+The power does not move the decision. Take two classes, weights u of misses and v of false alarms, and a pixel of class 1
+with probability h: its risk is least at p = 1/2 if ``h (u_1 + v_2) = (1 - h)(u_2 + v_1)``, for every q.
+
+For one-hot labels, ``1 - p^q`` is q times the loss of Zhang and Sabuncu, "Generalized Cross Entropy Loss for Training Deep
+Neural Networks with Noisy Labels", NeurIPS 2018.
 """
 
 from typing import Literal
@@ -40,16 +46,19 @@ from mcseg.losses.base import (
 
 Classes = Literal["present", "all"]
 
-_TINY = 1e-30  # least denominator; only absent classes without smoothing come near
+_TINY = 1e-30  # lower limit of denominators; only absent classes without smoothing reach it
 
 
 class RegionLoss(Objective):
-    """What the objectives of regions share; a subclass turns soft counts into a loss per class.
+    """Base class of the objectives on regions: the mean over classes and images.
 
     Args:
-        per_image: Ratios per image, then their mean; False is ratios over the whole batch.
-        classes: ``"present"`` or ``"all"``: which classes enter the mean.
+        per_image: Whether to compute the loss per image and average it, or over the whole batch.
+        classes: ``"present"`` averages over classes with labelled pixels, ``"all"`` over all classes.
         ignore_index: Label of void pixels.
+
+    Raises:
+        ValueError: A setting is out of range.
     """
 
     def __init__(self, per_image: bool = False, classes: Classes = "present", ignore_index: int = 255) -> None:
@@ -59,33 +68,45 @@ class RegionLoss(Objective):
         self.classes: Classes = classes
 
     def _counted(self, labelled: Tensor) -> Tensor:
-        """Which classes enter the mean, from labelled pixels (G,C): G is N per image and 1 over the batch."""
+        """Select the classes that enter the mean.
+
+        Args:
+            labelled: (G,C) labelled pixels per class; G is N with ``per_image``, else 1.
+
+        Returns:
+            (G,C) bool.
+        """
         present = labelled > 0
         return present if self.classes == "present" else present.any(1, keepdim=True).expand_as(present)
 
     def _mean(self, losses: Tensor, labelled: Tensor) -> Tensor:
-        """Average losses (G,C) over the classes that count, then over the images that have labelled pixels."""
+        """Average losses (G,C) over the selected classes, then over the images with labelled pixels."""
         counted = self._counted(labelled)
         images = (losses * counted).sum(1) / counted.sum(1).clamp(min=1)
-        if not self.per_image:  # of the whole batch, and of all processes
-            return images.sum()
+        if not self.per_image:
+            return images.sum()  # a single value, for the whole batch
         return mean_over_processes(images.sum(), counted.any(1).sum())
 
 
 class CountRatioLoss(RegionLoss):
-    """A loss of regions that is a function of the soft counts of each class.
+    """Base class of losses that are a function of the soft counts of each class, see `mcseg.losses.regions`.
+
+    A subclass computes a loss per class in ``_class_losses``.
 
     Args:
-        per_image: As of `RegionLoss`, likewise ``classes`` and ``ignore_index``.
-        classes: See there.
-        ignore_index: See there.
-        power: q of the soft counts, 0 < q <= 1.
+        per_image: Whether to compute the loss per image and average it, or over the whole batch.
+        classes: ``"present"`` averages over classes with labelled pixels, ``"all"`` over all classes.
+        ignore_index: Label of void pixels.
+        power: Power q of the soft counts, 0 < q <= 1.
         backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
 
     Attributes:
-        class_statistics: Of the last batch, ``miss_rate``, A_c over the pixels of class c, and ``false_alarm_rate``, B_c
-            over those of the others; NaN where there are none.
+        class_statistics: ``miss_rate``, A_c divided by the pixels labelled c, and ``false_alarm_rate``, B_c divided by the
+            pixels of the other classes, ``(C,)`` each; NaN if there are no such pixels in the last batch.
         takes_coarse_logits: True.
+
+    Raises:
+        ValueError: A setting is out of range.
     """
 
     takes_coarse_logits = True
@@ -111,16 +132,16 @@ class CountRatioLoss(RegionLoss):
         Args:
             logits: (N,C,*spatial) floating point, unbounded scores.
             target: (N,*spatial) integers, 0..C-1 or ``ignore_index``.
-            upsample: True takes coarse logits (N,C,h,w) and upsamples them bilinearly to the target (N,H,W), with corners
-                aligned as segmentation_models_pytorch does it, a strip of rows at a time: logits of full resolution are
-                never held. An `mcseg.kernels.Upsampling` does it its way.
+            upsample: True takes coarse logits (N,C,h,w) and upsamples them bilinearly to the target (N,H,W), with aligned
+                corners as in segmentation_models_pytorch. It works on a strip of rows at a time, so the logits of full
+                resolution never take memory. An `mcseg.kernels.Upsampling` sets size and alignment.
 
         Returns:
-            Scalar >= 0 in float32, or float64 for logits of that type; 0 where nothing is labelled.
+            Scalar >= 0 in float32, or in float64 for float64 logits; 0 if nothing is labelled.
 
         Raises:
-            TypeError: Logits are not floating point or labels not integers.
-            ValueError: Shapes do not go together, or (CPU only) a label is no class.
+            TypeError: Logits are not floating point, or the target is not of an integer dtype.
+            ValueError: Shapes do not match, or (CPU only) a label is neither a class nor ``ignore_index``.
         """
         upsampling = as_upsampling(upsample, target)
         check_inputs(logits, target, upsampling=upsampling)
@@ -153,11 +174,24 @@ class CountRatioLoss(RegionLoss):
 
 
 class SmoothedLoss(CountRatioLoss):
-    """One minus a ratio per class, with ``smooth`` >= 0 pixels added to numerator and denominator.
+    """Base class of losses that are one minus a smoothed ratio per class.
+
+    A subclass computes the ratios in ``_ratios``.
+
+    Args:
+        per_image: Whether to compute ratios per image and average them, or over the whole batch.
+        classes: ``"present"`` averages over classes with labelled pixels, ``"all"`` over all classes.
+        smooth: Number of pixels >= 0 that is added to numerator and denominator.
+        ignore_index: Label of void pixels.
+        power: Power q of the soft counts, 0 < q <= 1.
+        backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
 
     Attributes:
-        class_statistics: Those of `CountRatioLoss`, and ``ratio``, the mean of the images' with ``per_image``; NaN of
-            classes outside the mean.
+        class_statistics: Those of `CountRatioLoss`, and ``ratio``, with ``per_image`` its mean over the images; NaN for
+            classes that do not enter the mean of the loss.
+
+    Raises:
+        ValueError: A setting is out of range.
     """
 
     def __init__(
@@ -185,27 +219,28 @@ class SmoothedLoss(CountRatioLoss):
 
 
 class DiceLoss(SmoothedLoss):
-    r"""Soft Dice loss, with ``power`` below 1 power Dice.
+    r"""Soft Dice loss, or power Dice with ``power`` < 1.
 
-    The mean over classes of one minus::
+    The loss is the mean over classes of one minus::
 
         (2 (n_c - A_c) + smooth) / (2 n_c - A_c + B_c + smooth)
 
-    which for power 1 is ``(2 I_c + smooth) / (P_c + T_c + smooth)``. See the module `mcseg.losses.regions` for the soft
-    counts and the power. After Milletari et al., "V-Net", 3DV 2016, arXiv 1606.04797, with sums of ``p`` and ``r`` in the
-    denominator in place of their squares (as Drozdzal et al., 2016).
+    With power 1 this is ``(2 I_c + smooth) / (P_c + T_c + smooth)``. See `mcseg.losses.regions` for the soft counts and the
+    power. After Milletari et al., "V-Net", 3DV 2016, arXiv 1606.04797; the denominator sums probabilities and labels
+    instead of their squares, as in Drozdzal et al., 2016.
 
     Args:
-        per_image: Ratios per image, then their mean; False is ratios over the whole batch.
-        classes: ``"present"`` averages over classes with labelled pixels. ``"all"`` includes absent ones, whose loss
-            ``B_c / (B_c + smooth)`` pushes false alarms down (and is constant without smoothing).
-        smooth: >= 0, added to numerator and denominator.
+        per_image: Whether to compute ratios per image and average them, or over the whole batch.
+        classes: ``"present"`` averages over classes with labelled pixels, ``"all"`` over all classes. The loss of an absent
+            class is ``B_c / (B_c + smooth)``: it penalises false alarms, and is constant without smoothing.
+        smooth: Number of pixels >= 0 that is added to numerator and denominator.
         ignore_index: Label of void pixels.
-        power: q of the soft counts, 0 < q <= 1; 1 is soft Dice, less lets the pixels that are most wrong pull more.
+        power: Power q of the soft counts, 0 < q <= 1. 1 is soft Dice; a smaller power gives larger gradients to the pixels
+            that are most wrong.
         backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
 
     Raises:
-        ValueError: A setting is out of its range.
+        ValueError: A setting is out of range.
 
     Example:
         >>> import torch
@@ -221,32 +256,33 @@ class DiceLoss(SmoothedLoss):
 
 
 def default_objective() -> DiceLoss:
-    """Make what mcseg trains with unless it is told otherwise: power Dice over all classes, q = 1/2."""
+    """Create the default objective: power Dice over all classes with q = 1/2."""
     return DiceLoss(power=0.5, classes="all")
 
 
 class JaccardLoss(SmoothedLoss):
     r"""Soft Jaccard (IoU) loss.
 
-    The mean over classes of one minus::
+    The loss is the mean over classes of one minus::
 
         (n_c - A_c + smooth) / (n_c + B_c + smooth)
 
-    which for power 1 is ``(I_c + smooth) / (P_c + T_c - I_c + smooth)``. See the module `mcseg.losses.regions` for the soft
-    counts and the power. After Rahman and Wang, "Optimizing Intersection-Over-Union in Deep Neural Networks for
-    Image Segmentation", ISVC 2016 (there of one class, without smoothing).
+    With power 1 this is ``(I_c + smooth) / (P_c + T_c - I_c + smooth)``. See `mcseg.losses.regions` for the soft counts and
+    the power. After Rahman and Wang, "Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation",
+    ISVC 2016, which has one class and no smoothing.
 
     Args:
-        per_image: Ratios per image, then their mean; False is ratios over the whole batch.
-        classes: ``"present"`` averages over classes with labelled pixels. ``"all"`` includes absent ones, whose loss
-            ``B_c / (B_c + smooth)`` pushes false alarms down (and is constant without smoothing).
-        smooth: >= 0, added to numerator and denominator.
+        per_image: Whether to compute ratios per image and average them, or over the whole batch.
+        classes: ``"present"`` averages over classes with labelled pixels, ``"all"`` over all classes. The loss of an absent
+            class is ``B_c / (B_c + smooth)``: it penalises false alarms, and is constant without smoothing.
+        smooth: Number of pixels >= 0 that is added to numerator and denominator.
         ignore_index: Label of void pixels.
-        power: q of the soft counts, 0 < q <= 1; less lets the pixels that are most wrong pull more.
+        power: Power q of the soft counts, 0 < q <= 1; a smaller power gives larger gradients to the pixels that are most
+            wrong.
         backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
 
     Raises:
-        ValueError: A setting is out of its range.
+        ValueError: A setting is out of range.
 
     Example:
         >>> import torch
@@ -261,34 +297,36 @@ class JaccardLoss(SmoothedLoss):
 
 
 class TverskyLoss(SmoothedLoss):
-    r"""Soft Tversky loss, which prices false alarms and misses apart.
+    r"""Soft Tversky loss, with separate weights for false alarms and misses.
 
-    The mean over classes of::
+    The loss is the mean over classes of::
 
         (1 - TI_c)^(1 / gamma),    TI_c = (n_c - A_c + smooth) / (n_c - A_c + alpha B_c + beta A_c + smooth)
 
-    See the module `mcseg.losses.regions` for the soft counts and the power. After Salehi et al., "Tversky loss function for
-    image segmentation using 3D fully convolutional deep networks", MLMI 2017, arXiv 1706.05721; ``gamma`` after Abraham and
-    Khan, "A Novel Focal Tversky Loss Function", ISBI 2019, arXiv 1810.07842. With alpha = beta = 0.5 it is `DiceLoss` of
-    twice the ``smooth``, with alpha = beta = 1 `JaccardLoss`.
+    See `mcseg.losses.regions` for the soft counts and the power. With alpha = beta = 0.5 it is `DiceLoss` with twice the
+    ``smooth``, with alpha = beta = 1 it is `JaccardLoss`. Sources: Salehi et al., "Tversky loss function for image
+    segmentation using 3D fully convolutional deep networks", MLMI 2017, arXiv 1706.05721; for ``gamma``, Abraham and Khan,
+    "A Novel Focal Tversky Loss Function", ISBI 2019, arXiv 1810.07842.
 
     Args:
-        alpha: >= 0, price of false alarms.
-        beta: >= 0, price of misses; Salehi et al. found 0.3 and 0.7 best.
-        gamma: > 0; above 1 classes that are already right weigh more in comparison (their 4/3), 1 leaves it out.
-        per_image: Ratios per image, then their mean; False is ratios over the whole batch.
-        classes: ``"present"`` averages over classes with labelled pixels, ``"all"`` includes absent ones.
-        smooth: >= 0, added to numerator and denominator.
+        alpha: Weight of false alarms, >= 0.
+        beta: Weight of misses, >= 0; Salehi et al. recommend alpha = 0.3, beta = 0.7.
+        gamma: Focal exponent, > 0. Above 1, classes that are almost right get more relative weight; Abraham and Khan use
+            4/3. 1 has no effect.
+        per_image: Whether to compute ratios per image and average them, or over the whole batch.
+        classes: ``"present"`` averages over classes with labelled pixels, ``"all"`` over all classes.
+        smooth: Number of pixels >= 0 that is added to numerator and denominator.
         ignore_index: Label of void pixels.
-        power: q of the soft counts, 0 < q <= 1; less lets the pixels that are most wrong pull more.
+        power: Power q of the soft counts, 0 < q <= 1; a smaller power gives larger gradients to the pixels that are most
+            wrong.
         backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
 
     Raises:
-        ValueError: A setting is out of its range.
+        ValueError: A setting is out of range.
 
     Note:
-        For gamma other than 1 the base of the power is kept at or above the dtype's epsilon, as the power has no finite
-        slope at 0: a class that is perfectly right has loss ``epsilon^(1 / gamma)`` and gradient 0.
+        For gamma other than 1, ``1 - TI_c`` is clamped to the dtype's epsilon, as the slope of its power can be infinite at
+        0. A class that is exactly right has the loss ``epsilon^(1 / gamma)`` and gradient 0.
 
     Example:
         >>> import torch
@@ -331,25 +369,25 @@ class TverskyLoss(SmoothedLoss):
 
 
 class GeneralizedDiceLoss(CountRatioLoss):
-    r"""Generalised Dice loss: one ratio over all classes, each weighted by its labelled pixels.
+    r"""Generalised Dice loss: one ratio over all classes, with weights from their labelled pixels.
 
-    Per image or batch::
+    The loss of an image or of the batch is::
 
         1 - 2 sum_c w_c (n_c - A_c) / sum_c w_c (2 n_c - A_c + B_c),    w_c = 1 / n_c^2
 
-    See the module `mcseg.losses.regions` for the soft counts, here of power 1. After Sudre et al., "Generalised Dice
-    Overlap as a Deep Learning Loss Function for Highly Unbalanced Segmentations", DLMIA 2017, arXiv 1707.03237. No
-    smoothing is needed: the denominator is positive wherever anything is labelled.
+    See `mcseg.losses.regions` for the soft counts; the power is 1. No smoothing is needed, as the denominator is positive
+    if anything is labelled. Source: Sudre et al., "Generalised Dice Overlap as a Deep Learning Loss Function for Highly
+    Unbalanced Segmentations", DLMIA 2017, arXiv 1707.03237.
 
     Args:
-        per_image: A ratio per image, then their mean; False is one ratio over the whole batch.
-        classes: A class without labelled pixels, whose weight would be infinite, has weight 0 (``"present"``) or the
-            largest of the other classes' (``"all"``, as in the authors' NiftyNet).
+        per_image: Whether to compute the loss per image and average it, or over the whole batch.
+        classes: Weight of a class without labelled pixels, where ``1 / n_c^2`` is infinite: 0 with ``"present"``, the
+            largest weight of a present class with ``"all"``, as in the authors' NiftyNet.
         ignore_index: Label of void pixels.
         backend: ``"auto"``, ``"fused"``, ``"reference"`` or ``"triton"``, see `mcseg.kernels`.
 
     Raises:
-        ValueError: A setting is out of its range.
+        ValueError: A setting is out of range.
 
     Example:
         >>> import torch
@@ -374,30 +412,30 @@ class GeneralizedDiceLoss(CountRatioLoss):
         if self.classes == "all":
             weights = weights.where(present, weights.amax(1, keepdim=True))
         overlap = (weights * (labelled - misses)).sum(1, keepdim=True)
-        # 0 only where nothing is labelled, and that image or batch is left out of the mean
+        # 0 only if nothing is labelled, and the mean leaves out such an image or batch
         total = (weights * (2 * labelled - misses + alarms)).sum(1, keepdim=True)
         return (1 - 2 * overlap / total.clamp(min=_TINY)).expand_as(labelled)
 
 
 class LovaszSoftmaxLoss(RegionLoss):
-    r"""Lovász-softmax: the convex extension of the Jaccard loss of sets of wrong pixels, applied to soft errors.
+    r"""Lovász-softmax loss: the Lovász extension of the Jaccard loss, applied to the pixels' softmax errors.
 
-    Per class, labelled pixels have errors ``m = 1 - p_c`` (of the class) or ``p_c`` (others). Sorted so that
-    ``m_1 >= m_2 >= ...``::
+    For class c, the error ``m`` of a labelled pixel is ``1 - p_c`` if its label is c, else ``p_c``. With the errors sorted,
+    ``m_1 >= m_2 >= ...``, the loss of the class is::
 
-        loss_c = sum_i m_i (J_i - J_{i-1}),    J_i = Jaccard loss of class c if exactly the pixels 1..i were wrong,  J_0 = 0
+        sum_i m_i (J_i - J_{i-1}),    J_i = Jaccard loss of class c if exactly the pixels 1..i are wrong,    J_0 = 0
 
-    After Berman et al., "The Lovász-Softmax loss", CVPR 2018, arXiv 1705.08790, algorithm 1. With several processes each
-    sorts the errors of its own pixels: over the batch, the loss is not that of one process with all of them.
+    Source: Berman et al., "The Lovász-Softmax loss", CVPR 2018, arXiv 1705.08790, algorithm 1. Each process sorts the
+    errors of its own batch, so the loss of several processes differs from that of one process with all images.
 
     Args:
-        per_image: Losses per image, then their mean; False is losses over the whole batch.
-        classes: ``"present"`` averages over classes with labelled pixels. ``"all"`` includes absent ones, whose loss is
-            their largest error.
+        per_image: Whether to compute the loss per image and average it, or over the whole batch.
+        classes: ``"present"`` averages over classes with labelled pixels, ``"all"`` over all classes. The loss of an absent
+            class is its largest error.
         ignore_index: Label of void pixels.
 
     Raises:
-        ValueError: A setting is out of its range.
+        ValueError: A setting is out of range.
 
     Example:
         >>> import torch
@@ -412,10 +450,10 @@ class LovaszSoftmaxLoss(RegionLoss):
         shape = (groups, target.numel() // max(groups, 1))
         p = logits.softmax(1)
         valid, labels = valid.reshape(shape), target.masked_fill(~valid, -1).reshape(shape)
-        # Void pixels stay in, with error 0 and outside the class. That changes nothing: all errors are >= 0, so in
-        # descending order a pixel that is not at error 0 has the same pixels before it as without them, and with that the
-        # same J_i - J_{i-1}; pixels at error 0, void or not and in whatever order, contribute 0 * (J_i - J_{i-1}) = 0.
-        # Nor do they have a gradient: void through the multiplication, the others as softmax is flat where p_c is 0 or 1.
+        # Void pixels stay in, with error 0 and a label that is no class. They change nothing: in descending order they
+        # come after every pixel with a positive error, so its J_i - J_{i-1} is the same as without them. A pixel with
+        # error 0, void or not, adds 0 * (J_i - J_{i-1}) = 0. Its gradient is 0 as well: for void pixels through the
+        # multiplication, for labelled ones because softmax is flat at p_c = 0 and p_c = 1.
         losses, labelled = [], []
         for c in range(logits.shape[1]):
             of_class, p_c = labels == c, p[:, c].reshape(shape)
@@ -426,12 +464,16 @@ class LovaszSoftmaxLoss(RegionLoss):
 
 
 def _jaccard_steps(of_class: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute J_i - J_{i-1} along the last dimension, from which of the sorted pixels are of the class.
+    """Compute J_i - J_{i-1} along the last dimension.
 
-    J_i = 1 - I_i / U_i, where I_i = T minus the pixels of the class among the first i, U_i = T plus the others among them.
-    A pixel of the class takes 1 from I and leaves U: the step is 1 / U_i. Another leaves I and adds 1 to U: it is
-    I_i / (U_i - 1) - I_i / U_i = I_i / (U_i (U_i - 1)). Written so, nothing cancels, where a difference of two J has an
-    error of the size of the step as soon as there are millions of pixels. Where T = 0, J_1 is 1 and stays.
+    With T pixels of the class, J_i = 1 - I_i / U_i. I_i is T minus the pixels of the class among the first i, and U_i is T
+    plus the other pixels among them. A pixel of the class lowers I by 1, so its step is 1 / U_i. Any other pixel raises U by
+    1, so its step is I_i / (U_i - 1) - I_i / U_i = I_i / (U_i (U_i - 1)). These forms do not cancel; with millions of
+    pixels, the rounding error of J_i - J_{i-1} is as large as the step. If T = 0, the first step is 1 and all others are 0.
+
+    Args:
+        of_class: (...,P) bool, whether the pixels, sorted by descending error, are labelled with the class.
+        dtype: dtype of the result.
     """
     total = of_class.sum(-1, keepdim=True)
     intersection, union = total - of_class.cumsum(-1), total + (~of_class).cumsum(-1)  # int64

@@ -1,7 +1,8 @@
-"""COPLE-Net: a U-Net with two poolings side by side, squeeze-and-excitation, bridges in the skips and ASPP at the bottom.
+"""COPLE-Net: a U-Net with parallel max and mean pooling, squeeze-and-excitation, bridges in the skips and an ASPP.
 
 G. Wang et al., "A Noise-robust Framework for Automatic Segmentation of COVID-19 Pneumonia Lesions from CT Images",
-IEEE Transactions on Medical Imaging, 2020. Norms are group norms of 4 groups, as in the experiments on margin calibration.
+IEEE Transactions on Medical Imaging, 2020. The norms are group norms with 4 groups, as in the experiments of the
+margin-calibration paper.
 """
 
 from collections.abc import Sequence
@@ -17,20 +18,20 @@ _DILATIONS = (1, 2, 4, 6)
 
 
 class COPLENet(nn.Module):
-    """COPLE-Net; 5 scales, from full resolution to 1/16 of it.
+    """COPLE-Net with 5 scales, from full resolution to 1/16.
 
-    It is laid out as the networks of segmentation_models_pytorch are: an ``encoder`` that gives a list of feature maps, and
-    the last layer as ``segmentation_head``.
+    It has the structure of the networks of segmentation_models_pytorch: an ``encoder`` that returns a list of feature maps,
+    and a ``segmentation_head`` as the last layer. Source: G. Wang et al., IEEE Transactions on Medical Imaging, 2020.
 
     Args:
         classes: number of classes C.
         in_channels: channels of the image.
-        feature_channels: channels of the 5 scales. Two poolings side by side double the channels, and the blocks add their
-            input to their output, so each number is twice the one before; the first is a multiple of 8.
-        dropout: probability of dropout in the blocks of the 5 scales, in the encoder and in the decoder.
+        feature_channels: channels of the 5 scales. Each is twice the one before, because parallel pooling doubles the
+            channels and the blocks are residual; the first is a multiple of 8.
+        dropout: dropout probabilities, >= 0 and < 1, of the 5 scales in encoder and decoder.
 
     Raises:
-        ValueError: feature_channels or dropout are not of that form; the message is one line.
+        ValueError: ``feature_channels`` or ``dropout`` do not have this form; the message is one line.
     """
 
     def __init__(
@@ -45,10 +46,10 @@ class COPLENet(nn.Module):
         doubled = len(widths) == 5 and all(2 * a == b for a, b in pairwise(widths))
         if not doubled or widths[0] < 8 or widths[0] % 8:
             raise ValueError(
-                f"feature_channels: found {widths}; expected 5 numbers, each twice the one before, the first a multiple of 8"
+                f"feature_channels: found {widths}, expected 5 numbers, each twice the one before, the first a multiple of 8"
             )
         if len(dropout) != 5 or not all(0 <= rate < 1 for rate in dropout):
-            raise ValueError(f"dropout: found {list(dropout)}; expected 5 numbers from 0 to below 1")
+            raise ValueError(f"dropout: found {list(dropout)}, expected 5 numbers >= 0 and < 1")
         self.encoder = COPLENetEncoder(in_channels, widths, dropout)
         self.aspp = _ASPP(widths[-1])
         self.bridges = nn.ModuleList(_conv_norm(width, width // 2, 1) for width in widths[:-1])
@@ -62,7 +63,7 @@ class COPLENet(nn.Module):
             image: (N,in_channels,H,W) floating point, normalised; H and W multiples of 16.
 
         Returns:
-            (N,C,H,W) logits of the image's dtype.
+            (N,C,H,W) logits in the dtype of the image.
         """
         features = self.encoder(image)
         x = self.aspp(features[-1])
@@ -72,12 +73,12 @@ class COPLENet(nn.Module):
 
 
 class COPLENetEncoder(nn.Module):
-    """The contracting path.
+    """Encoder of COPLE-Net.
 
     Args:
         in_channels: channels of the image.
         widths: channels of the 5 scales.
-        dropout: probability of dropout at the 5 scales.
+        dropout: dropout probabilities of the 5 scales.
     """
 
     output_stride = 16
@@ -95,7 +96,7 @@ class COPLENetEncoder(nn.Module):
             image: (N,in_channels,H,W) floating point.
 
         Returns:
-            The image, then (N,widths[i],H/2^i,W/2^i) for i = 0..4.
+            The image, then feature maps (N,widths[i],H/2^i,W/2^i) for i = 0..4.
         """
         features = [image, self.stem(image)]
         for down in self.downs:
@@ -112,7 +113,7 @@ def _conv_norm(in_channels: int, out_channels: int, kernel: int) -> nn.Sequentia
 
 
 class _SqueezeExcite(nn.Module):
-    """Adds to a feature map (N,K,h,w) itself times a gate (N,K,1,1) >= 0 from its mean over the pixels."""
+    """Residual gating: multiplies a feature map (N,K,h,w) by 1 + g, a gate g >= 0 (N,K,1,1) computed from its mean."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -126,7 +127,7 @@ class _SqueezeExcite(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions with dropout between, then squeeze-and-excitation: (N,in,h,w) to (N,out,h,w)."""
+    """Two 3x3 convolutions with dropout between them, then squeeze-and-excitation: (N,in,h,w) to (N,out,h,w)."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class _Block(nn.Module):
 
 
 class _Down(nn.Module):
-    """Maximum and mean of 2x2 pixels side by side, then a residual block: (N,K,h,w) to (N,2K,h/2,w/2)."""
+    """Concatenated 2x2 max and mean pooling, then a residual block: (N,K,h,w) to (N,2K,h/2,w/2)."""
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
@@ -152,7 +153,7 @@ class _Down(nn.Module):
 
 
 class _Up(nn.Module):
-    """Doubles the resolution of (N,below,h/2,w/2), joins the bridge (N,K/2,h,w), then a residual block: to (N,K,h,w)."""
+    """Upsampling of (N,below,h/2,w/2), concatenation with the bridge (N,K/2,h,w), and a residual block: to (N,K,h,w)."""
 
     def __init__(self, below: int, channels: int, dropout: float) -> None:
         super().__init__()
@@ -166,12 +167,11 @@ class _Up(nn.Module):
 
 
 class _ASPP(nn.Module):
-    """Four convolutions of growing reach side by side, a quarter of the channels each, then a 1x1 convolution."""
+    """Four parallel convolutions of increasing dilation, a quarter of the channels each, then a 1x1 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.branches = nn.ModuleList(
-            # The first looks at its own pixel only
             nn.Conv2d(channels, channels // 4, 1)
             if dilation == 1
             else nn.Conv2d(channels, channels // 4, 3, padding=dilation, dilation=dilation)

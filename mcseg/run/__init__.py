@@ -1,36 +1,39 @@
 """The command ``mcseg``, and the trip of a run from ``mcseg fit`` to the end of a resumed run.
 
-``mcseg fit camvid --root DATA``:
+A run starts with ``mcseg fit camvid --root DATA``:
 
-1.  ``main.py`` answers ``--help`` and ``--version`` itself; for all else it imports torch and calls ``command.run``.
-2.  ``command.py`` expands the words: ``resume.py`` spells out ``--resume``, ``recipes.py`` the shorthand (``--root`` is
-    ``--data.root``) and the recipe's name, which becomes ``--config configs/camvid.yaml``. It chooses the verb: those of
-    Lightning run in ``cli.SegmentationCLI``, the others in ``verbs.py``. Whatever fails below comes back here, and is
-    reported in one line by ``messages.py``.
-3.  ``cli.py`` is a LightningCLI: it parses recipe, command line and ``--ckpt_path`` into one configuration, and refuses what
-    cannot be. ``folder.run_folder`` creates ``runs/camvid/<time>``; precision, loggers and checkpoints are pointed at it.
-4.  ``cli.py`` makes the data module, the module, and the Trainer with mcseg's callbacks: among them
-    ``signals.CheckpointOnSignal``, and two of Lightning's that write ``checkpoints/best.ckpt`` when ``val/miou`` rises and
-    ``checkpoints/last.ckpt`` after each epoch, through ``checkpoints/files.CheckpointFile``.
-5.  ``folder.exclusive_lock`` keeps a second process out of the folder while ``Trainer.fit`` runs. In it ``config.yaml`` is
-    written, ``module.on_fit_start`` calibrates the objective and loads the weights to start from; then come the epochs.
-6.  At the end ``command.py`` removes the folder if the run left nothing but its settings (``folder.run_folder_tidied``).
+1.  ``main.py`` answers ``--help`` and ``--version``. For everything else it imports torch and calls ``command.run``.
+2.  ``command.py`` expands the arguments: ``resume.py`` replaces ``--resume``, ``recipes.py`` replaces short forms
+    (``--root`` by ``--data.root``) and recipe names (``camvid`` by ``--config configs/camvid.yaml``). Then it runs the verb:
+    Lightning's verbs in ``cli.SegmentationCLI``, the other verbs in ``verbs.py``. It catches the errors of all later steps
+    and prints each as one line (``mcseg/messages.py``).
+3.  ``cli.py`` is a LightningCLI. It parses recipe, arguments and ``--ckpt_path`` into one configuration and refuses
+    settings that contradict each other. ``folder.run_folder`` creates ``runs/camvid/<time>``; loggers and checkpoints
+    write there.
+4.  ``cli.py`` creates the data module, the module, and the Trainer with mcseg's callbacks: ``signals.CheckpointOnSignal``,
+    and two ModelCheckpoints, which write ``checkpoints/best.ckpt`` when ``val/miou`` rises and ``checkpoints/last.ckpt``
+    after each epoch. Both write through ``checkpoints/files.CheckpointFile``, which replaces a file only when the new one is
+    complete.
+5.  ``Trainer.fit`` runs while ``folder.exclusive_lock`` keeps other processes out of the folder. Lightning writes
+    ``config.yaml``, ``module.on_fit_start`` loads pretrained weights and calibrates the objective, and the epochs follow.
+6.  At the end ``folder.run_folder_tidied`` removes a folder without results, for example after a wrong setting.
 
-A run is stopped by SIGTERM or Ctrl-C:
+A signal, SIGTERM or Ctrl-C, stops the run:
 
-7.  ``signals.py`` notes the signal. After the next optimiser step, the same one in all processes, it asks Lightning to stop,
-    writes ``checkpoints/last.ckpt`` and says how to resume; the exit code is 143 or 130. A run that is killed has the
-    ``last.ckpt`` of its last epoch.
+7.  ``signals.py`` notes the signal. After the next optimiser step, the same step in all processes, it stops the Trainer,
+    writes ``checkpoints/last.ckpt`` and prints the command to resume. The exit code is 143 or 130. After SIGKILL or a crash,
+    the ``last.ckpt`` of the last complete epoch remains.
 
-``mcseg fit --resume runs/camvid/<time>``:
+``mcseg fit --resume runs/camvid/<time>`` resumes the run. Steps 2 to 6 repeat with these differences:
 
-8.  ``resume.expand_resume`` turns it into ``fit --config <folder>/config.yaml --trainer.default_root_dir <folder>
-    --ckpt_path <folder>/checkpoints/last.ckpt``, without the last if there is none yet. Steps 2 to 6 follow, with these
-    differences.
-9.  ``cli.py`` leaves ``config.yaml`` as it is, and makes each logger append: ``resume.ContinuedCSVLogger`` drops the rows
-    after the checkpoint's step, TensorBoard purges them, W&B continues the run of the same id.
-10. The Trainer restores weights, optimiser, schedule and loops. ``module.on_load_checkpoint`` has compared classes and
-    network before (``checkpoints/compatibility.py``), so ``on_fit_start`` neither calibrates nor loads anything.
-11. ``data/order.TrainingOrder`` starts after the batches that are done, and the seeds of crops and dropout follow from epoch
-    and batch (``seeds.py``): the weights become those of a run that was never stopped.
+8.  ``resume.expand_resume`` replaces ``--resume`` by ``--config <folder>/config.yaml --trainer.default_root_dir <folder>
+    --ckpt_path <folder>/checkpoints/last.ckpt``; before the first checkpoint, without the last of these.
+    ``checkpoints/translate.py`` translates settings of an earlier version.
+9.  ``cli.py`` does not write ``config.yaml``. ``resume.resume_logger`` makes each logger append: the CSV and TensorBoard
+    loggers drop what was logged after the checkpoint's step, W&B continues the run of the same id.
+10. ``module.on_load_checkpoint`` refuses a checkpoint of another network or number of classes
+    (``checkpoints/compatibility.py``). Then the Trainer restores weights, optimiser, schedule and loops; ``on_fit_start``
+    neither calibrates nor loads weights.
+11. ``data/order.TrainingOrder`` skips the batches that are done. The seeds of crops and dropout depend only on the run's
+    seed, the epoch and the batch (``mcseg/seeds.py``). The final weights are those of an uninterrupted run.
 """

@@ -1,9 +1,8 @@
-"""A training, validation, test or prediction by Lightning: its settings, its folder, and the callbacks that mcseg adds."""
+"""Lightning's command line with mcseg's callbacks and run folder: fit, validate, test and predict."""
 
 import inspect
 import json
 import logging
-import os
 import pkgutil
 import warnings
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from mcseg.callbacks.scores import JaccardCallback, score_names
 from mcseg.callbacks.trackers import log_configuration
 from mcseg.checkpoints.files import CheckpointFile, read_checkpoint, steps_done, written_by
 from mcseg.checkpoints.hyperparameters import refuse_calls
-from mcseg.checkpoints.translate import translated
+from mcseg.checkpoints.translate import translate_hyperparameters
 from mcseg.data import SegmentationData
 from mcseg.evaluation.inference import Inference
 from mcseg.lightning_internals import CheckpointSettingsCLI, as_settings, cpu_computes_bfloat16
@@ -34,12 +33,12 @@ from mcseg.messages import one_line
 from mcseg.module import SegmentationModule
 from mcseg.run.folder import exclusive_lock, run_folder
 from mcseg.run.recipes import default_objective
-from mcseg.run.resume import ContinuedCSVLogger
+from mcseg.run.resume import resume_logger
 from mcseg.run.signals import CheckpointOnSignal
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves config.yaml without the run folder, so that using it again makes a new one and overwrites nothing."""
+    """Saves config.yaml without the run folder, so that a run repeated from it gets a new folder."""
 
     def __init__(self, *args: Any, run_folder: str | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -52,17 +51,27 @@ class SaveConfig(SaveConfigCallback):
                 logger.init_args.save_dir = "."
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the same to the trackers, on rank 0."""
+        """Log the same settings to the trackers, on rank 0."""
         log_configuration(trainer, json.loads(self.parser.dump(self.config, format="json", skip_none=False)))
 
 
 def _loggers(config: Namespace) -> list[Namespace]:
-    found = config.trainer.logger
-    return [logger for logger in (found if isinstance(found, list) else [found]) if isinstance(logger, Namespace)]
+    loggers = config.trainer.logger
+    return [logger for logger in (loggers if isinstance(loggers, list) else [loggers]) if isinstance(logger, Namespace)]
 
 
 class SegmentationCLI(CheckpointSettingsCLI):
-    """LightningCLI for one module class and any data module, with mcseg's callbacks and run folder."""
+    """LightningCLI for one module class and any data module, with mcseg's callbacks and run folder.
+
+    Args:
+        recipe: name of the recipe, a part of the run folder's path.
+        args: verb and arguments, as :func:`~mcseg.run.recipes.find_recipes` returns them.
+        run: whether to run the verb; False only parses, and ``args`` then hold no verb.
+        resume: folder of the run to resume.
+
+    Raises:
+        ValueError, OSError, jsonargparse.ArgumentError: the settings are wrong; the message names the setting.
+    """
 
     def __init__(self, recipe: str, args: Sequence[str], run: bool = True, resume: Path | None = None) -> None:
         self.recipe = recipe
@@ -82,7 +91,7 @@ class SegmentationCLI(CheckpointSettingsCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link the number of classes, and add mcseg's callbacks under keys of their own."""
+        """Link the number of classes and add mcseg's callbacks, each under its own key."""
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.objective.init_args.num_classes", apply_on="instantiate")
         for callback, key in (
@@ -113,23 +122,23 @@ class SegmentationCLI(CheckpointSettingsCLI):
 
     @property
     def verb(self) -> str:
-        """The word behind ``mcseg``."""
+        """The verb on the command line."""
         return str(self.config.get("subcommand") or "")
 
     @property
     def verb_config(self) -> Namespace:
-        """Settings of the verb that runs."""
+        """The verb's settings."""
         config: Namespace = self.config[self.subcommand] if self.subcommand else self.config
         return config
 
     @property
-    def _made(self) -> Namespace:
+    def _objects(self) -> Namespace:
         """The verb's settings, with objects in place of class paths."""
-        made: Namespace = self.config_init[self.subcommand] if self.subcommand else self.config_init
-        return made
+        objects: Namespace = self.config_init[self.subcommand] if self.subcommand else self.config_init
+        return objects
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Refuse to score without weights, and what is no checkpoint before Lightning takes settings from it."""
+        """Parse, then check ``--ckpt_path``, which validate, test and predict need."""
         super().parse_arguments(parser, args)
         verb = self.config.get("subcommand")
         if verb and self.config[verb].ckpt_path:
@@ -138,16 +147,19 @@ class SegmentationCLI(CheckpointSettingsCLI):
             raise ValueError(f"mcseg {self.verb} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt")
 
     def take_checkpoint_settings(self, verb: str, path: Path) -> None:
-        """Take a checkpoint's objective whole: what the checkpoint does not name has its default, not the recipe's."""
+        """Put the checkpoint's settings over those of recipe and command line.
+
+        Arguments of the objective that the checkpoint does not name get the class's defaults, not the recipe's values.
+        """
         checkpoint = read_checkpoint(path)
         try:
-            stored, remarks = translated(checkpoint.get("hyper_parameters", {}))
+            stored, remarks = translate_hyperparameters(checkpoint.get("hyper_parameters", {}))
             refuse_calls(SegmentationModule, stored, {})
             if stored:
                 self.config = self.parser.parse_object({verb: {"model": as_settings(stored)}}, self.config)
         except (ArgumentError, ValueError) as error:
             raise ValueError(
-                f"--ckpt_path: {path} has settings that do not hold here ({written_by(checkpoint)}): {one_line(error)}"
+                f"--ckpt_path: {path} has settings that this version refuses ({written_by(checkpoint)}): {one_line(error)}"
             ) from None
         for remark in remarks:
             rank_zero_info(f"{path}: {remark}")
@@ -159,52 +171,58 @@ class SegmentationCLI(CheckpointSettingsCLI):
                     objective.init_args[name] = parameter.default
 
     def before_instantiate_classes(self) -> None:
-        """Choose the run folder and the precision."""
+        """Check class paths; set run folder, loggers and precision."""
         config = self.verb_config
-        if config.model.objective is None:
-            raise ValueError("model.objective: found null, expected a class path such as mcseg.losses.MarginCalibrationLoss")
-        for name in ("objective", "optimizer", "scheduler"):
+        examples = {
+            "objective": "mcseg.losses.MarginCalibrationLoss",
+            "optimizer": "torch.optim.AdamW",
+            "scheduler": "mcseg.schedules.WarmupPolynomialLR",
+        }
+        for name, example in examples.items():
+            if config.model[name] is None:
+                raise ValueError(f"model.{name}: found null, expected a class path such as {example}")
             path = config.get(f"model.{name}.class_path")
             if path and not inspect.isclass(pkgutil.resolve_name(path)):  # the parser would call any function
-                raise ValueError(f"model.{name}: found {path}, expected a class")
+                raise ValueError(f"model.{name}: found {path}, expected a class such as {example}")
         if self.subcommand in ("validate", "test"):
-            config.verbose = False  # the table of JaccardCallback says it all
+            config.verbose = False  # JaccardCallback prints a table
         if self.subcommand == "predict":
-            config.return_predictions = False  # they are written; keeping them would fill the memory
+            config.return_predictions = False  # they would fill the memory; PredictionWriter writes them
         trainer = config.trainer
         if trainer.default_root_dir is None:
             trainer.default_root_dir = str(run_folder(self.recipe, self.verb))
         self.save_config_kwargs["run_folder"] = trainer.default_root_dir
-        done = steps_done(Path(config.ckpt_path)) if self.resume and config.ckpt_path else 0
+        step = steps_done(Path(config.ckpt_path)) if self.resume and config.ckpt_path else 0
         for logger in _loggers(config):
             if logger.get("init_args.save_dir", "") in (None, "."):
                 logger.init_args.save_dir = trainer.default_root_dir
             if self.resume:
-                _go_on(logger, done)
+                resume_logger(logger, step)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
         if trainer.precision is None:
             trainer.precision = _default_precision(trainer.accelerator)
 
     def instantiate_classes(self) -> None:
-        """Make everything, and give the module the way in which it labels whole images."""
+        """Create all objects, and set how the module labels whole images."""
         objective = self.verb_config.model.objective
         super().instantiate_classes()
-        self.model.inference = self._made.inference
+        self.model.inference = self._objects.inference
         classes = objective.get("init_args.num_classes") if isinstance(objective, Namespace) else None
-        if classes not in (None, self.datamodule.num_classes) and not self.verb_config.ckpt_path:  # which has its own
+        # A checkpoint's number of classes is checked when it is loaded.
+        if classes not in (None, self.datamodule.num_classes) and not self.verb_config.ckpt_path:
             raise ValueError(
                 f"model.objective.init_args.num_classes: found {classes}, but the data have {self.datamodule.num_classes} "
-                "classes; leave it out, it is taken from them"
+                "classes; leave the setting out, it follows from the data"
             )
         if self.subcommand == "fit":
             self._check_monitors()
 
     def _check_monitors(self) -> None:
-        """Refuse to wait for a score that nobody logs; Lightning would find out behind the first epoch."""
+        """Refuse to monitor a score that is not logged; Lightning would fail only after the first epoch."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         if any(not type(callback).__module__.startswith(("mcseg.", "pytorch_lightning.")) for callback in callbacks):
-            return  # one of the user's own, which may log anything
+            return  # a user's callback may log any score
         known = ["val/loss", *score_names("val", self.datamodule.class_names)]
         monitors = [(type(callback).__name__, getattr(callback, "monitor", None)) for callback in callbacks]
         scheduler = self.verb_config.model.scheduler
@@ -215,14 +233,14 @@ class SegmentationCLI(CheckpointSettingsCLI):
                 raise ValueError(f"{name}: no score {monitor}; expected one of {', '.join(known)}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Add ``last.ckpt`` of every epoch, and the learning rate where there is something to log it to."""
-        plugins = self._made.get("trainer.plugins") or []
+        """Create the Trainer, with ``last.ckpt`` after every epoch, and the learning rate if there is a logger."""
+        plugins = self._objects.get("trainer.plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, CheckpointFile()]
         trainer = super().instantiate_trainer(**kwargs)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # Not by ModelCheckpoint's save_last, which writes only when there is a new best.
+            # ModelCheckpoint's save_last would write only when there is a new best.
             folder = self.verb_config.checkpoint.dirpath
             trainer.callbacks.append(  # type: ignore[attr-defined]
                 ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
@@ -233,36 +251,16 @@ class SegmentationCLI(CheckpointSettingsCLI):
         return trainer
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
-        """Train, in a folder where no other training is at work."""
-        folder, first = self.trainer.default_root_dir, self.trainer.is_global_zero
-        with exclusive_lock(Path(folder), "fit") if first and "://" not in folder else nullcontext():
+        """Train, while a lock keeps other trainings out of the run folder."""
+        folder = self.trainer.default_root_dir
+        needs_lock = self.trainer.is_global_zero and "://" not in folder
+        with exclusive_lock(Path(folder), "fit") if needs_lock else nullcontext():
             self.trainer.fit(*args, **kwargs)
 
     def after_fit(self) -> None:
-        """Say where everything is."""
+        """Print the run folder and the best checkpoint."""
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         rank_zero_info(f"run folder: {self.trainer.default_root_dir}" + (f"\nbest checkpoint: {best}" if best else ""))
-
-
-def _go_on(logger: Namespace, done: int) -> None:
-    """Let a logger add to what it has of the run, of which the rows of the steps that are done hold."""
-    kind, settings = logger.class_path.rpartition(".")[2], logger.init_args
-    folder = Path(settings.get("save_dir") or ".")
-    if kind == "CSVLogger":
-        logger.class_path = f"{ContinuedCSVLogger.__module__}.{ContinuedCSVLogger.__qualname__}"
-        settings.step = done
-    elif kind == "TensorBoardLogger":
-        versions = [path.name.removeprefix("version_") for path in (folder / settings.name).glob("version_*")]
-        if settings.version is None:
-            settings.version = max((int(version) for version in versions if version.isdigit()), default=0)
-        settings.purge_step = done
-    elif kind == "WandbLogger":
-        # run-<time>-<id>; offline-run-... is not on the server yet, where the next part would take its place
-        ids = [path.name.split("-", 2)[2] for path in sorted(folder.glob("wandb/run-*-*"))]
-        if ids and settings.id is None and "WANDB_RUN_ID" not in os.environ:
-            settings.id = ids[-1]
-            if "resume" in settings:  # where the parser knows it, it gives null in place of Lightning's own default
-                settings.resume = "allow"
 
 
 def _check_checkpoint(path: Path) -> None:
@@ -270,12 +268,12 @@ def _check_checkpoint(path: Path) -> None:
         raise FileNotFoundError(f"--ckpt_path: no checkpoint {path}; expected the path of a .ckpt file")
     if path.is_file():
         read_checkpoint(path)
-    elif not (path / ".metadata").is_file():  # which a checkpoint in several files has
+    elif not (path / ".metadata").is_file():  # a sharded checkpoint is a folder with this file
         raise ValueError(f"--ckpt_path: {path} is a folder; expected a file such as {path}/checkpoints/best.ckpt")
 
 
 def _default_precision(accelerator: str) -> str:
-    """bfloat16 where the machine computes in it, float32 elsewhere."""
+    """Return mixed bfloat16 if the machine has instructions for it, mixed float16 on other GPUs, otherwise float32."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported() else "16-mixed"
     if accelerator in ("auto", "cpu") and not torch.backends.mps.is_available() and cpu_computes_bfloat16():
@@ -284,20 +282,20 @@ def _default_precision(accelerator: str) -> str:
 
 
 def silence_warnings() -> None:
-    """Leave out advertisements, and what Lightning says about choices that mcseg made on purpose."""
-    chatter = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to", "Loading `train_dataloader`")
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda r: not r.getMessage().startswith(chatter))
+    """Silence Lightning's advertisements and its warnings about deliberate choices of mcseg."""
+    prefixes = ("💡", "GPU available", "TPU available", "HPU available", "Seed set to", "Loading `train_dataloader`")
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda r: not r.getMessage().startswith(prefixes))
     logging.getLogger("lightning_fabric.utilities.seed").setLevel(logging.WARNING)
     for message in (
-        ".*`training_step` returned `None`.*",  # model.on_nonfinite skip; the module tells of it at the end
-        ".*does not have many workers.*",  # data.num_workers is set from the machine's cores
+        ".*`training_step` returned `None`.*",  # on_nonfinite="skip"; the module reports the number at the end
+        ".*does not have many workers.*",  # data.num_workers follows from the machine's cores
         ".*intended to run from within Python.*",
-        ".*exists and is not empty.*",  # the checkpoint folder of a run folder that is used again
+        ".*exists and is not empty.*",  # a resumed run
         ".*smaller than the logging interval.*",
         ".*is not supported by the model summary.*",
         ".*recommended to use `self.log.*sync_dist=True.*",  # the scores are reduced before they are logged
-        ".*loading a checkpoint outside the 'fit' stage.*",  # averaged weights are in the checkpoint's usual place
-        ".*The dirpath has changed from.*",  # scoring a checkpoint of another run folder
+        ".*loading a checkpoint outside the 'fit' stage.*",  # averaged weights are stored as the weights
+        ".*The dirpath has changed from.*",  # evaluation of a checkpoint in another run folder
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",  # Lightning on a newer torch
     ):
         warnings.filterwarnings("ignore", message=message)

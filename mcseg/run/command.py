@@ -1,4 +1,4 @@
-"""Run one verb of the command ``mcseg``, and report an error in one line."""
+"""Run one verb of the command ``mcseg`` and report errors in one line."""
 
 import io
 import os
@@ -20,10 +20,17 @@ from mcseg.run.verbs import bound, check, compare, download, show, stats
 
 
 def run(words: Sequence[str]) -> None:
-    """Run a verb with its arguments; :func:`mcseg.run.main.main` lists what it raises."""
+    """Run a verb.
+
+    Args:
+        words: verb and arguments.
+
+    Raises:
+        SystemExit: as for :func:`mcseg.run.main.main`.
+    """
     words = list(words)
-    if isinstance(sys.__stdout__, io.TextIOWrapper):  # which a library may have wrapped in a stream of its own
-        sys.__stdout__.reconfigure(errors="backslashreplace")  # as stderr does: not every class name has letters it knows
+    if isinstance(sys.__stdout__, io.TextIOWrapper):  # sys.stdout may be a library's wrapper around it
+        sys.__stdout__.reconfigure(errors="backslashreplace")  # for class names that the terminal cannot encode
     if "LOCAL_RANK" not in os.environ:
         os.environ.pop(RUN_FOLDER, None)
     try:
@@ -42,9 +49,9 @@ def run(words: Sequence[str]) -> None:
             else:
                 SegmentationCLI(recipe, words, resume=resume)
     except KeyboardInterrupt:
-        _fail("ended by Ctrl-C", 128 + signal.SIGINT)
-    except SIGTERMException as end:  # without a code unless a training had to end, as if all had been done
-        sys.exit(end.code or 128 + signal.SIGTERM)
+        _fail("stopped by Ctrl-C", 128 + signal.SIGINT)
+    except SIGTERMException as error:  # CheckpointOnSignal sets the code, but only in a training
+        sys.exit(error.code or 128 + signal.SIGTERM)
     except ArgumentError as error:
         _fail(one_line(error), 2)
     except (ValueError, OSError, RuntimeError, MisconfigurationException) as error:
@@ -55,4 +62,4 @@ def run(words: Sequence[str]) -> None:
 
 def _fail(message: str, code: int) -> None:
     print(f"mcseg: error: {message}", file=sys.stderr)
-    sys.exit(code)  # not raised by hand: W&B notes the code of a failed run in this function
+    sys.exit(code)  # W&B patches sys.exit to record the code of a failed run, so SystemExit must not be raised directly

@@ -1,4 +1,4 @@
-"""The folder of a run: its name, its lock, and its removal after a run that left nothing."""
+"""The folder of a run: its name, its lock, and its removal if it holds no results."""
 
 import errno
 import itertools
@@ -14,13 +14,17 @@ LOCK = ".lock"  # file in the folder of a run
 
 @contextmanager
 def exclusive_lock(folder: Path, verb: str) -> Iterator[None]:
-    """Keep a second ``mcseg fit`` or ``compare`` out of a folder while one is at work there; made where it is missing.
+    """Lock a folder against a second ``mcseg fit`` or ``mcseg compare``.
 
-    The lock belongs to this process and ends with it, however that ends. Where the file system or the system knows no locks
-    nothing is kept out.
+    The operating system releases the lock when this process ends, also after a crash. On Windows, and on file systems
+    without locks, nothing is locked.
+
+    Args:
+        folder: created if it is missing.
+        verb: ``fit`` or ``compare``, for the message.
 
     Raises:
-        RuntimeError: another process is at work there.
+        RuntimeError: another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / LOCK).open("w") as file:
@@ -32,18 +36,24 @@ def exclusive_lock(folder: Path, verb: str) -> Iterator[None]:
             pass
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise RuntimeError(f"{folder}: another mcseg {verb} is at work here; wait for it, or end it") from None
+                raise RuntimeError(
+                    f"{folder}: another mcseg {verb} uses this folder; wait until it ends, stop it, or choose another folder"
+                ) from None
         yield
 
 
-# Lightning starts further DDP processes with this environment variable, and LOCAL_RANK, in place.
+# Environment variable by which the DDP processes that Lightning starts find the folder
 RUN_FOLDER = "MCSEG_RUN_FOLDER"
 
 
 def run_folder(recipe: str, verb: str) -> Path:
-    """Create ``runs/<recipe>/<time>``, the same folder for all processes of a run.
+    """Create ``runs/<recipe>/<time>`` and return it, the same for all processes of a run.
 
     It is created immediately, so that two runs started in the same second get different folders.
+
+    Args:
+        recipe: name of the recipe.
+        verb: added to the name unless it is ``fit``.
     """
     if "LOCAL_RANK" in os.environ and RUN_FOLDER in os.environ:
         return Path(os.environ[RUN_FOLDER])
@@ -61,8 +71,8 @@ def run_folder(recipe: str, verb: str) -> Path:
 
 @contextmanager
 def run_folder_tidied() -> Iterator[None]:
-    """Remove the folder of a run that fails before it has a result, or that writes nothing."""
-    settings = {"config.yaml", "hparams.yaml", LOCK}  # which loggers and the command write at once
+    """Remove the folder that :func:`run_folder` created if the run fails before it has a result, or writes nothing."""
+    settings = {"config.yaml", "hparams.yaml", LOCK}  # written before the first result
     try:
         yield
     except BaseException:
@@ -76,5 +86,5 @@ def _remove_if_only(names: set[str]) -> None:
     if RUN_FOLDER in os.environ and all(path.is_dir() or path.name in names for path in folder.rglob("*")):
         shutil.rmtree(folder, ignore_errors=True)
         for parent in list(folder.parents)[:2]:
-            with suppress(OSError):  # it has other runs
+            with suppress(OSError):  # holds other runs
                 parent.rmdir()

@@ -1,4 +1,4 @@
-"""Entry point of the command ``mcseg``: help and version without the libraries that a run needs, which take seconds."""
+"""Entry point of the command ``mcseg``; prints help and version without importing torch, which takes seconds."""
 
 import sys
 from collections.abc import Sequence
@@ -10,13 +10,13 @@ from mcseg.version import __version__
 _HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE ...]
 
   fit       train; writes checkpoints, metrics.csv, curves and panels into runs/<recipe>/<time>
-            (--resume RUN_FOLDER continues a run that was stopped)
+            (--resume RUN_FOLDER resumes a run that was stopped)
   validate  score a checkpoint on the validation split       (--ckpt_path)
   test      score a checkpoint on the test split             (--ckpt_path)
-  bound     what a held-out split promises for unseen images (--ckpt_path, --split val --level 0.95)
+  bound     lower bounds of mIoU for unseen images           (--ckpt_path, --split val --level 0.95)
   predict   masks and overlays for a folder of images        (--ckpt_path, --data.predict_root)
-            or what a benchmark's server takes               (--ckpt_path, --format BENCHMARK)
-  download  fetch a benchmark, or say how to get it          (mcseg download BENCHMARK --root DIR)
+            or a submission for a benchmark's server         (--ckpt_path, --format BENCHMARK)
+  download  fetch a benchmark, or print how to get it        (mcseg download BENCHMARK --root DIR)
   compare   train objectives with several seeds and compare them: tables, intervals, a report
             (--objectives NAME ... --seeds 0 1 2; `mcseg compare --help` lists its options)
   show      contact sheet of images and labels               (--images 12 --split train)
@@ -25,9 +25,9 @@ _HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE .
 
 recipes that come with mcseg: {recipes}
 benchmarks: {benchmarks}
-Any key of a recipe can be set behind it: mcseg fit --config camvid --data.root DIR --trainer.max_epochs 10
+Arguments after a recipe override its keys: mcseg fit --config camvid --data.root DIR --trainer.max_epochs 10
 --root is short for --data.root, --format for --writer.format, and a name after the verb for --config.
-`mcseg VERB --help` lists the keys; MCSEG_TRACEBACK=1 shows where an error came from.
+`mcseg VERB --help` lists the keys; MCSEG_TRACEBACK=1 prints the traceback of an error.
 """
 
 

@@ -1,4 +1,4 @@
-"""Recipes: the YAML files that come with mcseg, by name, and what a person may say short on the command line."""
+"""Recipes, the YAML files that come with mcseg, and short forms of command-line arguments."""
 
 import difflib
 from collections.abc import Sequence
@@ -11,22 +11,22 @@ from mcseg.messages import one_line
 
 RECIPES = Path(__file__).parents[1] / "configs"
 _NO_OBJECTIVE = "--model.objective=null"
-_NO_OPTIONS = "--model.network_options=null"  # which are those of one architecture
+_NO_OPTIONS = "--model.network_options=null"
 
 
 def recipe_names() -> list[str]:
-    """List the packaged recipes, those in folders as ``folder/name``."""
+    """List the names of the packaged recipes; those in subfolders as ``folder/name``."""
     return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
 
 def default_objective() -> dict[str, Any]:
-    """Class path and arguments of the objective of a run without one of its own."""
+    """Return class path and arguments of the default objective."""
     objective: dict[str, Any] = yaml.safe_load(recipe_path("objectives/default").read_text())["model"]["objective"]
     return objective
 
 
 def expand_shorthand(words: Sequence[str]) -> list[str]:
-    """Spell out what may be said short: a recipe behind the verb, ``--root``, ``--format``, the settings of ``bound``."""
+    """Expand short forms: a recipe after the verb, ``--root``, ``--format``, the settings of ``bound``."""
     verb, *rest = words
     if rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
@@ -38,47 +38,65 @@ def expand_shorthand(words: Sequence[str]) -> list[str]:
 
 
 def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Replace names of packaged recipes by their paths; return the first recipe's name and the arguments."""
-    found: list[str] = []
+    """Replace the names of recipes by their paths.
+
+    Args:
+        words: verb and arguments, short forms expanded. Without a recipe and data, ``synthetic`` is added.
+
+    Returns:
+        The name of the first recipe, for the run folder, and the arguments for the parser.
+
+    Raises:
+        FileNotFoundError: a recipe is neither a file nor a packaged recipe.
+        ValueError: a recipe is not a YAML mapping.
+    """
+    expanded: list[str] = []
     names: list[str] = []
-    behind = 1  # where the last recipe ends
+    recipes_end = 1  # index after the last recipe in `expanded`
     after_config = False
     for before, word in zip(["", *words], words, strict=False):
         flag, _, value = word.partition("=")
         if before == "--model.objective":
-            found.append(_full_name(word))
+            expanded.append(_full_name(word))
         elif after_config or (flag in ("--config", "-c") and value):
             names.append(word if after_config else value)
-            found += _layer(recipe_path(names[-1]), first=len(names) == 1)
-            behind = len(found)
+            expanded += _layer(recipe_path(names[-1]), first=len(names) == 1)
+            recipes_end = len(expanded)
         elif word not in ("--config", "-c"):
             word = f"{flag}={_full_name(value)}" if flag == "--model.objective" and value else word
-            found += [_NO_OBJECTIVE, word] if flag == "--model.objective" else [word]
-            if flag == "--model.arch":  # the recipe's options go, those on the command line stay
-                found.insert(behind, _NO_OPTIONS)
+            expanded += [_NO_OBJECTIVE, word] if flag == "--model.objective" else [word]
+            if flag == "--model.arch":  # drops the recipe's options, but not those on the command line
+                expanded.insert(recipes_end, _NO_OPTIONS)
         after_config = word in ("--config", "-c")
     if after_config:
-        found.append("--config")  # without a name: the parser says so
+        expanded.append("--config")  # the parser reports the missing value
     asks_help = any(word in ("-h", "--help") for word in words)
     if (
         not names
         and not asks_help
         and not any(word.startswith("--data") and not word.startswith("--data.") for word in words)
     ):
-        names = ["synthetic"]  # the embedded data set, so that every verb works as it is
-        found[1:1] = ["--config", str(recipe_path("synthetic"))]
-    return Path(names[0]).stem if names else "custom", found
+        names = ["synthetic"]  # embedded data, so that every verb runs without arguments
+        expanded[1:1] = ["--config", str(recipe_path("synthetic"))]
+    return Path(names[0]).stem if names else "custom", expanded
 
 
 def _full_name(objective: str) -> str:
-    """Class path of an objective of mcseg by its name; other libraries have classes of the same names."""
+    """Return the class path of an objective of mcseg by its name; other libraries have classes of the same names."""
     from mcseg import losses
 
     return f"mcseg.losses.{objective}" if objective in losses.__all__ else objective
 
 
 def recipe_path(name: str) -> Path:
-    """Find a recipe: a file of that path, or a packaged one of that name; FileNotFoundError where neither exists."""
+    """Return the path of a recipe.
+
+    Args:
+        name: path of a file, or name of a packaged recipe.
+
+    Raises:
+        FileNotFoundError: neither exists.
+    """
     if Path(name).is_file():
         return Path(name)
     packaged = RECIPES / f"{name}.yaml"
@@ -89,7 +107,7 @@ def recipe_path(name: str) -> Path:
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """A recipe's keys; the parser of the command line has forgotten the file's name by the time it reads it."""
+    """Read a recipe here, as the parser's errors do not name the file."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -100,14 +118,31 @@ def _content(path: Path) -> dict[str, Any]:
 
 
 def _layer(recipe: Path, first: bool) -> list[str]:
-    """Words that lay a recipe over those before it; the first one lies over the defaults.
+    """Return the arguments that put a recipe over those before it, or over the defaults if it is the ``first``.
 
-    A recipe that names the class of an objective replaces the objective. Without the null before it, an objective of another
-    class would keep those of the old one's arguments that it knows as well, and one of the same class all that it does not
-    name. One that names an architecture replaces the options of the network.
+    A recipe with the class of an objective replaces the objective: without the null, the parser would keep arguments of the
+    former objective that the new class accepts as well. A recipe with an architecture replaces the network's options. The
+    settings of an earlier version are translated, and given to the parser as text in place of the path.
     """
-    model = _content(recipe).get("model")
+    content, source = _translated(recipe)
+    model = content.get("model")
     objective = model.get("objective") if isinstance(model, dict) else None
     replaces = isinstance(objective, str) or (isinstance(objective, dict) and "class_path" in objective)
     other_arch = not first and isinstance(model, dict) and "arch" in model
-    return [*[_NO_OBJECTIVE] * replaces, *[_NO_OPTIONS] * other_arch, "--config", str(recipe)]
+    return [*[_NO_OBJECTIVE] * replaces, *[_NO_OPTIONS] * other_arch, "--config", source]
+
+
+def _translated(recipe: Path) -> tuple[dict[str, Any], str]:
+    """Return a recipe's content in the names of this version, and its path or, after a translation, its text."""
+    from pytorch_lightning.utilities import rank_zero_info
+
+    from mcseg.checkpoints.translate import translate_config
+
+    content = _content(recipe)
+    try:
+        translation, remarks = translate_config(content)
+    except ValueError as error:
+        raise ValueError(f"--config {recipe}: {error}") from None
+    for remark in remarks:
+        rank_zero_info(f"{recipe}: {remark}")
+    return translation, str(recipe) if translation == content else yaml.safe_dump(translation, sort_keys=False)

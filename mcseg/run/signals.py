@@ -18,9 +18,11 @@ class CheckpointOnSignal(Callback):
     """Saves a checkpoint and stops the training after SIGTERM or Ctrl-C to any of its processes.
 
     Training stops when no gradient is partly accumulated: after an optimiser step, or, with one process, between two
-    batches of a validation. Several processes stop after the same step; a validation in progress is finished first.
-    Lightning's own handler communicates with the other processes from inside the signal handler. They may be waiting in
-    another collective at that time, and then all of them deadlock. A second Ctrl-C stops immediately.
+    batches of a validation. Several processes stop after the same step and finish a validation first. A second Ctrl-C stops
+    immediately.
+
+    Lightning's own handler runs a collective inside the signal handler, which deadlocks if other processes wait in another
+    collective at that time.
 
     Args:
         path: file of the checkpoint. A run resumed from it continues with the next batch, and repeats a validation that
@@ -29,64 +31,68 @@ class CheckpointOnSignal(Callback):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._told = 0  # the signal
+        self._signal = 0  # its number, 0 before one arrives
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget a signal of an earlier run."""
-        self._told = 0
+        """Forget the signal of an earlier run."""
+        self._signal = 0
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to listen."""
-        self._listen(trainer)
+        """Install the signal handlers."""
+        self._install_handlers(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin to listen."""
-        self._listen(trainer)
+        """Install the signal handlers."""
+        self._install_handlers(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop all processes after this step if any of them received a signal."""
-        self._end_if_told(trainer)
+        self._stop_after_signal(trainer)
 
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Stop after this batch with one process; several may have different numbers of batches and stop later."""
+        """Stop one process after this batch; several may have different numbers of batches, so they stop in training."""
         if trainer.world_size == 1:
-            self._end_if_told(trainer)
+            self._stop_after_signal(trainer)
 
-    def _listen(self, trainer: pl.Trainer) -> None:
-        def hear(number: int, _: Any) -> None:
-            self._told = number
+    def _install_handlers(self, trainer: pl.Trainer) -> None:
+        def handle(number: int, _: Any) -> None:
+            self._signal = number
             if number == signal.SIGINT:
                 signal.signal(number, signal.default_int_handler)
-                if trainer.is_global_zero:  # not by print, which may be what the signal came into
-                    os.write(2, b"\nCtrl-C: ends behind this step, with a checkpoint; once more ends at once, without\n")
+                if trainer.is_global_zero:  # print is not reentrant: the signal may have interrupted one
+                    os.write(
+                        2,
+                        b"\nCtrl-C: stopping after this step and saving a checkpoint; press Ctrl-C again to stop now "
+                        b"without saving\n",
+                    )
 
-        if threading.current_thread() is threading.main_thread():  # no other one may
+        if threading.current_thread() is threading.main_thread():  # Python allows no other thread to do so
             for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, hear)  # until the Trainer puts back what was there before it
+                signal.signal(number, handle)  # the Trainer restores the former handlers at its end
 
-    def _end_if_told(self, trainer: pl.Trainer) -> None:
-        if accumulates_gradient(trainer):  # no checkpoint holds a gradient
+    def _stop_after_signal(self, trainer: pl.Trainer) -> None:
+        if accumulates_gradient(trainer):  # a checkpoint holds no gradient
             return
-        told = bool(self._told)
+        stop = bool(self._signal)
         if trainer.world_size > 1:
-            told = trainer.strategy.reduce_boolean_decision(told, all=False)
-        if told:
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop:
             request_stop(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Write it, and give the exit code that is usual for the signal."""
+        """Write the checkpoint and set the exit code, 128 + the number of the signal."""
         if not isinstance(exception, SIGTERMException) or trainer.state.fn != "fit":
             return
-        exception.code = 128 + (self._told or signal.SIGTERM)
+        exception.code = 128 + (self._signal or signal.SIGTERM)
         if trainer.validating:
             restart_validation(trainer)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, WeightAveraging):  # has put its average in the module's place until the end
+                if isinstance(callback, WeightAveraging):  # restores the weights, replaced by averages during validation
                     callback.on_validation_epoch_end(trainer, pl_module)
         if trainer.training or trainer.validating:
             trainer.save_checkpoint(self.path, weights_only=False)
-            rank_zero_info(f"told to end; to go on: mcseg fit --resume {trainer.default_root_dir}")
+            rank_zero_info(f"stopped by a signal; resume with: mcseg fit --resume {trainer.default_root_dir}")

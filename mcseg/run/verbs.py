@@ -1,4 +1,8 @@
-"""What `mcseg` does besides Lightning's verbs: download, show, bound, stats, check, compare."""
+"""The verbs of ``mcseg`` that are not Lightning's: download, show, bound, stats, check, compare.
+
+Each takes the name of the recipe and the arguments of :func:`~mcseg.run.recipes.find_recipes` without the verb; ``download``
+takes only the arguments.
+"""
 
 import argparse
 import inspect
@@ -23,13 +27,13 @@ from mcseg.run.cli import SegmentationCLI
 
 
 def download(args: Sequence[str]) -> None:
-    """``mcseg download``: fetch a benchmark's archives, or say which to get and where."""
+    """Fetch a benchmark's archives, or print which archives to get and where."""
     from mcseg.data.download import download as fetch
 
     parser = ArgumentParser(prog="mcseg download", exit_on_error=False)
     parser.add_argument("name", help=f"one of {', '.join(benchmark_names())}")
-    parser.add_argument("--root", required=True, help="folder that is to hold the data")
-    parser.add_argument("--keep_archives", type=bool, default=False, help="keep the archives once they are unpacked")
+    parser.add_argument("--root", required=True, help="folder for the data")
+    parser.add_argument("--keep_archives", type=bool, default=False, help="keep the archives after unpacking")
     settings = parser.parse_args(list(args))
     fetch(
         settings.name,
@@ -40,7 +44,7 @@ def download(args: Sequence[str]) -> None:
 
 
 def show(recipe: str, args: Sequence[str]) -> None:
-    """``mcseg show``: a contact sheet of images and labels spread evenly over a split."""
+    """Draw a contact sheet of images and labels spread evenly over a split."""
     from mcseg import pictures
 
     config, data = _data(recipe, args, images=12, split="train")
@@ -64,7 +68,7 @@ def show(recipe: str, args: Sequence[str]) -> None:
 
 
 def _shown(data: SegmentationData, sample: Sample, split: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image and labels; all void where the labels are not public."""
+    """Return image and labels; all labels void if the split's labels are not public."""
     if split in data.withheld:
         image = data.reader.image(sample)
         return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
@@ -72,24 +76,24 @@ def _shown(data: SegmentationData, sample: Sample, split: str) -> tuple[torch.Te
 
 
 class BoundCLI(SegmentationCLI):
-    """Validation or test with the bounds that it gives for unseen images; in one process, as they need every image."""
+    """Validation or test with bounds for unseen images; on one device, as the bounds need all images in one process."""
 
     verb = "bound"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the bounds' own settings."""
+        """Add the settings of the bounds."""
         super().add_arguments_to_parser(parser)
         parser.add_lightning_class_args(HeldOutBounds, "bound")
 
     def before_instantiate_classes(self) -> None:
-        """Take one device, unless the user chose."""
+        """Set one device, unless the user chose another number."""
         super().before_instantiate_classes()
         if self.verb_config.trainer.devices in ("auto", -1):
             self.verb_config.trainer.devices = 1
 
 
 def bound(recipe: str, args: Sequence[str]) -> None:
-    """``mcseg bound``: mIoU of a held-out split, what it promises for unseen images, and how far the margins reach."""
+    """Compute mIoU of a held-out split, its lower bounds for unseen images, and the margins of the pixels."""
     options = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     options.add_argument("--split", choices=("val", "test"), default="val")
     chosen, rest = options.parse_known_args(args)
@@ -97,7 +101,7 @@ def bound(recipe: str, args: Sequence[str]) -> None:
 
 
 def stats(recipe: str, args: Sequence[str]) -> None:
-    """``mcseg stats``: count the training labels; print and draw shares, and what the objective derives from them."""
+    """Count the training labels; print and draw class shares and the objective's class constants."""
     config, data = _data(recipe, args)
     pixels = data.class_pixels()
     share = pixels.double() / pixels.sum()
@@ -106,11 +110,11 @@ def stats(recipe: str, args: Sequence[str]) -> None:
     width = max(len("class"), *map(len, data.class_names))
     print(f"{'class':<{width}}  {'pixels':>14}  {'share %':>8}" + "".join(f"  {title:>17}" for title in titles))
     for index in share.argsort(descending=True).tolist():
-        own = "".join(
+        derived = "".join(
             f"  {float(values[index]):>{max(17, len(title))}.4g}"
             for title, values in zip(titles, constants.values(), strict=True)
         )
-        print(f"{data.class_names[index]:<{width}}  {int(pixels[index]):>14,}  {100 * float(share[index]):>8.3f}{own}")
+        print(f"{data.class_names[index]:<{width}}  {int(pixels[index]):>14,}  {100 * float(share[index]):>8.3f}{derived}")
     from mcseg.pictures import save_class_shares
 
     path = Path(config.trainer.default_root_dir or Path("runs") / recipe) / "class_shares.png"
@@ -119,7 +123,7 @@ def stats(recipe: str, args: Sequence[str]) -> None:
 
 
 def check(recipe: str, args: Sequence[str]) -> None:
-    """``mcseg check``: open every file; exit with 1 where anything is wrong."""
+    """Open every file of the data and print all problems; exit with 1 if there is one."""
     from mcseg.data.check import check as check_data
 
     _, data = _data(recipe, args)
@@ -135,14 +139,23 @@ def check(recipe: str, args: Sequence[str]) -> None:
 
 
 def compare(recipe: str, args: Sequence[str]) -> None:
-    """``mcseg compare``: objectives x seeds on one data recipe, with tables and a report."""
+    """Train objectives with several seeds on one data recipe; write tables and a report."""
     from mcseg.compare.command import command
 
     command(recipe, args)
 
 
 def _data(recipe: str, args: Sequence[str], **options: Any) -> tuple[Namespace, SegmentationData]:
-    """Parse as for a run, with the verb's own options and their defaults, then make the data module alone."""
+    """Parse as for a run and create only the data module.
+
+    Args:
+        recipe: name of the recipe.
+        args: arguments without the verb.
+        **options: further options of the verb, with their defaults.
+
+    Returns:
+        The settings and the data module.
+    """
 
     class DataOnly(SegmentationCLI):
         def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -163,15 +176,15 @@ def _data(recipe: str, args: Sequence[str], **options: Any) -> tuple[Namespace, 
 
 
 def _class_constants(settings: Namespace | None, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the configured objective derives from the counts, ``(C,)`` each by name; nothing where it needs none."""
+    """Return the class constants of the configured objective after calibration, (C,) each by name; may be empty."""
     if settings is None:
         return {}
-    found = settings.as_dict()
-    if "num_classes" in inspect.signature(pkgutil.resolve_name(found["class_path"])).parameters:
-        found["init_args"] = {**(found.get("init_args") or {}), "num_classes": len(pixels)}
+    specification = settings.as_dict()
+    if "num_classes" in inspect.signature(pkgutil.resolve_name(specification["class_path"])).parameters:
+        specification["init_args"] = {**(specification.get("init_args") or {}), "num_classes": len(pixels)}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(nn.Module, "objective")
-    objective = parser.instantiate_classes(parser.parse_object({"objective": found})).objective
+    objective = parser.instantiate_classes(parser.parse_object({"objective": specification})).objective
     if (calibrate := offered(objective, "calibrate")) is not None:
         calibrate(pixels)
     return dict(offered(objective, "class_constants"))

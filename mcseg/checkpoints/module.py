@@ -1,0 +1,133 @@
+"""CheckpointModule: a LightningModule whose checkpoints hold only plain types and load only where they fit."""
+
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import pytorch_lightning as pl
+from pytorch_lightning.strategies import FSDPStrategy
+
+from mcseg.checkpoints.compatibility import check_network, check_num_classes, warn_of_other_classes
+from mcseg.checkpoints.files import VERSION
+from mcseg.checkpoints.hyperparameters import changed_arguments, plain_hyperparameters
+from mcseg.checkpoints.translate import drop_unused_offsets
+from mcseg.lightning_internals import classmethod_of_the_class
+from mcseg.version import __version__
+
+
+class CheckpointModule(pl.LightningModule):
+    """Base of a module whose network is ``self.network`` and whose arguments include ``objective`` and ``num_classes``.
+
+    A subclass calls :meth:`save_plain_hyperparameters` in its constructor.
+
+    Attributes:
+        has_weights: whether the weights are trained, or loaded from a checkpoint; test and predict refuse random ones.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.has_weights = False
+        self._resumed = False  # True from restoring a checkpoint to resume a training until on_fit_start
+        self._not_plain: dict[str, str] = {}  # argument that a checkpoint cannot hold -> reason
+
+    def save_plain_hyperparameters(self, frame: FrameType | None) -> None:
+        """Store the constructor's arguments as plain types: class paths and their arguments.
+
+        Args:
+            frame: the constructor's frame, from ``inspect.currentframe()``.
+        """
+        with warnings.catch_warnings():  # Lightning warns of a module among the arguments, which becomes plain below
+            warnings.filterwarnings("ignore", message=".*is an instance of `nn.Module`.*")
+            self.save_hyperparameters(frame=frame)
+        plain, self._not_plain = plain_hyperparameters(dict(self.hparams))
+        self.save_hyperparameters(plain)
+
+    @classmethod_of_the_class
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **options: Any,
+    ) -> Self:
+        """Rebuild the module of a checkpoint, with its weights.
+
+        The checkpoint names the classes of its objective, optimiser and scheduler, which are imported and instantiated.
+        Any other class or function is refused before it is called, as are objects other than tensors and plain types.
+
+        Args:
+            checkpoint_path: path, URL or open file.
+            map_location: device of the tensors, as in ``torch.load``.
+            hparams_file: YAML file with arguments to use instead of the checkpoint's.
+            strict: whether the names of all tensors must agree.
+            weights_only: False unpickles any object in the file.
+            **options: arguments of the class, which replace those in the checkpoint.
+
+        Raises:
+            ValueError: the file is no checkpoint, holds or names something that is refused, or has unknown arguments.
+        """
+        changed = changed_arguments(cls, checkpoint_path, options)
+        if hparams_file is None:  # the file would replace all stored arguments
+            options = {**changed, **options}
+        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, weights_only, **options)
+
+    def setup(self, stage: str) -> None:
+        """Raise ValueError before a training whose checkpoints could not rebuild the module."""
+        if stage == "fit" and self._not_plain:
+            raise ValueError("; ".join(self._not_plain.values()))
+
+    def on_train_start(self) -> None:
+        """Set ``has_weights``: checkpoints hold trained weights from here on."""
+        self.has_weights = True
+
+    def on_test_start(self) -> None:
+        """Raise RuntimeError if the weights are random."""
+        self._require_weights("test")
+
+    def on_predict_start(self) -> None:
+        """Raise RuntimeError if the weights are random."""
+        self._require_weights("predict")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the version, and the class names, so that loading for other classes gives a warning."""
+        checkpoint[VERSION] = __version__
+        if names := self._class_names():
+            checkpoint["class_names"] = names
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that a checkpoint fits, and set ``has_weights``.
+
+        Raises:
+            ValueError: the checkpoint has another number of classes, or its network other tensors.
+        """
+        check_num_classes(checkpoint, self.hparams["num_classes"])
+        warn_of_other_classes(checkpoint, self._class_names())
+        drop_unused_offsets(checkpoint.get("state_dict", {}), self.state_dict())
+        trainer = self._attached_trainer
+        if trainer is None or not isinstance(trainer.strategy, FSDPStrategy):  # FSDP gives the tensors other names
+            check_network(checkpoint, self.state_dict())
+        self.has_weights = True
+        self._resumed = trainer is not None and trainer.state.fn == "fit"
+        for name in self._not_plain:  # an object that the instantiator made of the checkpoint's plain argument
+            self.hparams[name] = checkpoint["hyper_parameters"][name]
+        self._not_plain = {}
+
+    @property
+    def _attached_trainer(self) -> pl.Trainer | None:
+        try:
+            return self.trainer
+        except RuntimeError:
+            return None
+
+    def _class_names(self) -> list[str]:
+        return list(getattr(getattr(self._attached_trainer, "datamodule", None), "class_names", ()))
+
+    def _require_weights(self, verb: str) -> None:
+        if not self.has_weights:
+            raise RuntimeError(
+                f"{verb}: the weights are random; give a checkpoint (ckpt_path), or set module.has_weights = True after "
+                "loading weights yourself"
+            )
