@@ -196,22 +196,23 @@ def margin_sums(
     slopes = tl.where(is_right, 0.0, slope_label)
     for start in range(0, U if ONE else classes, U):
         chunk = z if ONE else read_chunk(place, start, classes, UP, ONE, U)
-        linear = tl.zeros_like(top)
+        linear = tl.zeros_like(top)  # a sum of its own for a chunk: a thousand terms added to one number lose digits
         product = tl.zeros_like(top)  # of 1 + e, minus 1
+        slopes_chunk = tl.zeros_like(top)
         for k in tl.static_range(U):
             is_done = (first == start + k) | (y == start + k)
             t = _constant(bg_ptr, start + k, classes, 0.0, ONE) + (chunk[k] - top)
             v = _constant(v_ptr, start + k, classes, weight, ONE)
             e = tl.exp2(-tl.abs(t) * _LOG2E)
-            slopes += tl.where(is_done, 0.0, v * (tl.where(t > 0, 1.0, e) / (1.0 + e)))
+            slopes_chunk += tl.where(is_done, 0.0, v * (tl.where(t > 0, 1.0, e) / (1.0 + e)))
             if v_ptr is None:
                 e = tl.where(is_done, 0.0, e)
                 linear += tl.where(is_done, 0.0, tl.maximum(t, 0.0))
                 product += e + product * e
             else:
-                loss += tl.where(is_done, 0.0, v * (tl.maximum(t, 0.0) + _log1p(e)))
-        if v_ptr is None:
-            loss += weight * (linear + _log1p(product))
+                linear += tl.where(is_done, 0.0, v * (tl.maximum(t, 0.0) + _log1p(e)))
+        loss += weight * (linear + _log1p(product)) if v_ptr is None else linear
+        slopes += slopes_chunk
     return loss, slopes, slope_first, slope_label
 
 
@@ -481,10 +482,12 @@ def soft_sums(
     s = h_label
     for start in range(0, U if ONE else classes, U):
         chunk = z if ONE else read_chunk(place, start, classes, UP, ONE, U)
+        s_chunk = tl.zeros_like(top)
         for k in tl.static_range(U):
             v = power * _constant(v_ptr, start + k, classes, 0.0, ONE)
             h = false_alarm_slope(scaled(chunk[k], top) * (inverse * _SCALE), v, power, KIND)
-            s += tl.where((y == start + k) | (first == start + k), 0.0, h)
+            s_chunk += tl.where((y == start + k) | (first == start + k), 0.0, h)
+        s += s_chunk
     return a - inverse * s, remainder * s + a, h_label
 
 
