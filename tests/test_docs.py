@@ -16,7 +16,13 @@ import pytest
 from mcseg.run.recipes import recipe_names
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(
+        ROOT / name
+        for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "examples/README.md", "benchmarks/study/README.md")
+    ),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 # Python blocks of pages that need no data set of their own; the tutorial's first block draws one
 BLOCKS = [
     ("docs/tutorial.md", 0),
@@ -113,7 +119,7 @@ def commands():
         lines = page.read_text(encoding="utf-8").replace("\\\n", " ").splitlines()
         for line in lines:
             if match := re.match(r"    (mcseg [a-z].*)", line):
-                yield pytest.param(shlex.split(match[1], comments=True)[1:], id=f"{page.name}:{match[1]}")
+                yield pytest.param(shlex.split(match[1], comments=True)[1:], id=f"{page.relative_to(ROOT)}:{match[1]}")
 
 
 @pytest.mark.parametrize("words", list(commands()))

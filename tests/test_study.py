@@ -364,7 +364,7 @@ def test_every_number_of_the_readme_is_checked(readme, printed, sentences):
 
 @pytest.mark.parametrize(
     ("page", "heading", "rows"),
-    [("README.md", "Which objective wins?", 5), ("docs/how-to/objectives.md", "What the evidence says", 9)],
+    [("README.md", "Which objective wins?", 5), ("docs/how-to/objectives.md", "Evidence", 9)],
 )
 def test_pages_quote_the_scores_of_the_study(compared, page, heading, rows):
     comparison = compared["scratch"]
@@ -402,7 +402,7 @@ def test_pages_quote_the_study_on_fine_tuning(compared):
         f"[{dice.low:+.1f}, {dice.high:+.1f}]), of cross entropy {mean(score['cross entropy'])}, of the paper's loss "
         f"{mean(score['margin calibration (paper)'])}, and cross entropy with one shift of the logits per class, chosen on "
         f"held-out training images, has {mean(shifted['cross entropy'])}"
-    ) in plain(section("docs/how-to/objectives.md", "What the evidence says"))
+    ) in plain(section("docs/how-to/objectives.md", "Evidence"))
     assert (f"8 epochs more of soft Dice give {mean(score['dice'])}, of power Dice {mean(score[OURS])}.") in plain(
         section("README.md", "Which objective wins?")
     )
