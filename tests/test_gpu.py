@@ -152,6 +152,7 @@ def test_two_runs_are_equal_and_memory_formats_are_kept(power):
 
 
 @each_power
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, which interprets the arithmetic with junk
 @pytest.mark.parametrize("junk", [math.nan, math.inf])
 def test_junk_under_void_pixels_and_nan_elsewhere(power, junk):
     logits, target, vectors = draw((2, 4, 5, 6))
@@ -234,14 +235,13 @@ def test_paper_loss_with_a_weight():
 def test_registered_operators_keep_their_promises():
     from mcseg.kernels import gpu
 
-    logits, target, vectors = draw((1, 3, 2, 3))
-    vectors = [vector.float() for vector in vectors]
-    z = logits.requires_grad_()
-    torch.library.opcheck(gpu.weighted_pixel_loss, (z, target, *vectors, 255))
-    torch.library.opcheck(gpu.soft_counts, (z, target, 0.5, 255))
-    upstream = torch.rand(1, 2, 3, device=DEVICE)
-    torch.library.opcheck(gpu.error_gradient, (z.detach(), target, *vectors, upstream, 1.0, 255))
-    torch.library.opcheck(gpu.error_gradient, (z.detach(), target, None, None, *vectors[2:], None, 0.5, 255))
+    for classes in (3, 30):  # kept in registers, and not
+        logits, target, vectors = draw((1, classes, 2, 3))
+        vectors = [vector.float() for vector in vectors]
+        z = logits.requires_grad_()
+        torch.library.opcheck(gpu.margin_loss, (z, target, *vectors, 0.0, 255, *NO_UPSAMPLING, True))
+        torch.library.opcheck(gpu.margin_loss, (z, target, *vectors[:3], None, 0.5, 255, *NO_UPSAMPLING, True))
+        torch.library.opcheck(gpu.soft_counts, (z, target, 0.5, 255, *NO_UPSAMPLING, True))
 
 
 def test_compiled_whole():
@@ -281,49 +281,53 @@ def test_more_elements_than_int32_can_count():
     assert torch.equal(gradient[0, :, 0, 0], gradient[0, :, 5000, 4000])
 
 
-# In a process of its own, as here the interpreter has taken the compiler's place
+# In a process of its own, because in this one the interpreter has replaced the compiler
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from mcseg.kernels import gpu
-from mcseg.kernels import gpu_kernels as kernels
+from mcseg.kernels import gpu, gpu_labels, gpu_pixels, gpu_upsampled
 
-words = {"rows_ptr", "columns_ptr", "pair_ptr", "row_from_ptr", "row_to_ptr", "column_from_ptr", "column_to_ptr"}
-strides = {"zn", "zc", "zh", "zw", "gn", "gc", "gh", "gw"}
+TYPES = {"z_ptr": "*bf16", "gradient_ptr": "*bf16", "y_ptr": "*i64", "target_ptr": "*i64", "preds_ptr": "*u8"}
+INTEGERS = {"classes_ptr", "rows_ptr", "columns_ptr", "row_start_ptr", "row_end_ptr", "column_start_ptr", "column_end_ptr"}
+NONE = dict.fromkeys(("rows_ptr", "down_ptr", "columns_ptr", "across_ptr", "numbers_ptr", "classes_ptr"))
+few = {"UP": False, "ONE": True, "U": 3, "R": 1, "BP": 128, "zp": 1, "gp": 1, **NONE}
+many = {**few, "ONE": False, "U": 4, "numbers_ptr": 0, "classes_ptr": 0}
+coarse = {"UP": True, "ONE": False, "U": 1, "R": 4, "BP": gpu._TILE, "zp": 0, "zw": 1}
+fold = {"PRECISION": "ieee", "CELLS": 14, **gpu._FOLD}
 
 
 def kind_of(name):
     if name.endswith("_ptr"):
-        others = {"z_ptr": "*bf16", "gradient_ptr": "*bf16", "y_ptr": "*i64", "target_ptr": "*i64", "preds_ptr": "*u8"}
-        return others.get(name, "*i32" if name in words else "*fp32")
-    return "fp32" if name == "power" else "i64" if name in strides else "i32"
+        return TYPES.get(name, "*i32" if name in INTEGERS else "*fp32")
+    return "fp32" if name in ("weight", "power") else "i32"
 
 
-none = {name: None for name in ("rows_ptr", "down_ptr", "columns_ptr", "across_ptr")}
-for classes, soft in ((19, False), (300, True)):
-    tile = gpu._tile(classes)
-    warps = tile.pop("num_warps")
-    plain = {**none, **tile, "FLAT": True, "UP": False, "zw": 1}
-    coarse = {**tile, "FLAT": False, "UP": True}
-    runs = [
-        (kernels.forward, {"counts_ptr": None, **plain}),
-        (kernels.forward, {"loss_ptr": None, **coarse}),
-        (kernels.backward, {"found_ptr": None, "pair_ptr": None, **plain}),
-        (kernels.backward, {"upstream_ptr": None, "gradient_ptr": None, **coarse}),
-        (kernels.gather, {"MOST": 8, "BC": 32, "BP": 16}),
-        (kernels.predict, plain),
-        (kernels.predict, coarse),
-        (kernels.count, {"BP": gpu._LABELS}),
-    ]
-    for kernel, fixed in runs:
-        fixed = {"SOFT": soft, "POWER": soft, **fixed}
-        fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
-        signature = {name: "constexpr" if name in fixed else kind_of(name) for name in kernel.arg_names}
-        if kernel is kernels.count:
-            signature["counts_ptr"] = "*i64"
-        source = ASTSource(kernel, signature, constexprs=fixed)
-        found = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-        print(kernel.__name__, len(found.asm["cubin"]))
+def show(kernel, power="any", **fixed):
+    fixed = {"KIND": power, "BINS": 512, "v_ptr": None, **fixed}
+    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names and value != 0}
+    if power != "margin" and kernel not in (gpu_pixels.margin_forward, gpu_pixels.margin_backward):
+        fixed.pop("v_ptr", None)
+    signature = {name: "constexpr" if name in fixed else kind_of(name) for name in kernel.arg_names}
+    if kernel is gpu_labels.count:
+        signature["counts_ptr"] = "*i64"
+    source = ASTSource(kernel, signature, constexprs=fixed)
+    binary = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4}).asm["cubin"]
+    print(kernel.__name__, len(binary))
+
+
+for sizes in (few, many):
+    show(gpu_pixels.margin_forward, **sizes)
+    show(gpu_pixels.margin_backward, **sizes)
+    show(gpu_pixels.soft_forward, **sizes)
+    show(gpu_pixels.soft_backward, **sizes)
+show(gpu_pixels.margin_forward, **coarse)
+show(gpu_pixels.soft_forward, **coarse)
+show(gpu_upsampled.soft_statistics, **coarse)
+show(gpu_upsampled.fold, "margin", **fold)
+show(gpu_upsampled.fold, "half", **fold)
+show(gpu_labels.predict, **few)
+show(gpu_labels.predict, **coarse)
+show(gpu_labels.count, BP=gpu._LABELS)
 """
 
 
