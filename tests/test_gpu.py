@@ -291,7 +291,7 @@ TYPES = {"z_ptr": "*bf16", "gradient_ptr": "*bf16", "y_ptr": "*i64", "target_ptr
 INTEGERS = {"classes_ptr", "rows_ptr", "columns_ptr", "row_start_ptr", "row_end_ptr", "column_start_ptr", "column_end_ptr"}
 NONE = dict.fromkeys(("rows_ptr", "down_ptr", "columns_ptr", "across_ptr", "numbers_ptr", "classes_ptr"))
 few = {"UP": False, "ONE": True, "U": 3, "R": 1, "BP": 128, "zp": 1, "gp": 1, **NONE}
-many = {**few, "ONE": False, "U": 4, "numbers_ptr": 0, "classes_ptr": 0}
+many = {name: value for name, value in few.items() if name not in ("numbers_ptr", "classes_ptr")} | {"ONE": False, "U": 4}
 coarse = {"UP": True, "ONE": False, "U": 1, "R": 4, "BP": gpu._TILE, "zp": 0, "zw": 1}
 fold = {"PRECISION": "ieee", "CELLS": 14, **gpu._FOLD}
 
@@ -304,7 +304,7 @@ def kind_of(name):
 
 def show(kernel, power="any", **fixed):
     fixed = {"KIND": power, "BINS": 512, "v_ptr": None, **fixed}
-    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names and value != 0}
+    fixed = {name: value for name, value in fixed.items() if name in kernel.arg_names}
     if power != "margin" and kernel not in (gpu_pixels.margin_forward, gpu_pixels.margin_backward):
         fixed.pop("v_ptr", None)
     signature = {name: "constexpr" if name in fixed else kind_of(name) for name in kernel.arg_names}
