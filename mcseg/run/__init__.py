@@ -31,9 +31,8 @@ A signal, SIGTERM or Ctrl-C, stops the run:
     ``checkpoints/translate.py`` translates settings of an earlier version.
 9.  ``cli.py`` does not write ``config.yaml``. ``resume.resume_logger`` makes each logger append: the CSV and TensorBoard
     loggers drop what was logged after the checkpoint's step, W&B continues the run of the same id.
-10. ``module.on_load_checkpoint`` refuses a checkpoint of another network or number of classes
-    (``checkpoints/compatibility.py``). Then the Trainer restores weights, optimiser, schedule and loops; ``on_fit_start``
-    neither calibrates nor loads weights.
+10. ``checkpoints/module.py`` refuses a checkpoint of another network or number of classes. Then the Trainer restores
+    weights, optimiser, schedule and loops, and ``module.on_fit_start`` neither calibrates nor loads weights.
 11. ``data/order.TrainingOrder`` skips the batches that are done. The seeds of crops and dropout depend only on the run's
     seed, the epoch and the batch (``mcseg/seeds.py``). The final weights are those of an uninterrupted run.
 """
