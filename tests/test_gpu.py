@@ -23,8 +23,8 @@ assert DEVICE == "cuda" or os.environ["TRITON_INTERPRET"] == "1"
 
 NO_UPSAMPLING = (0, 0, False)
 POWERS = [1.0, 0.5, 0.3]
-SHAPES = [(2, 5, 3, 7), (1, 2, 1, 1), (3, 4, 7), (9, 6), (1, 4, 2, 3, 5), (2, 19, 9, 15), (1, 150, 5, 4), (1, 256, 2, 3)]
-SHAPES += [(1, 257, 3, 3), (1, 1000, 2, 2)]  # more classes than a tile holds
+SHAPES = [(2, 5, 3, 7), (1, 2, 1, 1), (3, 4, 7), (9, 6), (1, 4, 2, 3, 5), (2, 19, 9, 15), (1, 24, 2, 3)]
+SHAPES += [(1, 25, 2, 3), (1, 150, 2, 3), (1, 300, 2, 2)]  # more classes than a thread keeps in registers
 each_power = pytest.mark.parametrize("power", POWERS)
 
 
@@ -130,8 +130,8 @@ def test_upsampled_errors_are_those_of_the_reference(coarse, full, kept, align_c
 @pytest.mark.parametrize(("layout", "dtype"), [("channels last", torch.bfloat16), ("cropped", torch.float16)])
 def test_upsampled_errors_of_many_classes(layout, dtype):
     """More classes than a tile of pixels or one of cells holds, narrow types, strides."""
-    logits, _, vectors = draw((1, 270, 2, 2), dtype=dtype)
-    _, target, _ = draw((1, 255, 2, 3), seed=1, ignore_index=-1)
+    logits, _, vectors = draw((1, 70, 2, 2), dtype=dtype)
+    _, target, _ = draw((1, 70, 2, 3), seed=1, ignore_index=-1)
     if layout == "channels last":
         logits = logits.to(memory_format=torch.channels_last)
     else:

@@ -16,6 +16,10 @@ So ``z_k`` occurs in its own margin, ``z_q1`` also in the margins of all other c
 
 Maximum, runner-up and their indices are all that a pixel needs.
 
+Two classes have one margin, s_y = z_y - z_k = -s_k, so that no maximum is needed::
+
+    C d loss / d z_y = -foreground_weight sigmoid(foreground_y - s_y) - sigmoid(background_k - s_y) = -C d loss / d z_k
+
 Logarithm. The argument ``t_k`` of softplus and sigmoid is at most the offset of class k, but for the label and the
 largest logit, whose terms are computed by themselves. So ``u_k = exp(t_k)`` and products of several ``1 + u_k`` do not
 overflow where offsets are moderate: ``sum_k softplus(t_k) = log prod_k (1 + u_k)`` takes one logarithm per pixel instead
@@ -29,6 +33,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .tiles import on_threads, tiles
@@ -155,6 +160,8 @@ def _tile(
     as many classes), where these are given: new memory costs as much as an operation.
     """
     num_classes = z.shape[1]
+    if num_classes == 2:
+        return _two_classes(z, target, foreground, background, foreground_weight, ignore_index, with_gradient, out)
     void = (target == ignore_index).unsqueeze(1)  # (N, 1, *spatial), as everything below that has one value per pixel
     label = target.unsqueeze(1).masked_fill(void, 0)
 
@@ -206,6 +213,38 @@ def _tile(
     if out is not None and g is not out:
         out.copy_(g)
     return loss, g
+
+
+def _two_classes(
+    z: Tensor,
+    target: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    foreground_weight: float,
+    ignore_index: int,
+    with_gradient: bool,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute what `_tile` does for two classes."""
+    valid = (target != ignore_index).to(z.dtype)
+    label = target.to(z.dtype).mul_(valid)  # products with 0 and 1 take a tenth of the time of torch.where
+    sign = label.mul(-2).add_(1)
+    s = (z[:, 0] - z[:, 1]).mul_(sign)
+    t_y = (label * (foreground[1] - foreground[0])).add_(foreground[0]).sub_(s)
+    t_k = label.mul_(background[0] - background[1]).add_(background[1]).sub_(s)
+    loss = F.logsigmoid(-t_y).mul_(-foreground_weight).sub_(F.logsigmoid(-t_k)).mul_(valid).mul_(0.5)
+    strange = _as_a_whole(z) or not bool(loss.sum().isfinite())
+    if strange:
+        loss = loss.masked_fill_(target == ignore_index, 0.0)
+    if not with_gradient:
+        return loss, z[:0]
+    slope = t_y.sigmoid_().mul_(foreground_weight).add_(t_k.sigmoid_()).mul_(sign.mul_(valid))
+    if strange:
+        slope.masked_fill_(target == ignore_index, 0.0)
+    gradient = torch.empty_like(z) if out is None else out
+    gradient[:, 1] = slope
+    gradient[:, 0] = slope.neg_()
+    return loss, gradient
 
 
 def lowest_zero(below: Tensor, work: Tensor | None = None) -> Tensor:
