@@ -60,6 +60,13 @@ def fit(arguments: list[str], number: signal.Signals = signal.SIGKILL, seconds: 
     return True
 
 
+def continue_run(folder: Path, arguments: list[str]) -> list[str]:
+    """Return arguments that resume a run, or start it again if it was stopped before it wrote its settings."""
+    if (folder / "config.yaml").is_file():
+        return ["--resume", str(folder)]
+    return [*arguments, f"--trainer.default_root_dir={folder}"]
+
+
 def rows(folder: Path) -> list[dict[str, str]]:
     """Read the rows of a run's metrics.csv."""
     with (folder / "metrics.csv").open() as file:
@@ -97,13 +104,9 @@ def main() -> None:
         print(f"torch {torch.__version__}; uninterrupted: {duration:.0f} s, {len(rows(whole))} rows", flush=True)
         kills = 0
         while kills < options.kills:
-            if (killed / "config.yaml").is_file():
-                command = ["--resume", str(killed)]
-            else:
-                command = [*arguments, f"--trainer.default_root_dir={killed}"]
             seconds = draw.uniform(0, 0.4 * duration)
             name = options.signals[kills % len(options.signals)]
-            if fit(command, signal.Signals[f"SIG{name}"], seconds):
+            if fit(continue_run(killed, arguments), signal.Signals[f"SIG{name}"], seconds):
                 break
             kills += 1
             checkpoint = killed / "checkpoints" / "last.ckpt"
@@ -111,7 +114,7 @@ def main() -> None:
             left = sorted(path.name for path in killed.rglob(".*.tmp.*"))
             print(f"{name} after {seconds:.1f} s; step of the checkpoint: {step} {' '.join(left)}", flush=True)
         else:
-            fit(["--resume", str(killed)])
+            fit(continue_run(killed, arguments))
         differing = differences(whole, killed)
     print(f"{kills} signals; differs: {', '.join(differing) or 'nothing'}")
     sys.exit(int(bool(differing)))

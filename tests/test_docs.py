@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from test_architecture import MAY_IMPORT
 
 from mcseg.run.recipes import recipe_names
 
@@ -99,6 +100,17 @@ def test_architecture_page_names_every_part_of_the_package():
     parts = [path for path in (ROOT / "mcseg").iterdir() if path.name[0] not in "_."]
     missing = [path.name for path in parts if f"`{path.name}{'/' * path.is_dir()}`" not in text]
     assert missing == ["py.typed"]
+
+
+def test_architecture_page_shows_who_may_import_whom():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.split("## Who may import whom")[1].split("\n## ")[0]
+    shown = {}
+    for left, right in re.findall(r"^\| (`.*?) \| (.*?) \|$", table, flags=re.MULTILINE):
+        shown |= {part: set(re.findall(r"`(\w+)`", right)) for part in re.findall(r"`(\w+)`", left)}
+    assert {part: shown[part] for part in shown.keys() - {"run", "compare"}} == {
+        part: allowed for part, allowed in MAY_IMPORT.items() if part in shown or allowed
+    }
 
 
 @pytest.mark.parametrize(("page", "number"), BLOCKS)
