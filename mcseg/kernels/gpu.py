@@ -22,7 +22,11 @@ _PROGRAMS = 1024  # of a sum over pixels in registers: each goes through several
 _STRIDED = 16  # bytes: pixels no longer than this are read where they lie, one after the other
 _TILE = 128  # columns of a tile of upsampled pixels
 _LABELS = 1024  # pixels of a block that counts labels
-_FOLD = {"BC": 16, "BP": 64, "BX": 16}  # classes, columns of pixels and coarse cells of a program; with 128 columns it spills
+_FOLD = {
+    "BC": 16,
+    "BP": 64,
+    "BX": 16,
+}  # classes, columns of pixels and coarse cells of a program; with 128 columns it spills
 
 
 class _Grid(NamedTuple):
@@ -39,10 +43,10 @@ class _Table(NamedTuple):
 
     lower: Tensor
     weight: Tensor  # of the next one
-    start: Tensor  # first pixel that a coarse cell has a part in
+    start: Tensor  # first pixel that a coarse cell contributes to
     end: Tensor  # the one after the last
     rows: int  # most rows of a tile that lie between three coarse ones: 4, 2 or 1
-    cells: int  # most cells of a program of the fold: together they have a part in as many pixels as it holds
+    cells: int  # most coarse cells of a program of the fold: its columns of pixels hold all that they contribute to
 
 
 def _grid(logits: Tensor, pixels: torch.Size, upsampling: tuple[int, int, bool], block: int) -> _Grid:
@@ -69,7 +73,7 @@ def _grid(logits: Tensor, pixels: torch.Size, upsampling: tuple[int, int, bool],
 def _lined_up(logits: Tensor) -> Tensor:
     """Bring logits to (N, C, pixels), as a view where pixels lie one after the other."""
     z = logits.reshape(*logits.shape[:2], -1)
-    # read where they lie, longer pixels would take a transaction of memory for each class; a copy takes one read and one write
+    # reading longer pixels in place takes one memory transaction per class; a copy takes one read and one write
     return z if z.stride(2) == 1 or _is_short(z) else z.contiguous()
 
 
@@ -96,15 +100,15 @@ def _table(coarse: int, full: int, align_corners: bool, kept: int, device: torch
     rows = next(r for r in (4, 2, 1) if all(int(lower[i : i + r].max() - lower[i]) <= 1 for i in range(0, kept, r)))
     runs = range(1, min(coarse, _FOLD["BX"]) + 1)
     fits = [int((end[k - 1 :] - start[: coarse - k + 1]).max()) <= _FOLD["BP"] for k in runs]
-    parts = (part.to(device) for part in (lower.int(), weight, start.int(), end.int()))
-    return _Table(*parts, rows, max(1, sum(fits)))
+    parts = [part.to(device) for part in (lower.int(), weight, start.int(), end.int())]
+    return _Table(parts[0], parts[1], parts[2], parts[3], rows, max(1, sum(fits)))
 
 
 def _block(classes: int) -> int:
     """Choose the pixels of a block of 128 threads: as many as keep up to `UNROLLED` logits of a thread in registers."""
     if classes > UNROLLED:
         return 256
-    return 128 * min(4, 2 ** int(math.log2(UNROLLED // classes)))
+    return min(512, 128 << int(math.log2(UNROLLED // classes)))
 
 
 def _kind(power: float) -> str:
@@ -383,7 +387,9 @@ def _folded(
     height, width = z.shape[2:]
     zn, zc, zh, zw = z.stride()
     gn, gc, gh, gw = written.stride()
-    unused = dict.fromkeys(("fg_ptr", "bg_ptr", "upstream_ptr", "statistics_ptr")) | dict(upstream_step=0, weight=0.0, power=1.0)
+    unused = dict.fromkeys(("fg_ptr", "bg_ptr", "upstream_ptr", "statistics_ptr")) | dict(
+        upstream_step=0, weight=0.0, power=1.0
+    )
     cells = columns.cells
     grid = (len(z) * height * triton.cdiv(width, cells), triton.cdiv(z.shape[1], _FOLD["BC"]))
     gpu_upsampled.fold[grid](
@@ -454,7 +460,7 @@ def confusion_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_ind
         ignore_index: Target that counts nowhere.
 
     Returns:
-        ``(C * C + 1,)`` int64: ``target * C + prediction``, and last the pixels with a label that is neither a class nor void.
+        ``(C * C + 1,)`` int64: ``target * C + prediction``, and last the pixels whose label is neither a class nor void.
     """
     counts = torch.zeros(num_classes * num_classes + 1, dtype=torch.int64, device=target.device)
     if target.numel():

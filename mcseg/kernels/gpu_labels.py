@@ -1,8 +1,8 @@
 """Predicted classes and counts of pairs of labels, as Triton kernels.
 
-Label maps consist of runs of equal pixels, so `count` adds once for a run instead of once for a pixel: where pixel i of a
-block differs from the one before, i is added to the count of the run that ends and subtracted from that of the run that begins.
-Integer additions may happen in any order, so the counts are exact and the same in every run.
+Arguments are those of `gpu_pixels`. Label maps consist of runs of equal pixels, so `count` adds once for a run instead of once
+for a pixel: if pixel i of a block differs from the one before, i is added to the count of the run that ends and subtracted from
+that of the run that begins. Integer additions may happen in any order, so the counts are exact and the same in every run.
 """
 
 import triton
@@ -17,11 +17,7 @@ def predict(
     classes, blocks, pixels, width, coarse_height, zn, zc, zp, zh, zw,
     UP: tl.constexpr, R: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Write the class of the largest logit of every pixel, of equal ones the lowest; arguments as in `gpu_pixels`.
-
-    Args:
-        preds_ptr: (N, pixels) uint8 or int16, written.
-    """
+    """Write the class of the largest logit of every pixel, of equal ones the lowest, to (N, pixels) uint8 or int16."""
     sample, pixel, inside, place = locate(
         tl.program_id(0), blocks, z_ptr, rows_ptr, down_ptr, columns_ptr, across_ptr,
         pixels, width, coarse_height, zn, zc, zp, zh, zw, UP, R, BP,

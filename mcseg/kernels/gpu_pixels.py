@@ -30,8 +30,9 @@ Arguments that several kernels share:
     fg_ptr, bg_ptr  offsets (C,) float32
     u_ptr, v_ptr    weights of misses and false alarms (C,) float32; v_ptr None: ``weight`` for all classes
     upstream_ptr    gradient of each pixel's loss (N, pixels) float32, or one number for all with step 0
-    numbers_ptr     (3, N * pixels) float32 that the forward pass leaves to the backward pass: the largest logit; then sum and slope
-                    of a margin loss, or R (1 + R / (1 - R)) = sum of the others' exponentials times 2^100
+    numbers_ptr     (3 or 2, N * pixels) float32, written by the forward pass for the backward pass: the largest logit; for a
+                    margin loss the sum of the slopes of the others and the slope of the largest; for soft counts the sum of
+                    the others' exponentials
     classes_ptr     (N * pixels) int32: class of the largest logit, and times 2^16 that of the runner-up
     rows_ptr, down_ptr        lower neighbour of each row of pixels among the coarse rows, and the weight of the next one
     columns_ptr, across_ptr   likewise of each column
@@ -386,7 +387,7 @@ def errors_of_largest(rest, power, KIND: tl.constexpr):
 
 @triton.jit
 def rest_power(rest, inverse, power):
-    """Compute (1 - p)^power of the largest logit: in logarithms, as the power of a number too small for a float need not be."""
+    """Compute (1 - p)^power of the largest logit. It may be a float although 1 - p is too small for one."""
     is_tiny = rest < 1.0  # below, 1 - p is no float; above, a logarithm near 100 would lose its last digits
     log2_rest = tl.log2(tl.maximum(tl.where(is_tiny, rest, rest * _SCALE), _TINY)) - tl.where(is_tiny, 100.0, 0.0)
     return tl.where(rest > 0, tl.exp2(power * (log2_rest + tl.log2(inverse))), 0.0)
@@ -409,7 +410,7 @@ def soft_forward(
     misses = ()
     alarms = ()
     if ONE:  # each thread sums for itself until the end
-        for k in tl.static_range(U):
+        for _k in tl.static_range(U):
             misses = misses + (tl.zeros([BP], tl.float32),)
             alarms = alarms + (tl.zeros([BP], tl.float32),)
     for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
@@ -422,7 +423,7 @@ def soft_forward(
         z = read_chunk(place, 0, classes, UP, ONE, U)
         top, first, rest = largest(z, place, classes, UP, ONE, U)
         of_label = _at_label(z, place, y, classes, UP, ONE, U)
-        inverse, remainder, miss, alarm_first = errors_of_largest(rest, power, KIND)
+        inverse, _remainder, miss, alarm_first = errors_of_largest(rest, power, KIND)
         p_label = tl.exp2((of_label - top) * _LOG2E) * inverse
         if KIND == "half":
             miss_label = 1.0 - tl.sqrt(p_label)

@@ -1,22 +1,33 @@
 r"""Gradients of the losses of upsampled logits in the coarse ones, as Triton kernels without atomics.
 
-The forward passes are those of `gpu_pixels` on tiles of R rows and BP columns of pixels. Here a program owns a run of cells
-of one coarse row and a block of classes. It goes through the rows of pixels that its row has a part in, computes the gradients
-of all pixels of a row that its cells have a part in, and adds them with the weight of its row. One matrix product with the
-weights of the columns then folds the sum into the cells. Each pixel is evaluated for two coarse rows, each cell has one owner,
-and two runs give the same bits.
+The forward passes are those of `gpu_pixels` on tiles of R rows and BP columns of pixels. In the backward pass a program owns
+a run of cells of one coarse row and a block of classes. It reads the rows of pixels that its coarse row contributes to,
+computes the gradients of their pixels, and adds them up with the weight of its row. One matrix product with the weights of
+the columns then folds the sum into the cells. Each pixel is evaluated for two coarse rows, each cell has one owner, and two
+runs give the same bits.
 
 Soft counts need sums over all classes before any gradient; `soft_statistics` writes them (3, N * pixels) for the fold.
 Arguments as in `gpu_pixels`, and:
 
-    row_start_ptr, row_end_ptr        first row of pixels that a coarse row has a part in, and the one after the last
+    row_start_ptr, row_end_ptr        first row of pixels that a coarse row contributes to, and the one after the last
     column_start_ptr, column_end_ptr  likewise of coarse columns
 """
 
 import triton
 import triton.language as tl
 
-from .gpu_pixels import _at_label, _SCALE, _TINY, false_alarm_slope, locate, read_chunk, read_labels, scaled, soft_sums, softplus
+from .gpu_pixels import (
+    _SCALE,
+    _TINY,
+    _at_label,
+    false_alarm_slope,
+    locate,
+    read_chunk,
+    read_labels,
+    scaled,
+    soft_sums,
+    softplus,
+)
 
 
 @triton.jit
