@@ -72,8 +72,9 @@ def check(case, power, upstream=None, tolerance=1e-6, upsampling=None, ignore_in
             assert float((found - exact).abs().max()) <= allowed, name
 
 
-@each_power
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "power"), [(shape, power) for shape in SHAPES for power in POWERS if power == 0.5 or shape[1] < 100], ids=str
+)
 def test_errors_are_those_of_the_reference(shape, power):
     ignore_index = 255 if shape[1] <= 255 else -1
     case = draw(shape, ignore_index=ignore_index)

@@ -1,8 +1,9 @@
 """Predicted classes and counts of pairs of labels, as Triton kernels.
 
-Arguments are those of `gpu_pixels`. Label maps consist of runs of equal pixels, so `count` adds once for a run instead of once
-for a pixel: if pixel i of a block differs from the one before, i is added to the count of the run that ends and subtracted from
-that of the run that begins. Integer additions may happen in any order, so the counts are exact and the same in every run.
+Arguments are those of `gpu_pixels`. Label maps consist of runs of equal pixels, so `count` adds once for a run instead of
+once for a pixel: if pixel i of a block differs from the one before, i is added to the count of the run that ends and
+subtracted from that of the run that begins. Integer additions may happen in any order, so the counts are exact and the same
+in every run.
 """
 
 import triton
