@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import confusion, fused_counts, fused_loss, reference
-from .upsample import Upsampling, neighbours, upsampled
+from mcseg.kernels. import confusion, fused_counts, fused_loss, reference
+from mcseg.kernels.upsample import Upsampling, neighbours, upsampled
 
 __all__ = [
     "BACKENDS",
@@ -243,7 +243,7 @@ def check_predictions(preds: Tensor, target: Tensor) -> None:
 
 
 def _gpu() -> Any:
-    from . import gpu  # imports triton
+    from mcseg.kernels import gpu  # imports triton
 
     return gpu
 

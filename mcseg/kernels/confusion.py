@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .fused_loss import lowest_zero
-from .tiles import on_threads, tiles
-from .upsample import Strip, Strips, Upsampling
+from mcseg.kernels.fused_loss import lowest_zero
+from mcseg.kernels.tiles import on_threads, tiles
+from mcseg.kernels.upsample import Strip, Strips, Upsampling
 
 _TILE = 2**19  # logits of a tile: with its copies it stays in a cache
 _LABELS = 2**17  # pixels of a block that is counted

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused_loss import lowest_zero
-from .tiles import on_threads, tiles
+from mcseg.kernels.fused_loss import lowest_zero
+from mcseg.kernels.tiles import on_threads, tiles
 
 # elements of a tile on the CPU; one pass makes a few tensors of this size
 _TILE = 2**18

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import on_threads, tiles
+from mcseg.kernels.tiles import on_threads, tiles
 
 # elements of a tile on the CPU; with fewer, Python takes longer than the operations
 _TILE = 2**19

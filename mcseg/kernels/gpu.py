@@ -11,9 +11,9 @@ import torch
 import triton
 from torch import Tensor
 
-from . import gpu_labels, gpu_pixels, gpu_upsampled
-from .confusion import id_dtype
-from .upsample import neighbours
+from mcseg.kernels. import gpu_labels, gpu_pixels, gpu_upsampled
+from mcseg.kernels.confusion import id_dtype
+from mcseg.kernels.upsample import neighbours
 
 # Most classes whose logits a thread keeps in registers: with 32, compiled for compute capability 9.0, kernels spill
 UNROLLED = 24

@@ -9,7 +9,7 @@ in every run.
 import triton
 import triton.language as tl
 
-from .gpu_pixels import locate, read
+from mcseg.kernels.gpu_pixels import locate, read
 
 
 @triton.jit

@@ -16,7 +16,7 @@ Arguments as in `gpu_pixels`, and:
 import triton
 import triton.language as tl
 
-from .gpu_pixels import (
+from mcseg.kernels.gpu_pixels import (
     _SCALE,
     _TINY,
     _at_label,

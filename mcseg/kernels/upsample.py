@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tiles import on_threads
+from mcseg.kernels.tiles import on_threads
 
 # elements of a strip's logits, of which a few copies are alive at a time: on the CPU in the cache of each thread
 _STRIP = 2**20
