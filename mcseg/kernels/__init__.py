@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mcseg.kernels. import confusion, fused_counts, fused_loss, reference
+from mcseg.kernels import confusion, fused_counts, fused_loss, reference
 from mcseg.kernels.upsample import Upsampling, neighbours, upsampled
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mcseg.kernels. import gpu_labels, gpu_pixels, gpu_upsampled
+from mcseg.kernels import gpu_labels, gpu_pixels, gpu_upsampled
 from mcseg.kernels.confusion import id_dtype
 from mcseg.kernels.upsample import neighbours
 
