@@ -373,13 +373,15 @@ def _dispatch(
     selected = _select_backend(name, backend, logits)
     operation = _OPERATIONS[name]
     if upsampling is not None and selected != "triton":
-        options: dict[str, Any] = {
-            "constants": constants,
-            "scalars": scalars,
-            "ignore_index": ignore_index,
-            "backend": selected,
-        }
-        at_full_size = partial(_dispatch, name, **options, upsampling=None)
+        at_full_size = partial(
+            _dispatch,
+            name,
+            constants=constants,
+            scalars=scalars,
+            ignore_index=ignore_index,
+            backend=selected,
+            upsampling=None,
+        )
         if torch.compiler.is_compiling():  # a compiler decides by itself which tensors to keep
             return at_full_size(_interpolate(logits, target.shape[-2:], upsampling), target)
         return apply_upsampled(at_full_size, logits, target, upsampling=upsampling, per_pixel=operation.per_pixel)
