@@ -1,4 +1,4 @@
-"""Predicted classes and confusion counts of all backends against NumPy and scikit-learn; Triton on a GPU or interpreted."""
+"""Predicted classes and confusion counts in PyTorch and Triton (on a GPU or interpreted), against NumPy and scikit-learn."""
 
 import math
 
@@ -15,7 +15,7 @@ from mcseg.kernels import Upsampling, confusion_counts, predicted_classes
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def on_gpu():
+def import_gpu():
     pytest.importorskip("triton")
     from mcseg.kernels import gpu
 
@@ -23,19 +23,27 @@ def on_gpu():
 
 
 def kernel_predictions(logits, size=None, upsampling=None):
-    shape = size if upsampling else logits.shape[2:]
-    return on_gpu().predicted_classes(logits.to(DEVICE), list(shape), *(upsampling or ())).cpu()
+    size = size if upsampling else logits.shape[2:]
+    height, width, align_corners = upsampling or (0, 0, False)
+    preds = import_gpu().predicted_classes(
+        logits.to(DEVICE), list(size), height=height, width=width, align_corners=align_corners
+    )
+    return preds.cpu()
 
 
 def kernel_counts(preds, target, classes, ignore_index=255):
-    counts = on_gpu().confusion_counts(preds.to(DEVICE), target.to(DEVICE), classes, ignore_index).cpu()
+    counts = (
+        import_gpu()
+        .confusion_counts(preds.to(DEVICE), target.to(DEVICE), num_classes=classes, ignore_index=ignore_index)
+        .cpu()
+    )
     return counts[:-1].view(classes, classes), counts[-1]
 
 
-PREDICTED = {"blocks": predicted_classes, "kernel": kernel_predictions}
-COUNTED = {"blocks": confusion_counts, "kernel": kernel_counts}
-each_prediction = pytest.mark.parametrize("predicted", PREDICTED.values(), ids=PREDICTED)
-each_count = pytest.mark.parametrize("counted", COUNTED.values(), ids=COUNTED)
+PREDICT = {"pytorch": predicted_classes, "triton": kernel_predictions}
+COUNT = {"pytorch": confusion_counts, "triton": kernel_counts}
+each_prediction = pytest.mark.parametrize("predict", PREDICT.values(), ids=PREDICT)
+each_count = pytest.mark.parametrize("count", COUNT.values(), ids=COUNT)
 
 
 @each_prediction
@@ -47,23 +55,23 @@ each_count = pytest.mark.parametrize("counted", COUNTED.values(), ids=COUNTED)
     ties=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_predicted_classes_equal_the_argmax_of_numpy(predicted, shape, dtype, layout, ties, seed):
+def test_predicted_classes_equal_argmax_of_numpy(predict, shape, dtype, layout, ties, seed):
     logits = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     logits = (logits.round() if ties else logits).to(dtype)
     if layout == "channels last":
         logits = logits.to(memory_format=torch.channels_last)
     elif layout == "cropped":
         logits = F.pad(logits, (1, 2, 3, 1))[..., 3 : 3 + shape[2], 1 : 1 + shape[3]]
-    preds = predicted(logits)
+    preds = predict(logits)
     assert preds.dtype == (torch.uint8 if shape[1] <= 256 else torch.int16)
     assert preds.tolist() == np.argmax(logits.float().numpy(), 1).tolist()
 
 
 @each_prediction
 @pytest.mark.parametrize("shape", [(1, 4, 7), (2, 3, 2, 3, 5), (2, 3, 0, 4), (0, 3, 2, 2)], ids=str)
-def test_other_numbers_of_dimensions_and_empty_images(predicted, shape):
+def test_other_numbers_of_spatial_dimensions_and_empty_images(predict, shape):
     logits = torch.randn(shape)
-    assert torch.equal(predicted(logits).long(), logits.argmax(1))
+    assert torch.equal(predict(logits).long(), logits.argmax(1))
 
 
 def test_logits_without_spatial_dimensions():
@@ -72,14 +80,14 @@ def test_logits_without_spatial_dimensions():
 
 
 @each_prediction
-def test_infinities_and_nan(predicted):
+def test_infinities_and_nan(predict):
     logits = torch.randn(1, 4, 1, 6)
     logits[0, 2, 0, 0] = math.inf
     logits[0, :3, 0, 1] = -math.inf
     logits[0, :, 0, 2] *= 1e38
     logits[0, 3, 0, 3] = logits[0, :, 0, 3].amax() + 1e-6
     logits[0, 1:3, 0, 5] = math.nan
-    preds = predicted(logits)[0, 0].tolist()
+    preds = predict(logits)[0, 0].tolist()
     assert preds[:5] == np.argmax(logits[0, :, 0, :5].numpy(), 0).tolist()
     assert 0 <= preds[5] < 4
 
@@ -87,13 +95,13 @@ def test_infinities_and_nan(predicted):
 @each_prediction
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("classes", [5, 300])
-def test_predicted_classes_of_coarse_logits(predicted, align_corners, classes):
+def test_predicted_classes_of_coarse_logits(predict, align_corners, classes):
     logits = torch.randn(2, classes, 3, 4)
     full = F.interpolate(logits.double(), (9, 14), mode="bilinear", align_corners=align_corners)
-    preds = predicted(logits, (8, 13), Upsampling(9, 14, align_corners)).long()
+    preds = predict(logits, (8, 13), Upsampling(9, 14, align_corners)).long()
     predicted_logits = full[..., :8, :13].gather(1, preds[:, None])[:, 0]
     assert preds.shape == (2, 8, 13)
-    # only classes that are almost equal may differ, by rounding
+    # classes may differ if rounding decides between almost equal logits
     assert float((full[..., :8, :13].amax(1) - predicted_logits).max()) < 1e-5
     assert (preds == full[..., :8, :13].argmax(1)).double().mean() > 0.99
 
@@ -102,18 +110,18 @@ def test_predicted_classes_of_coarse_logits(predicted, align_corners, classes):
 @settings(deadline=None, max_examples=20)
 @given(
     classes=st.sampled_from([2, 3, 19, 150, 200]),
-    run=st.integers(1, 900),  # pixels of equal label in a row; a block of the kernel has 1024
+    run=st.integers(1, 900),  # consecutive pixels with equal labels; a block of the kernel has 1024 pixels
     pixels=st.integers(1, 3000),
     void=st.sampled_from([0.0, 0.2, 1.0]),
     dtype=st.sampled_from([torch.int64, torch.int32, torch.uint8]),
     seed=st.integers(0, 1000),
 )
-def test_counts_equal_those_of_scikit_learn(counted, classes, run, pixels, void, dtype, seed):
+def test_counts_equal_the_confusion_matrix_of_scikit_learn(count, classes, run, pixels, void, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(classes, (2, pixels), generator=generator)
     target, preds = ids.repeat_interleave(run, dim=1)[:, :pixels]
     target = target.masked_fill(torch.rand(pixels, generator=generator) < void, 255)
-    counts, unknown = counted(preds.to(torch.uint8), target.to(dtype), classes)
+    counts, unknown = count(preds.to(torch.uint8), target.to(dtype), classes)
     labelled = target != 255
     expected = np.zeros((classes, classes), int)
     if labelled.any():
@@ -124,27 +132,27 @@ def test_counts_equal_those_of_scikit_learn(counted, classes, run, pixels, void,
 
 
 @each_count
-def test_counts_of_images_that_are_not_contiguous(counted):
+def test_counts_of_noncontiguous_images(count):
     target, preds = torch.randint(4, (2, 3, 7, 50))
-    counts, _ = counted(preds.transpose(1, 2), target.transpose(1, 2), 4)
+    counts, _ = count(preds.transpose(1, 2), target.transpose(1, 2), 4)
     assert counts.tolist() == confusion_matrix(target.flatten(), preds.flatten(), labels=range(4)).tolist()
 
 
 @each_count
-def test_another_ignore_index(counted):
-    counts, _ = counted(torch.tensor([1, 1, 0, 2]), torch.tensor([-1, 1, 0, -1]), 3, -1)
+def test_another_ignore_index(count):
+    counts, _ = count(torch.tensor([1, 1, 0, 2]), torch.tensor([-1, 1, 0, -1]), 3, -1)
     assert counts.tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 0]]
 
 
 @each_count
-def test_counts_of_empty_images(counted):
-    counts, unknown = counted(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), 3)
+def test_counts_of_empty_images(count):
+    counts, unknown = count(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64), 3)
     assert counts.tolist() == [[0] * 3] * 3
     assert int(unknown) == 0
 
 
 @pytest.mark.parametrize(("preds", "target"), [([3, 0], [0, 0]), ([0, 0], [3, 0]), ([0, -1], [0, 0]), ([0, 0], [-1, 0])])
-def test_values_out_of_range_are_not_counted(preds, target):
+def test_ids_that_are_not_classes_are_reported(preds, target):
     preds, target = torch.tensor(preds), torch.tensor(target)
     counts, unknown = kernel_counts(preds, target, 3)
     assert int(counts.sum()) == int(unknown) == 1
@@ -154,15 +162,15 @@ def test_values_out_of_range_are_not_counted(preds, target):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised inside torch's check
 def test_registered_operators_pass_opcheck():
-    gpu = on_gpu()
-    torch.library.opcheck(gpu.predicted_classes, (torch.randn(1, 3, 2, 3, device=DEVICE), [2, 3]))
+    gpu = import_gpu()
+    torch.library.opcheck(gpu.predicted_classes, (torch.randn(1, 3, 2, 3, device=DEVICE), [2, 3], 0, 0, False))
     ids = torch.randint(3, (2, 5), device=DEVICE)
     torch.library.opcheck(gpu.confusion_counts, (ids[0], ids[1], 3, 255))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA graphs")
 def test_a_training_step_in_a_cuda_graph():
-    """Replay loss, gradient, predictions and counts in a CUDA graph on other inputs."""
+    """Replay gradient, predictions and counts from a CUDA graph with other inputs."""
     from mcseg.losses import default_objective
 
     logits = torch.randn(2, 19, 16, 16, device=DEVICE, requires_grad=True)
@@ -190,10 +198,10 @@ def test_a_training_step_in_a_cuda_graph():
 
 
 @each_count
-def test_an_ignore_index_outside_the_dtype_of_the_labels(counted):
-    """-100 wraps to 156 in uint8, but pixels of class 156 count."""
+def test_an_ignore_index_outside_the_dtype_of_the_labels(count):
+    """-100 wraps to 156 in uint8, but pixels of class 156 must be counted."""
     target = torch.tensor([156, 156, 3], dtype=torch.uint8)
-    counts, unknown = counted(torch.tensor([156, 0, 3]), target, 171, -100)
+    counts, unknown = count(torch.tensor([156, 0, 3]), target, 171, -100)
     assert counts.nonzero().tolist() == [[3, 3], [156, 0], [156, 156]]
     assert int(counts.sum()) == 3
     assert unknown == 0

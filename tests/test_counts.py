@@ -1,4 +1,4 @@
-"""Soft counts: values and gradients against a loop over pixels and classes, and the region losses that use them."""
+"""Soft counts and the region losses that use them: values and gradients against loops over pixels and classes."""
 
 import math
 from decimal import Decimal, localcontext
@@ -13,7 +13,7 @@ from mcseg.losses import DiceLoss, JaccardLoss, TverskyLoss
 
 VOID = 255
 POWERS = [1.0, 0.5, 0.3]
-both = pytest.mark.parametrize("backend", ["fused", "reference"])
+each_backend = pytest.mark.parametrize("backend", ["fused", "reference"])
 
 
 def draw(shape, seed=0, dtype=torch.float64, void=0.2, scale=3.0):
@@ -34,16 +34,16 @@ def oracle(logits, target, power):
     for z, y in zip(rows, target.flatten().tolist(), strict=True):
         gradient = [0.0] * num_classes
         for k in range(num_classes) if y != VOID else ():
-            rivals = [j for j in range(num_classes) if j != k]
-            top = max(z[j] for j in rivals)
-            parts = [math.exp(z[j] - top) for j in rivals]
-            margin = z[k] - top - math.log(sum(parts))
-            r = 1 / (1 + math.exp(margin if k == y else -margin))
+            others = [j for j in range(num_classes) if j != k]
+            top = max(z[j] for j in others)
+            parts = [math.exp(z[j] - top) for j in others]
+            log_odds = z[k] - top - math.log(sum(parts))
+            r = 1 / (1 + math.exp(log_odds if k == y else -log_odds))
             counts[0][k] += k == y
             counts[1 if k == y else 2][k] += 1 - (1 - r) ** power
-            slope = power * (1 - r) ** power * r * (-(1 + k) if k == y else (2 + k) / 3)  # in the margin
+            slope = power * (1 - r) ** power * r * (-(1 + k) if k == y else (2 + k) / 3)  # in the log-odds
             gradient[k] += slope
-            for j, part in zip(rivals, parts, strict=True):
+            for j, part in zip(others, parts, strict=True):
                 gradient[j] -= slope * part / sum(parts)
         gradients.append(gradient)
     shape = (logits.shape[0], *logits.shape[2:], num_classes)
@@ -60,7 +60,7 @@ def run(logits, target, power, backend="fused"):
 
 
 @pytest.mark.parametrize("power", POWERS)
-@both
+@each_backend
 @pytest.mark.parametrize(
     "shape", [(2, 2, 3, 4), (1, 3, 5, 2), (2, 19, 4, 3), (3, 5, 7), (1, 4, 2, 3, 2), (9, 6), (2, 65, 3)]
 )
@@ -79,7 +79,7 @@ def test_gradcheck(power):
     assert torch.autograd.gradgradcheck(lambda z: soft_counts(z, target, power=power, backend="reference"), z)
 
 
-def exact(z, label, power, misses, alarms):
+def compute_exactly(z, label, power, misses, alarms):
     """Compute the errors of one pixel and the gradient of their weighted sum with 80 digits."""
     with localcontext() as context:
         context.prec, context.Emin = 80, -(10**9)
@@ -88,7 +88,7 @@ def exact(z, label, power, misses, alarms):
         p = [part / sum(e) for part in e]
         rest = [sum(e[j] for j in range(len(e)) if j != k) / sum(e) for k in range(len(e))]
         errors = [1 - (p[k] if k == label else rest[k]) ** q for k in range(len(e))]
-        slopes = []  # in p
+        slopes = []  # with respect to p
         for k in range(len(e)):
             kept, weight = (p[k], -Decimal(misses[k])) if k == label else (rest[k], Decimal(alarms[k]))
             slopes.append(weight * q * kept ** (q - 1))
@@ -96,14 +96,14 @@ def exact(z, label, power, misses, alarms):
         return [float(error) for error in errors], [float(value) for value in gradient]
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("label", [0, 1, 2])
 @pytest.mark.parametrize("gap", [0.0, 3.0, 18.0, 40.0, 80.0, 120.0])
 @pytest.mark.parametrize("power", [1.0, 0.5, 0.1])
 def test_confident_pixels_keep_their_gradient_in_float32(power, gap, label, backend):
-    """Test right and wrong pixels where 1 - p is far below the rounding error of p."""
+    """Test correct and wrong predictions whose 1 - p is far below the rounding error of p."""
     z, misses, alarms = [gap, 0.0, -1.5], [1.0, 3.0, 0.5], [2.0, 1.0, 4.0]
-    errors, expected = exact(z, label, power, misses, alarms)
+    errors, expected = compute_exactly(z, label, power, misses, alarms)
     logits = torch.tensor([z]).requires_grad_()
     counts = soft_counts(logits, torch.tensor([label]), power=power, backend=backend)
     (gradient,) = torch.autograd.grad((counts[1:] * torch.tensor([misses, alarms])).sum(), logits)
@@ -113,9 +113,9 @@ def test_confident_pixels_keep_their_gradient_in_float32(power, gap, label, back
     assert gradient[0].tolist() == pytest.approx(expected, rel=3e-6, abs=max(3e-7 * largest, 1e-37))
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("power", POWERS)
-def test_a_shift_of_all_logits_changes_nothing(power, backend):
+def test_a_shift_of_all_logits_does_not_matter(power, backend):
     logits, target = draw((2, 4, 5, 6), dtype=torch.float32)
     logits = (logits * 64).round() / 64  # so that adding 1e4 is exact
     for actual, expected in zip(run(logits + 1e4, target, power, backend), run(logits, target, power, backend), strict=True):
@@ -136,15 +136,16 @@ def test_layout_and_order_of_classes_do_not_matter(classes, size, layout, void, 
     logits, target = draw((samples, classes, height, width), seed, void=void)
     expected, gradient = run(logits, target, power)
     if layout == "channels last":
-        other = logits.to(memory_format=torch.channels_last)
+        changed = logits.to(memory_format=torch.channels_last)
     elif layout == "cropped":
-        other = torch.nn.functional.pad(logits, (1, 2, 3, 1))[..., 3 : 3 + height, 1 : 1 + width]
+        changed = torch.nn.functional.pad(logits, (1, 2, 3, 1))[..., 3 : 3 + height, 1 : 1 + width]
     elif layout == "strided":
-        other = logits.repeat_interleave(2, dim=-1)[..., ::2]
+        changed = logits.repeat_interleave(2, dim=-1)[..., ::2]
     else:
-        other = logits + 7 * torch.arange(width)  # the same for all classes of a pixel
-    for actual, wanted in zip(run(other, target, power), (expected, gradient), strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-11)
+        changed = logits + 7 * torch.arange(width)  # the same for all classes of a pixel
+    counts, changed_gradient = run(changed, target, power)
+    torch.testing.assert_close(counts, expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(changed_gradient, gradient, rtol=1e-9, atol=1e-11)
     order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
     relabelled = torch.where(target == VOID, VOID, order.argsort()[target.clamp(max=classes - 1)])
     reordered, _ = run(logits[:, order], relabelled, power)
@@ -153,7 +154,7 @@ def test_layout_and_order_of_classes_do_not_matter(classes, size, layout, void, 
 
 @pytest.mark.parametrize("elements", [1, 50, 400])
 @pytest.mark.parametrize("shape", [(5, 3, 7, 4), (2, 4, 9), (3, 2, 2, 3, 5)])
-def test_tiles_change_nothing(monkeypatch, elements, shape):
+def test_tiling_does_not_change_the_result(monkeypatch, elements, shape):
     case = (*draw(shape), 0.5)
     untiled = run(*case)
     monkeypatch.setattr(fused_counts, "_TILE", elements)
@@ -161,12 +162,12 @@ def test_tiles_change_nothing(monkeypatch, elements, shape):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
-@both
-@pytest.mark.parametrize("junk", [torch.nan, torch.inf, -torch.inf])
-def test_void_hides_invalid_logits_and_labelled_nan_shows(junk, backend):
+@each_backend
+@pytest.mark.parametrize("invalid", [torch.nan, torch.inf, -torch.inf])
+def test_invalid_logits_matter_only_at_labelled_pixels(invalid, backend):
     logits, target = draw((2, 4, 5, 6))
     unchanged = run(logits, target, 0.5, backend)
-    changed = logits.masked_fill((target == VOID).unsqueeze(1), junk)
+    changed = logits.masked_fill((target == VOID).unsqueeze(1), invalid)
     for actual, expected in zip(run(changed, target, 0.5, backend), unchanged, strict=True):
         assert torch.equal(actual, expected)
     changed[0, 0].masked_fill_(target[0] != VOID, torch.nan)
@@ -176,7 +177,7 @@ def test_void_hides_invalid_logits_and_labelled_nan_shows(junk, backend):
 @pytest.mark.parametrize("power", POWERS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_half_and_single_precision(dtype, power):
-    """Counts are computed in float32 from the given logits; the error of the gradient is its own rounding."""
+    """Counts are computed in float32; the gradient has only the error of rounding to the dtype of the logits."""
     logits, target = draw((2, 5, 6, 7), dtype=dtype)
     counts, gradient = run(logits, target, power)
     expected, expected_gradient = oracle(logits, target, power)
@@ -185,14 +186,14 @@ def test_half_and_single_precision(dtype, power):
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-@both
+@each_backend
 @pytest.mark.parametrize("power", POWERS)
 def test_extreme_logits_stay_finite(power, backend):
     logits, target = draw((2, 4, 5, 6), dtype=torch.float32)
     counts, gradient = run(1e4 * logits.sign(), target, power, backend)
     assert counts.isfinite().all()
     assert gradient.isfinite().all()
-    counts, gradient = run(1e4 * logits, target, power, backend)  # almost certain predictions: errors are 0 or 1
+    counts, gradient = run(1e4 * logits, target, power, backend)  # the errors of certain predictions are 0 or 1
     labels, preds = target[target != VOID], logits.argmax(1)[target != VOID]
     for k in range(4):
         assert counts[:, k].tolist() == [
@@ -203,7 +204,7 @@ def test_extreme_logits_stay_finite(power, backend):
     assert gradient.abs().max() < 1e-3
 
 
-def test_no_copy_of_the_logits_is_saved():
+def test_backward_needs_no_copy_of_the_logits():
     logits, target = draw((2, 4, 5, 6))
     z = logits.requires_grad_()
     saved = []
@@ -223,7 +224,7 @@ def test_backward_twice_but_no_second_derivative():
 
 
 def ratio(kind, n, hits, alarms, smooth):
-    """Compute the ratio of one class from soft counts, as in the papers."""
+    """Compute the ratio of one class from soft counts by the formula of its paper."""
     if kind == "dice":
         return (2 * hits + smooth) / (n + hits + alarms + smooth)
     if kind == "jaccard":
@@ -235,7 +236,7 @@ def ratio(kind, n, hits, alarms, smooth):
 @pytest.mark.parametrize("power", [1.0, 0.5, 0.3])
 @pytest.mark.parametrize("kind", ["dice", "jaccard", "tversky"])
 def test_ratios_and_class_statistics_against_a_loop(kind, power, per_image):
-    """Compute losses and class statistics from sums of powers of probabilities."""
+    """Compare losses and class statistics with sums of powers of probabilities, class by class."""
     logits, target = draw((2, 4, 5, 6))
     make = {"dice": DiceLoss, "jaccard": JaccardLoss, "tversky": TverskyLoss}[kind]
     loss = make(classes="all", smooth=0.25, power=power, per_image=per_image)
@@ -243,10 +244,10 @@ def test_ratios_and_class_statistics_against_a_loop(kind, power, per_image):
     ratios, rates = [], []
     for image in (slice(0, 1), slice(1, 2)) if per_image else (slice(None),):
         for k in range(4):
-            mine, others = target[image] == k, (target[image] != k) & (target[image] != VOID)
-            hits = float((p[image, k][mine] ** power).sum())
+            labelled, others = target[image] == k, (target[image] != k) & (target[image] != VOID)
+            hits = float((p[image, k][labelled] ** power).sum())
             alarms = float((1 - (1 - p[image, k][others]) ** power).sum())
-            n = int(mine.sum())
+            n = int(labelled.sum())
             ratios.append(ratio(kind, n, hits, alarms, 0.25))
             rates.append(((n - hits) / n, alarms / int(others.sum())))
     assert float(loss(logits, target)) == pytest.approx(1 - sum(ratios) / len(ratios), rel=1e-12)
@@ -259,7 +260,7 @@ def test_ratios_and_class_statistics_against_a_loop(kind, power, per_image):
 
 @pytest.mark.parametrize("power", [0.0, 1.5, math.nan, -1.0])
 @pytest.mark.parametrize("kind", [DiceLoss, JaccardLoss, TverskyLoss])
-def test_power_out_of_range(kind, power):
+def test_power_out_of_range_is_refused(kind, power):
     with pytest.raises(ValueError, match="power: found .* expected 0 < power <= 1"):
         kind(power=power)
 
@@ -267,17 +268,16 @@ def test_power_out_of_range(kind, power):
 @pytest.mark.parametrize("power", [0.75, 0.5, 0.25])
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0, 1.0), (9.0, 0.5, 3.0, 0.4)])
 def test_power_does_not_move_the_decision_between_two_classes(power, weights):
-    """Minimise the risk of a pixel of class 1 with probability h over p: the optimum crosses 1/2 at the same h."""
+    """The p that minimises the risk of a pixel of class 1 with probability h crosses 1/2 at the same h for every power."""
     miss_1, miss_2, alarm_1, alarm_2 = weights
-    turn = (miss_2 + alarm_1) / (miss_1 + alarm_2 + miss_2 + alarm_1)
+    threshold = (miss_2 + alarm_1) / (miss_1 + alarm_2 + miss_2 + alarm_1)
     p = torch.arange(1, 1000, dtype=torch.float64) / 1000
     z = torch.stack([p.log(), (1 - p).log()], 1)
     risks = []
     for label in (0, 1):
-        each = [soft_counts(row[None], torch.tensor([label]), power=power) for row in z]
-        risks.append(
-            torch.stack([c[1] @ c.new_tensor([miss_1, miss_2]) + c[2] @ c.new_tensor([alarm_1, alarm_2]) for c in each])
-        )
-    for h, best in ((turn - 0.02, -1), (turn, 0), (turn + 0.02, 1)):
-        least = float(p[(h * risks[0] + (1 - h) * risks[1]).argmin()])
-        assert (abs(least - 0.5) < 1e-9) if best == 0 else (least - 0.5) * best > 0
+        counts = torch.stack([soft_counts(row[None], torch.tensor([label]), power=power) for row in z])
+        weights_of_misses, weights_of_alarms = p.new_tensor([[miss_1, miss_2], [alarm_1, alarm_2]])
+        risks.append(counts[:, 1] @ weights_of_misses + counts[:, 2] @ weights_of_alarms)
+    for h, side in ((threshold - 0.02, -1), (threshold, 0), (threshold + 0.02, 1)):
+        best = float(p[(h * risks[0] + (1 - h) * risks[1]).argmin()])
+        assert (abs(best - 0.5) < 1e-9) if side == 0 else (best - 0.5) * side > 0

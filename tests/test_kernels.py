@@ -1,4 +1,4 @@
-"""The per-pixel loss: both backends against a loop written from the paper, and against each other."""
+"""The loss per pixel: both backends against a loop after the paper and against each other; threads and tiles."""
 
 import math
 import subprocess
@@ -11,8 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcseg.kernels import fused_loss, pixel_loss
-from mcseg.kernels import reference as plain
+from mcseg.kernels import fused_loss, pixel_loss, reference
 from mcseg.kernels.tiles import on_threads, tiles
 
 BACKENDS = ["fused", "reference"]
@@ -20,7 +19,7 @@ VOID = 255
 
 
 def oracle(logits, target, foreground, background, weight):
-    """Loss and gradient of each pixel by the definition, one class and one rival at a time, in Python floats."""
+    """Compute loss and gradient of each pixel by the definition, one class at a time, in Python floats."""
     num_classes = logits.shape[1]
     rows = logits.detach().double().movedim(1, -1).reshape(-1, num_classes).tolist()
     losses, gradients = [], []
@@ -42,7 +41,7 @@ def oracle(logits, target, foreground, background, weight):
 
 
 def run(backend, logits, target, foreground, background, weight=3.0, upstream=None, ignore_index=VOID):
-    """Loss per pixel and gradient; `upstream` is the gradient of each pixel's loss, all ones if None."""
+    """Compute the loss per pixel and the gradient; `upstream` is the gradient of each pixel's loss, all ones if None."""
     z = logits.detach().requires_grad_()
     loss = pixel_loss(
         z, target, foreground, background, foreground_weight=weight, ignore_index=ignore_index, backend=backend
@@ -70,20 +69,20 @@ def draw(shape, seed=0, dtype=torch.float64, scale=3.0, void=0.2):
     "shape", [(2, 2, 3, 4), (1, 3, 5, 2), (2, 19, 4, 3), (3, 5, 7), (1, 4, 2, 3, 2), (9, 6), (1, 150, 2, 2), (2, 65, 3)]
 )
 @pytest.mark.parametrize("weight", [0.0, 1.0, 19.0])
-def test_loop_oracle(backend, shape, weight):
+def test_loss_and_gradient_equal_a_loop(backend, shape, weight):
     case = draw(shape)
-    for found, expected in zip(run(backend, *case, weight), oracle(*case, weight), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    for actual, expected in zip(run(backend, *case, weight), oracle(*case, weight), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_loop_oracle_with_ties(backend):
-    # logits of few integer values: nearly all pixels have several largest logits, or several runners-up
+def test_ties_equal_a_loop(backend):
+    # the logits are -1, 0 or 1, so nearly all pixels have several largest logits or several runners-up
     for num_classes in (2, 3, 5, 19):
         logits, target, foreground, background = draw((2, num_classes, 8, 9), seed=num_classes)
         case = (logits.sign() * (logits.abs() > 2), target, foreground, background)
-        for found, expected in zip(run(backend, *case), oracle(*case, 3.0), strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+        for actual, expected in zip(run(backend, *case), oracle(*case, 3.0), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -92,7 +91,7 @@ def test_thousand_classes(backend):
     void = target == -1
     loss, gradient = run(backend, logits, target, foreground, background, ignore_index=-1)
     expected = oracle(logits, target.masked_fill(void, VOID), foreground, background, 3.0)
-    kept = ~void & (target != VOID)  # label 255 is a class here, and void to the oracle
+    kept = ~void & (target != VOID)  # label 255 is a class here, but void in the oracle
     assert kept.any()
     assert void.any()
     torch.testing.assert_close(loss[kept], expected[0][kept], rtol=1e-12, atol=0)
@@ -125,7 +124,7 @@ def test_gradcheck(backend, shape):
     offsets=st.sampled_from([0.0, 1.0, 100.0]),
     seed=st.integers(0, 1000),
 )
-def test_fused_is_reference(shape, dtype, labels, layout, void, ties, offsets, seed):
+def test_fused_equals_the_reference(shape, dtype, labels, layout, void, ties, offsets, seed):
     samples, num_classes, spatial = shape
     shape = (samples, num_classes, *spatial)
     logits, target, foreground, background = draw(shape, seed, dtype, void=0.3 if void == "some" else 0.0)
@@ -143,21 +142,21 @@ def test_fused_is_reference(shape, dtype, labels, layout, void, ties, offsets, s
         logits = logits[:1].expand(shape) if samples else logits
     case = (logits, target.to(labels), foreground * offsets, background * offsets)
     upstream = torch.randn(target.shape, dtype=dtype)
-    expected = run("reference", *case, upstream=upstream)
+    references = run("reference", *case, upstream=upstream)
     before = logits.clone()
-    found = run("fused", *case, upstream=upstream)
+    results = run("fused", *case, upstream=upstream)
     assert logits.equal(before)
-    # a sum of C terms, each rounded: C/2 units in the last place of the largest, with room
+    # a sum of C rounded terms has an error of about C/2 units in the last place of the largest term
     tolerance = 8 * torch.finfo(dtype).eps
-    for ours, reference in zip(found, expected, strict=True):
-        assert ours.dtype == dtype
-        scale = reference.abs().max().item() if reference.numel() else 0.0
-        torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance * scale)
+    for actual, expected in zip(results, references, strict=True):
+        assert actual.dtype == dtype
+        scale = expected.abs().max().item() if expected.numel() else 0.0
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * scale)
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.sampled_from(BACKENDS), st.sampled_from([2, 3, 7]), st.integers(0, 1000))
-def test_constants_per_pixel_and_order_of_classes(backend, num_classes, seed):
+def test_shift_per_pixel_and_order_of_classes_do_not_matter(backend, num_classes, seed):
     logits, target, foreground, background = draw((2, num_classes, 3, 4), seed)
     loss, gradient = run(backend, logits, target, foreground, background)
 
@@ -169,14 +168,14 @@ def test_constants_per_pixel_and_order_of_classes(backend, num_classes, seed):
     relabelled = torch.where(target == VOID, VOID, order.argsort()[target.clamp(max=num_classes - 1)])
     permuted = run(backend, logits[:, order], relabelled, foreground[order], background[order])
     torch.testing.assert_close(permuted, (loss, gradient[:, order]), rtol=1e-12, atol=1e-14)
-    assert gradient.sum(dim=1).abs().max() < 1e-13  # what a constant per pixel must leave alone
+    assert gradient.sum(dim=1).abs().max() < 1e-13  # because a shift per pixel does not change the loss
 
 
-@pytest.mark.parametrize("format", ["channels_last", "channels_last_3d"])
-def test_memory_formats_are_kept(format):
-    shape = (2, 5, 4, 6) if format == "channels_last" else (2, 5, 3, 4, 6)
+@pytest.mark.parametrize("name", ["channels_last", "channels_last_3d"])
+def test_gradient_has_the_memory_format_of_the_logits(name):
+    shape = (2, 5, 4, 6) if name == "channels_last" else (2, 5, 3, 4, 6)
     case = draw(shape)
-    memory_format = getattr(torch, format)
+    memory_format = getattr(torch, name)
     expected = run("fused", *case)
     loss, gradient = run("fused", case[0].to(memory_format=memory_format), *case[1:])
     assert gradient.is_contiguous(memory_format=memory_format)
@@ -185,18 +184,35 @@ def test_memory_formats_are_kept(format):
 
 @pytest.mark.parametrize("elements", [1, 40, 100, 500])
 @pytest.mark.parametrize("shape", [(3, 5, 7, 4), (4, 5, 11), (3, 5, 3, 2, 2)])
-def test_tiles_change_nothing(monkeypatch, elements, shape):
+def test_tiling_does_not_change_the_result(monkeypatch, elements, shape):
     case = draw(shape)
-    whole = run("fused", *case)
+    untiled = run("fused", *case)
     monkeypatch.setattr(fused_loss, "_TILE", elements)
-    seen = torch.zeros(case[1].shape, dtype=torch.int64)
+    times_covered = torch.zeros(case[1].shape, dtype=torch.int64)
     parts = list(tiles(case[0], elements))
     for samples, rows in parts:
-        seen[samples, rows] += 1
-    assert seen.eq(1).all()
+        times_covered[samples, rows] += 1
+    assert times_covered.eq(1).all()
     assert len(parts) > 1 or elements == 500
-    # vector instructions and the scalar loop for what is left over differ in the last place
-    torch.testing.assert_close(run("fused", *case), whole, rtol=1e-13, atol=1e-15)
+    # vector instructions and the scalar loop for the remaining elements differ in the last place
+    torch.testing.assert_close(run("fused", *case), untiled, rtol=1e-13, atol=1e-15)
+
+
+@pytest.fixture
+def three_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_thread_whose_first_tile_is_not_its_largest(monkeypatch, three_threads):
+    case = draw((3, 5, 3, 4))
+    untiled = run("fused", *case)
+    monkeypatch.setattr(
+        fused_loss, "_TILE", 2 * 5 * 4
+    )  # rows 0-1 and row 2 of each sample: the second thread gets both sizes
+    torch.testing.assert_close(run("fused", *case), untiled, rtol=1e-13, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -204,15 +220,15 @@ def test_half_precision(dtype):
     logits, target, foreground, background = draw((2, 19, 16, 16), dtype=dtype, scale=5.0)
     upstream = torch.rand(target.shape) / 100
     case = (target, foreground, background)
-    truth = run("reference", logits.double(), *case, upstream=upstream.double())
-    reference = run("reference", logits, *case, upstream=upstream)
-    ours = run("fused", logits, *case, upstream=upstream)
-    assert ours[0].dtype == torch.float32
-    # float32 arithmetic throughout; a bfloat16 gradient is rounded twice, when it is saved and when it is scaled
+    exact = run("reference", logits.double(), *case, upstream=upstream.double())
+    references = run("reference", logits, *case, upstream=upstream)
+    results = run("fused", logits, *case, upstream=upstream)
+    assert results[0].dtype == torch.float32
+    # arithmetic is in float32; a bfloat16 gradient is rounded twice, when it is saved and when it is scaled
     allowed = (4 * torch.finfo(torch.float32).eps, torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-6)
-    for found, known, exact, tolerance in zip(ours, reference, truth, allowed, strict=True):
-        error, reference_error = (found - exact).abs(), (known - exact).abs()
-        assert (error <= reference_error + tolerance * exact.abs() + 1e-7 * exact.abs().max()).all()
+    for actual, expected, truth, tolerance in zip(results, references, exact, allowed, strict=True):
+        error, reference_error = (actual - truth).abs(), (expected - truth).abs()
+        assert (error <= reference_error + tolerance * truth.abs() + 1e-7 * truth.abs().max()).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -236,7 +252,7 @@ def test_extreme_logits_stay_finite(backend, dtype):
 
 
 def test_small_losses_keep_their_digits():
-    # every term is about exp(-30): 1 + exp(-30) is 1 in float32, and its logarithm would be 0
+    # every term is about exp(-30); in float32, 1 + exp(-30) rounds to 1, and its logarithm to 0
     logits = torch.zeros(1, 19, 1)
     logits[:, 4] = 30.0
     for backend in BACKENDS:
@@ -245,17 +261,17 @@ def test_small_losses_keep_their_digits():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
-def test_junk_under_void_pixels_and_nan_elsewhere(backend, junk):
+@pytest.mark.parametrize("invalid", [math.nan, math.inf, -math.inf])
+def test_invalid_logits_matter_only_at_labelled_pixels(backend, invalid):
     logits, target, foreground, background = draw((2, 4, 3, 5))
     void = target == VOID
     expected = run(backend, logits, target, foreground, background)
-    dirty = logits.masked_fill(void.unsqueeze(1), junk)
-    found = run(backend, dirty, target, foreground, background)
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
-    assert found[0][void].eq(0).all()
-    assert found[1].movedim(1, -1)[void].eq(0).all()
+    changed = logits.masked_fill(void.unsqueeze(1), invalid)
+    loss, gradient = run(backend, changed, target, foreground, background)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(gradient, expected[1])
+    assert loss[void].eq(0).all()
+    assert gradient.movedim(1, -1)[void].eq(0).all()
 
     n, h, w = torch.nonzero(~void)[0].tolist()
     logits[n, 2, h, w] = math.nan
@@ -277,7 +293,7 @@ def test_all_void_and_empty(backend):
     assert gradient.shape == (0, 4, 3, 5)
 
 
-def test_fused_keeps_one_gradient_until_backward_and_none_without():
+def test_fused_saves_one_gradient_until_backward_and_none_without_grad():
     for dtype, saved in (
         (torch.float64, torch.float64),
         (torch.float32, torch.float32),
@@ -287,8 +303,8 @@ def test_fused_keeps_one_gradient_until_backward_and_none_without():
         case = draw((2, 4, 3, 5), dtype=dtype)
         logits, *rest = case
         loss = pixel_loss(logits.requires_grad_(), *rest, foreground_weight=3.0, ignore_index=VOID)
-        kept = loss.grad_fn.gradient
-        assert (kept.shape, kept.dtype) == (logits.shape, saved)
+        gradient = loss.grad_fn.gradient
+        assert (gradient.shape, gradient.dtype) == (logits.shape, saved)
         loss.sum().backward()
         assert loss.grad_fn.gradient is None
         logits.requires_grad_(False)
@@ -317,11 +333,11 @@ def test_labels_outside_the_classes(backend):
         target[0, 1, 2] = label
         with pytest.raises(ValueError, match=rf"found label {label}, expected 0..3 or ignore_index 255; map labels"):
             run(backend, logits, target.to(dtype), foreground, background)
-    # -100 is 156 in uint8: a void value of another sign must not turn labels into void
+    # in uint8, an ignore_index of -100 would wrap to 156
     target[0, 1, 2] = 156
     with pytest.raises(ValueError, match="found label 156"):
         run(backend, logits, target.to(torch.uint8), foreground, background, ignore_index=-100)
-    # a class may serve as void
+    # the ignore_index may be a class
     target[0, 1, 2] = 0
     loss, _ = run(backend, logits, target, foreground, background, ignore_index=0)
     assert torch.equal(loss == 0, target == 0)
@@ -332,71 +348,66 @@ def test_unknown_backend():
         run("triton2", *draw((1, 2, 2)))
 
 
-def test_threads_have_each_part_once_and_their_operations_to_themselves():
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        done = torch.zeros(7, dtype=torch.int64)
-        seen = []
+def test_each_part_runs_once_and_its_operations_in_one_thread(three_threads):
+    times_run = torch.zeros(7, dtype=torch.int64)
+    calls = []
 
-        def function(parts):
-            seen.append((len(parts), torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
-            for part in parts:
-                done[part] += 1
+    def function(parts):
+        calls.append((len(parts), torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
+        for part in parts:
+            times_run[part] += 1
 
+    on_threads(function, range(7))
+    assert times_run.eq(1).all()
+    assert sorted(calls) == [(2, 1, False, False), (2, 1, False, False), (3, 1, False, False)]
+    assert torch.get_num_threads() == 3
+    threads_elsewhere = []
+    thread = threading.Thread(target=lambda: threads_elsewhere.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert threads_elsewhere == [3]
+    with torch.inference_mode():
         on_threads(function, range(7))
-        assert done.eq(1).all()
-        assert sorted(seen) == [(2, 1, False, False), (2, 1, False, False), (3, 1, False, False)]
-        assert torch.get_num_threads() == 3
-        found = []
-        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))  # others are as they would have been
-        thread.start()
-        thread.join()
-        assert found == [3]
-        with torch.inference_mode():
-            on_threads(function, range(7))
-        assert seen[-1][3]
-        on_threads(function, [6])
-        assert seen[-1][:2] == (1, 3)
-        on_threads(function, [])
-        assert len(seen) == 7
-        with pytest.raises(ZeroDivisionError):
-            on_threads(lambda parts: 1 / (parts[0] - 1), range(7))
-    finally:
-        torch.set_num_threads(before)
+    assert calls[-1][3]
+    on_threads(function, [6])
+    assert calls[-1][:2] == (1, 3)
+    on_threads(function, [])
+    assert len(calls) == 7
+    with pytest.raises(ZeroDivisionError):
+        on_threads(lambda parts: 1 / (parts[0] - 1), range(7))
 
 
 FORKED = """
 import os, torch
 from mcseg.kernels.tiles import on_threads
 torch.set_num_threads(2)
-found = torch.zeros(2, 4)
+done = torch.zeros(2, 4)
 def function(parts):
     for part in parts:
-        found[1, part] = 1
+        done[1, part] = 1
 on_threads(function, range(4))
 child = os.fork()
 if child == 0:
-    found.zero_()
+    done.zero_()
     on_threads(function, range(4))
-    os._exit(int(found.sum()))
+    os._exit(int(done.sum()))
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
 def test_threads_of_a_forked_process():
-    """It has none of its parent's; Lightning's strategy for notebooks forks after losses may have been computed."""
-    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True, timeout=120)
-    assert done.stdout.strip() == "4"
+    """A forked process starts its own threads; Lightning's notebook strategy may fork after losses were computed."""
+    process = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=True, timeout=120)
+    assert process.stdout.strip() == "4"
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-30, 30), min_size=2, max_size=6))
 def test_margins_and_probabilities_against_a_loop(z):
-    """Class margins, and log p and log(1 - p) with 60 digits."""
+    """Compare class margins, and log p and log(1 - p) with those of 60 digits."""
     logits = torch.tensor(z, dtype=torch.float64)[None]
-    margins = plain.class_margins(logits)[0].tolist()
-    log_p, log_rest = (values[0].tolist() for values in plain.log_probabilities(logits))
+    margins = reference.class_margins(logits)[0].tolist()
+    log_p, log_rest = (values[0].tolist() for values in reference.log_probabilities(logits))
     with localcontext() as context:
         context.prec = 60
         e = [Decimal(value).exp() for value in z]

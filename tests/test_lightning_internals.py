@@ -307,7 +307,7 @@ def test_search_finds_the_private_parts_of_lightning_internals():
 def test_no_class_overrides_a_private_method_of_a_library():
     overridden = set()
     for info in pkgutil.walk_packages(mcseg.__path__, "mcseg."):
-        if info.name.rpartition(".")[2] in ("gpu", "gpu_kernels", "__main__"):
+        if info.name.rpartition(".")[2].startswith(("gpu", "__main__")):
             continue
         for _, kind in inspect.getmembers(importlib.import_module(info.name), inspect.isclass):
             bases = [base for base in kind.__mro__ if not base.__module__.startswith(("mcseg", "builtins", "typing", "abc"))]

@@ -1,27 +1,29 @@
-"""Losses per pixel and soft counts per class, predicted classes and their counts: each operation implemented several ways.
+"""Losses per pixel, soft counts per class, predicted classes and confusion counts, with several implementations each.
 
-Implementations agree on value, gradient and tie-breaking: of several largest logits the lowest index counts as the
-largest, and the lowest of the remaining ones as its runner-up.
+All implementations agree on value, gradient and tie-breaking: among equal largest logits, the one of the lowest class index
+is the largest, and the next lowest is its runner-up.
 
-* ``"reference"``: plain PyTorch, written to be read, on any device, differentiable as often as one likes;
-* ``"fused"``: the gradient by formula, tile by tile on the CPU;
-* ``"triton"``: kernels on a GPU, in float32 inside; logits of at most that width.
+* ``"reference"``: readable PyTorch on any device, differentiable any number of times.
+* ``"fused"``: computes the gradient by formula, tile by tile on the CPU.
+* ``"triton"``: GPU kernels that compute in float32; does not accept float64 logits.
 
-`_OPERATIONS` says which operation has which; where one that it has not is asked for, the reference serves. ``"auto"`` is
-triton on a GPU that has it, else fused; the reference where code is exported or, on the CPU, compiled.
+`_OPERATIONS` lists the implementations of each operation; the reference replaces a missing fused one. ``"auto"`` selects
+triton on a GPU if the package is installed, and fused otherwise. Exported code, and compiled code on the CPU, use the
+reference.
 """
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import confusion, fused_counts, fused_loss, reference
-from .upsample import Upsampling, neighbours, upsampled
+from mcseg.kernels import confusion, fused_counts, fused_loss, reference
+from mcseg.kernels.upsample import Upsampling, apply_upsampled, neighbours
 
 __all__ = [
     "BACKENDS",
@@ -39,7 +41,7 @@ __all__ = [
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton's interpreter runs the kernels on the CPU, for tests
-_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+_TRITON_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 BACKENDS = ("fused", "reference", "triton")
 
@@ -61,7 +63,7 @@ def pixel_loss(
     backend: str = "auto",
     upsampling: Upsampling | None = None,
 ) -> Tensor:
-    """Compute the paper's loss of every pixel; shapes are the caller's to check.
+    """Compute the paper's loss of every pixel, without checking shapes.
 
     With logits ``z`` (one per class), label ``y``, class margins ``s_k = z_k - max_{j != k} z_j`` and phi the softplus::
 
@@ -70,30 +72,45 @@ def pixel_loss(
     Args:
         logits: ``(N, C, *spatial)`` with C >= 2 and any number of spatial dimensions, floating point, any strides.
         target: ``(N, *spatial)``, any integer dtype, ``0..C-1`` or ``ignore_index``.
-        foreground: ``(C,)`` offsets, constants: no gradient flows to them.
-        background: ``(C,)`` offsets, likewise.
-        foreground_weight: Weight of the term of the labelled class.
-        ignore_index: Label of void pixels; their loss and gradient are 0 whatever their logits.
+        foreground: ``(C,)`` offsets, floating point; no gradient flows to them.
+        background: ``(C,)`` offsets, floating point; no gradient flows to them.
+        foreground_weight: Weight of the labelled class's term.
+        ignore_index: Label of void pixels; their loss and gradient are 0 even if their logits are not finite.
         backend: ``"auto"`` or one of `BACKENDS`.
-        upsampling: How logits ``(N, C, h, w)`` come to the size of the target ``(N, H, W)``, a strip of rows at a time;
-            None: they have it.
+        upsampling: Bilinear upsampling of logits ``(N, C, h, w)`` for a target ``(N, H, W)``, computed a strip of rows at a
+            time; None if the logits have the size of the target.
 
     Returns:
         ``(N, *spatial)`` >= 0, in the dtype of the logits or float32, whichever is wider.
 
     Raises:
-        ValueError: Unknown backend, a backend that cannot be used here, or a label that is neither a class nor
-            ``ignore_index``. Labels are checked on the CPU only, and not in compiled code: elsewhere the check would make
-            the host wait for the device, and such a label gives NaN from the kernels.
+        ValueError: The backend is unknown or cannot run here, or a label is neither a class nor ``ignore_index``. Labels are
+            checked only on the CPU and outside compiled code, because the host would wait for a GPU; there such a label
+            makes the triton loss NaN.
     """
-    if _chosen("pixel_loss", backend, logits) == "fused":
-        offsets = (foreground, background)
-        return _run("pixel_loss", logits, target, offsets, (foreground_weight, ignore_index), backend, upsampling)
+    if _select_backend("pixel_loss", backend, logits) != "reference":
+        return _dispatch(
+            "pixel_loss",
+            logits,
+            target,
+            constants={"foreground": foreground, "background": background},
+            scalars={"foreground_weight": foreground_weight},
+            ignore_index=ignore_index,
+            backend=backend,
+            upsampling=upsampling,
+        )
     num_classes = logits.shape[1]
-    misses = torch.full_like(foreground, foreground_weight / num_classes)
-    false_alarms = torch.full_like(background, 1 / num_classes)
-    constants = (foreground, background, misses, false_alarms)
-    return _run("weighted_pixel_loss", logits, target, constants, (ignore_index,), backend, upsampling)
+    return weighted_pixel_loss(
+        logits,
+        target,
+        foreground=foreground,
+        background=background,
+        misses=torch.full_like(foreground, foreground_weight / num_classes),
+        false_alarms=torch.full_like(background, 1 / num_classes),
+        ignore_index=ignore_index,
+        backend=backend,
+        upsampling=upsampling,
+    )
 
 
 def weighted_pixel_loss(
@@ -108,25 +125,39 @@ def weighted_pixel_loss(
     backend: str = "auto",
     upsampling: Upsampling | None = None,
 ) -> Tensor:
-    """Compute the terms of `pixel_loss` with a weight for each class and kind of error, not divided by C.
+    """Compute the loss of `pixel_loss` with one weight per class and kind of error, and without the division by C.
 
     With the weights u of misses and v of false alarms::
 
         u_y * phi(foreground_y - s_y) + sum_{k != y} v_k * phi(background_k + s_k)
 
     Args:
-        logits: As in `pixel_loss`, likewise all that is not named here; so are the result and the errors.
-        target: See there.
-        foreground: See there.
-        background: See there.
-        misses: ``(C,)`` weights, constants.
-        false_alarms: ``(C,)`` weights, constants.
-        ignore_index: See there.
-        backend: See there.
-        upsampling: See there.
+        logits: ``(N, C, *spatial)``, as in `pixel_loss`.
+        target: ``(N, *spatial)``, as in `pixel_loss`.
+        foreground: ``(C,)`` offsets, as in `pixel_loss`.
+        background: ``(C,)`` offsets, as in `pixel_loss`.
+        misses: ``(C,)`` weights, floating point; no gradient flows to them.
+        false_alarms: ``(C,)`` weights, floating point; no gradient flows to them.
+        ignore_index: Label of void pixels.
+        backend: ``"auto"`` or one of `BACKENDS`.
+        upsampling: As in `pixel_loss`.
+
+    Returns:
+        ``(N, *spatial)``, in the dtype of the logits or float32, whichever is wider.
+
+    Raises:
+        ValueError: As in `pixel_loss`.
     """
-    constants = (foreground, background, misses, false_alarms)
-    return _run("weighted_pixel_loss", logits, target, constants, (ignore_index,), backend, upsampling)
+    return _dispatch(
+        "weighted_pixel_loss",
+        logits,
+        target,
+        constants={"foreground": foreground, "background": background, "misses": misses, "false_alarms": false_alarms},
+        scalars={},
+        ignore_index=ignore_index,
+        backend=backend,
+        upsampling=upsampling,
+    )
 
 
 def soft_counts(
@@ -138,21 +169,24 @@ def soft_counts(
     backend: str = "auto",
     upsampling: Upsampling | None = None,
 ) -> Tensor:
-    """Sum over all labelled pixels, for every class, labels and soft errors from powers of the softmax p.
+    """Count labelled pixels, soft misses and soft false alarms of every class over all pixels.
 
-    A pixel with label y misses by ``1 - p_y^power`` and is a false alarm of every other class by ``1 - (1 - p_k)^power``;
-    with power 1 the hits and false alarms are the probabilities themselves.
+    With the softmax p, a pixel with label y adds ``1 - p_y^power`` to the misses of class y and ``1 - (1 - p_k)^power`` to
+    the false alarms of every other class k. With power 1 the soft hits and false alarms are the probabilities themselves.
 
     Args:
-        logits: As in `pixel_loss`, likewise ``target``, ``ignore_index``, ``backend`` and ``upsampling``; and the errors.
-        target: See there.
-        power: q, above 0 and up to 1.
-        ignore_index: See there.
-        backend: See there.
-        upsampling: See there.
+        logits: ``(N, C, *spatial)``, as in `pixel_loss`.
+        target: ``(N, *spatial)``, as in `pixel_loss`.
+        power: Exponent, 0 < power <= 1.
+        ignore_index: Label of void pixels; they are not counted.
+        backend: ``"auto"`` or one of `BACKENDS`.
+        upsampling: As in `pixel_loss`.
 
     Returns:
         ``(3, C)``: labelled pixels, misses, false alarms, in the dtype of the logits or float32, whichever is wider.
+
+    Raises:
+        ValueError: As in `pixel_loss`.
 
     Example:
         >>> import torch
@@ -162,23 +196,32 @@ def soft_counts(
                 [0.0474, 0.3775],
                 [0.3775, 0.0474]])
     """
-    return _run("soft_counts", logits, target, (), (power, ignore_index), backend, upsampling)
+    return _dispatch(
+        "soft_counts",
+        logits,
+        target,
+        constants={},
+        scalars={"power": power},
+        ignore_index=ignore_index,
+        backend=backend,
+        upsampling=upsampling,
+    )
 
 
 @torch.no_grad()
 def predicted_classes(logits: Tensor, size: tuple[int, ...] | None = None, upsampling: Upsampling | None = None) -> Tensor:
-    """Find the class of the largest logit of every pixel; of equal ones the lowest.
+    """Find the class of the largest logit of every pixel, the lowest class if several are equal.
 
-    Triton on a GPU that has it, else PyTorch by blocks.
+    Uses Triton on a GPU if the package is installed, and otherwise PyTorch, tile by tile on the CPU.
 
     Args:
         logits: ``(N, C, *spatial)``, floating point, any strides.
-        size: ``(H, W)`` of the result where there is an upsampling: that of the upsampled logits, or less, counted from the
-            first row and column.
-        upsampling: How logits ``(N, C, h, w)`` are upsampled before; the upsampled ones are not held.
+        size: ``(H, W)`` of the result if ``upsampling`` is given: the first H rows and W columns of the upsampled logits.
+            Default: all of them.
+        upsampling: Bilinear upsampling of logits ``(N, C, h, w)``, never held in memory as a whole; None for none.
 
     Returns:
-        ``(N, *spatial)`` or ``(N, H, W)``; uint8 up to 256 classes, else int16. Where a logit is NaN, any class.
+        ``(N, *spatial)`` or ``(N, H, W)``; uint8 up to 256 classes, otherwise int16. Any class for a pixel with NaN.
 
     Example:
         >>> import torch
@@ -188,34 +231,38 @@ def predicted_classes(logits: Tensor, size: tuple[int, ...] | None = None, upsam
     """
     shape = logits.shape[2:] if upsampling is None else torch.Size(size or upsampling[:2])
     z = logits.detach()
-    if z.ndim == 2:  # (N, C): N pixels without an image around them
+    if z.ndim == 2:  # (N, C): pixels without spatial dimensions
         z = z.T[None]
     spatial = z.shape[2:] if upsampling is None else shape
     if upsampling is not None and torch.compiler.is_compiling() and not z.is_cuda:
-        z, upsampling = _interpolated(z, spatial, upsampling), None
-    if z.is_cuda and _runs_triton(z):
-        found: Tensor = _gpu().predicted_classes(z, list(spatial), *(upsampling or ()))
+        z, upsampling = _interpolate(z, spatial, upsampling), None
+    preds: Tensor
+    if z.is_cuda and _can_run_triton(z):
+        preds = _gpu().predicted_classes(z, list(spatial), **_upsampling_arguments(upsampling))
     else:
-        found = confusion.predicted(z, spatial, upsampling)
-    return found.view(len(logits), *shape)
+        preds = confusion.predict(z, spatial, upsampling)
+    return preds.view(len(logits), *shape)
 
 
 def confusion_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
-    """Count pixels by target and prediction; Triton on a GPU that has it, else PyTorch by blocks.
+    """Count pixels by target and prediction.
+
+    Uses Triton on a GPU if the package is installed, and otherwise PyTorch, block by block on the CPU. The host does not
+    wait for a GPU.
 
     Args:
         preds: Integers 0..C-1, any shape.
         target: Integers 0..C-1 or ``ignore_index``, of the same shape.
         num_classes: Number of classes C.
-        ignore_index: Target that counts nowhere, whatever the prediction.
+        ignore_index: Target of void pixels; they are not counted.
 
     Returns:
-        ``(C, C)`` int64, rows are targets, columns predictions; and a scalar, the number of pixels that could not be counted
-        as their target or prediction is no class: always 0 on the CPU. The host does not wait for a GPU.
+        Counts ``(C, C)`` int64, rows are targets, columns predictions; and the number of pixels whose target or prediction
+        is not a class, an int64 scalar that is always 0 on the CPU.
 
     Raises:
         TypeError: Predictions or target are not integers.
-        ValueError: Predictions and target have different shapes, or, on the CPU, such a pixel.
+        ValueError: Predictions and target have different shapes, or, on the CPU, a target or prediction is not a class.
 
     Example:
         >>> import torch
@@ -226,123 +273,173 @@ def confusion_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_ind
     """
     check_predictions(preds, target)
     if target.device.type != "cpu" or torch.compiler.is_compiling():
-        count = _gpu().confusion_counts if target.is_cuda and _HAS_TRITON else confusion.counted_anywhere
-        found: Tensor = count(preds, target, num_classes, ignore_index)
-        return found[:-1].view(num_classes, num_classes), found[-1]
-    counts = confusion.counted(preds, target, num_classes, ignore_index).view(num_classes, num_classes)
-    return counts, counts.new_zeros(())
+        count = _gpu().confusion_counts if target.is_cuda and _HAS_TRITON else confusion.count_unchecked
+        cells: Tensor = count(preds, target, num_classes=num_classes, ignore_index=ignore_index)
+        return cells[:-1].view(num_classes, num_classes), cells[-1]
+    cells = confusion.count_on_cpu(preds, target, num_classes=num_classes, ignore_index=ignore_index)
+    return cells.view(num_classes, num_classes), cells.new_zeros(())
 
 
 def check_predictions(preds: Tensor, target: Tensor) -> None:
     """Raise TypeError or ValueError unless predictions and target are integers of the same shape."""
     for name, labels in (("preds", preds), ("target", target)):
         if labels.is_floating_point() or labels.is_complex():
-            raise TypeError(f"{name}: found dtype {labels.dtype}, expected integer classes")
+            raise TypeError(f"{name}: found dtype {labels.dtype}, expected an integer dtype; pass class indices")
     if preds.shape != target.shape:
-        raise ValueError(f"preds: found shape {tuple(preds.shape)}, expected {tuple(target.shape)}, the shape of the target")
+        raise ValueError(
+            f"preds: found shape {tuple(preds.shape)}, expected the shape {tuple(target.shape)} of the target; "
+            "resize predictions to the target"
+        )
 
 
 def _gpu() -> Any:
-    from . import gpu  # imports triton
+    from mcseg.kernels import gpu  # imports triton
 
     return gpu
 
 
 class _Operation(NamedTuple):
-    """Implementations of an operation, called as ``(logits, target, *constants, *settings)``.
+    """The implementations of an operation, one per backend.
 
-    They get logits with a spatial dimension, target int64 and constants ``(C,)`` float32 or wider on the logits' device;
-    triton's also ``height, width, align_corners`` of an upsampling, where there is one.
+    Each one takes logits with at least one spatial dimension and an int64 target, and by keyword the operation's constants,
+    ``(C,)`` in float32 or wider on the logits' device, its scalars and ``ignore_index``. Those for triton also take
+    ``upsampling``.
+
+    Attributes:
+        per_pixel: Whether the result is ``(N, *spatial)``; otherwise it is a sum over all pixels.
+        reference: Implementation for the reference, or None.
+        fused: Implementation for fused, or None.
+        triton: Implementation for triton.
     """
 
-    per_pixel: bool  # whether it gives ``(N, *spatial)``, or sums over all pixels
+    per_pixel: bool
     reference: Callable[..., Tensor] | None
     fused: Callable[..., Tensor] | None
-    triton: Callable[..., Tensor] | None
+    triton: Callable[..., Tensor]
+
+
+def _triton_pixel_loss(
+    logits: Tensor, target: Tensor, *, foreground: Tensor, foreground_weight: float, **arguments: Any
+) -> Tensor:
+    num_classes = logits.shape[1]
+    misses = torch.full_like(foreground, foreground_weight / num_classes)
+    arguments |= {"foreground": foreground, "misses": misses, "false_alarms": None, "weight": 1 / num_classes}
+    return _call_triton("margin_loss", logits, target, **arguments)
+
+
+def _triton_weighted_pixel_loss(logits: Tensor, target: Tensor, **arguments: Any) -> Tensor:
+    return _call_triton("margin_loss", logits, target, weight=0.0, **arguments)
+
+
+def _triton_soft_counts(logits: Tensor, target: Tensor, **arguments: Any) -> Tensor:
+    return _call_triton("soft_counts", logits, target, **arguments)
+
+
+def _call_triton(name: str, logits: Tensor, target: Tensor, *, upsampling: Upsampling | None, **arguments: Any) -> Tensor:
+    arguments |= {"differentiable": torch.is_grad_enabled() and logits.requires_grad, **_upsampling_arguments(upsampling)}
+    result: Tensor = getattr(_gpu(), name)(logits, target, **arguments)[0]
+    return result
+
+
+def _upsampling_arguments(upsampling: Upsampling | None) -> dict[str, Any]:
+    """Arguments of the GPU kernels for an upsampling; a height of 0 is none."""
+    height, width, align_corners = upsampling or (0, 0, False)
+    return {"height": height, "width": width, "align_corners": align_corners}
 
 
 _OPERATIONS = {
-    "pixel_loss": _Operation(True, None, fused_loss.pixel_loss, None),
+    "pixel_loss": _Operation(per_pixel=True, reference=None, fused=fused_loss.pixel_loss, triton=_triton_pixel_loss),
     "weighted_pixel_loss": _Operation(
-        True, reference.weighted_pixel_loss, None, lambda *given: _gpu().weighted_pixel_loss(*given)
+        per_pixel=True, reference=reference.weighted_pixel_loss, fused=None, triton=_triton_weighted_pixel_loss
     ),
     "soft_counts": _Operation(
-        False, reference.soft_counts, fused_counts.soft_counts, lambda *given: _gpu().soft_counts(*given)
+        per_pixel=False, reference=reference.soft_counts, fused=fused_counts.soft_counts, triton=_triton_soft_counts
     ),
 }
 
 
-def _run(
+def _dispatch(
     name: str,
     logits: Tensor,
     target: Tensor,
-    constants: Sequence[Tensor],
-    settings: tuple[float, ...],
+    *,
+    constants: Mapping[str, Tensor],
+    scalars: Mapping[str, float],
+    ignore_index: int,
     backend: str,
     upsampling: Upsampling | None,
 ) -> Tensor:
-    """Prepare what every operation needs and call the implementation; the last of the settings is the ignore_index."""
-    chosen = _chosen(name, backend, logits)
+    """Check and convert the inputs of an operation and call the selected implementation."""
+    selected = _select_backend(name, backend, logits)
     operation = _OPERATIONS[name]
-    if upsampling is not None and chosen != "triton":
-
-        def at_full_size(z: Tensor, y: Tensor) -> Tensor:
-            return _run(name, z, y, constants, settings, chosen, None)
-
-        if torch.compiler.is_compiling():  # which decides itself what is kept
-            return at_full_size(_interpolated(logits, target.shape[-2:], upsampling), target)
-        return upsampled(at_full_size, logits, target, upsampling, per_pixel=operation.per_pixel)
-    # int64 is what gather and scatter want; it also keeps a negative ignore_index from wrapping around in uint8
+    if upsampling is not None and selected != "triton":
+        at_full_size = partial(
+            _dispatch,
+            name,
+            constants=constants,
+            scalars=scalars,
+            ignore_index=ignore_index,
+            backend=selected,
+            upsampling=None,
+        )
+        if torch.compiler.is_compiling():  # a compiler decides by itself which tensors to keep
+            return at_full_size(_interpolate(logits, target.shape[-2:], upsampling), target)
+        return apply_upsampled(at_full_size, logits, target, upsampling=upsampling, per_pixel=operation.per_pixel)
+    # gather and scatter need int64; it also keeps a negative ignore_index from wrapping around in uint8
     target = target.long()
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_labels(target, logits.shape[1], int(settings[-1]))
+        check_labels(target, logits.shape[1], ignore_index)
     shape = target.shape
-    if logits.ndim == 2:  # (N, C): N pixels without an image around them
+    if logits.ndim == 2:  # (N, C): pixels without spatial dimensions
         logits, target = logits.T[None], target[None]
     dtype = torch.promote_types(logits.dtype, torch.float32)
-    # dtype before device: some devices have no float64
-    vectors = (vector.detach().to(dtype).to(logits.device) for vector in constants)
-    implementation: Callable[..., Tensor] = getattr(operation, chosen)
-    found = implementation(logits, target, *vectors, *settings, *(upsampling or ()))
-    return found.view(shape) if operation.per_pixel and found.shape != shape else found
+    arguments: dict[str, Any] = {**scalars, "ignore_index": ignore_index}
+    for key, vector in constants.items():
+        # dtype before device: some devices have no float64
+        arguments[key] = vector.detach().to(dtype).to(logits.device)
+    if selected == "triton":
+        arguments["upsampling"] = upsampling
+    implementation: Callable[..., Tensor] = getattr(operation, selected)
+    result = implementation(logits, target, **arguments)
+    return result.view(shape) if operation.per_pixel and result.shape != shape else result
 
 
-def _interpolated(logits: Tensor, size: torch.Size, upsampling: Upsampling) -> Tensor:
-    """Upsampled logits of the first ``size`` rows and columns, in float32 or wider."""
+def _interpolate(logits: Tensor, size: torch.Size, upsampling: Upsampling) -> Tensor:
+    """Upsample logits in float32 or wider and keep the first ``size`` rows and columns."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     z = F.interpolate(z, upsampling[:2], mode="bilinear", align_corners=upsampling.align_corners)
     return z[..., : size[0], : size[1]]
 
 
-def _chosen(name: str, backend: str, logits: Tensor) -> str:
-    """The implementation to use: ``"reference"``, ``"fused"`` or ``"triton"``."""
+def _select_backend(name: str, backend: str, logits: Tensor) -> str:
+    """Select the implementation to call: ``"reference"``, ``"fused"`` or ``"triton"``."""
     check_backend(backend)
-    runs = _runs_triton(logits)
-    if backend == "triton" and not runs:
+    can_run_triton = _can_run_triton(logits)
+    if backend == "triton" and not can_run_triton:
         raise ValueError(
-            f"backend: found 'triton' with {logits.dtype} on {logits.device.type}, expected logits of at most 32 bits on a "
-            "GPU, and the package triton; 'auto' takes what can be used"
+            f"backend: found 'triton' with {logits.dtype} logits on {logits.device.type}, expected logits of at most 32 "
+            "bits on a GPU and the package triton; use backend='auto' to select a backend that can run"
         )
     if backend == "auto":
-        backend = "triton" if runs and logits.is_cuda and not _exporting() else "fused"
-    # An exporter drops an autograd.Function and keeps the operations of its forward; a compiler fuses by itself.
+        backend = "triton" if can_run_triton and logits.is_cuda and not _is_exporting() else "fused"
+    # an exporter drops an autograd.Function and keeps the operations of its forward; a compiler fuses by itself
     if backend == "fused" and (_OPERATIONS[name].fused is None or torch.compiler.is_compiling()):
         return "reference"
     return backend
 
 
-def _runs_triton(logits: Tensor) -> bool:
-    return logits.dtype != torch.float64 and _HAS_TRITON and (logits.is_cuda or _INTERPRETING)
+def _can_run_triton(logits: Tensor) -> bool:
+    return logits.dtype != torch.float64 and _HAS_TRITON and (logits.is_cuda or _TRITON_INTERPRETED)
 
 
-def _exporting() -> bool:
-    # before torch 2.7 exporting cannot be told from compiling
+def _is_exporting() -> bool:
+    # torch before 2.7 does not distinguish exporting from compiling
     is_exporting: Callable[[], bool] | None = getattr(torch.compiler, "is_exporting", None)
     return is_exporting is not None and is_exporting()
 
 
 def check_labels(target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raise ValueError for a label that is neither a class nor ``ignore_index``; the host waits for the device."""
+    """Raise ValueError if a label is neither a class nor ``ignore_index``; the host waits for the device."""
     if target.numel() == 0:
         return
     labels = target.masked_fill(target == ignore_index, 0)

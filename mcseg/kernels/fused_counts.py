@@ -1,21 +1,21 @@
-r"""Soft counts per class of powers of the probabilities, in two passes over the logits: counts, then the gradient.
+r"""Soft counts per class from powers of the probabilities: one pass over the logits for the counts, one for the gradient.
 
-With the softmax p of a pixel, its label y and a power q, the errors are a miss ``1 - p_y^q`` and for every other class a
-false alarm ``1 - (1 - p_k)^q``. A function of their sums has one upstream gradient for each class and kind of error: u for
-misses, v for false alarms. With h the slopes of a pixel's errors in log p::
+A pixel with label y, softmax p and power q adds ``1 - p_y^q`` to the misses of class y and ``1 - (1 - p_k)^q`` to the false
+alarms of every other class k. A loss that is a function of the counts has the upstream gradients u_k for misses and v_k for
+false alarms. With h_k as the slope of the loss in log p_k::
 
     h_k = v_k q p_k (1 - p_k)^(q - 1)    (k != y),        h_y = -u_y q p_y^q
     d loss / d z_j = h_j - p_j sum_k h_k
 
-The largest logit, class 1 below, may have a p of 1 to rounding; then 1 - p is lost, and two large numbers cancel. All that
-concerns it is therefore written by the sum over the *others*: with R = 1 - p_1 as that sum, S = sum_{k != 1} h_k and the
-shares w_k = p_k / R of the others, every part is computed without a difference of neighbours, log R from the runner-up::
+The p of the largest logit, class 1 below, may round to 1. Then 1 - p is lost, and two large numbers cancel. All terms with
+1 - p_1 are therefore computed from R = 1 - p_1 as a sum over the other classes. With S = sum_{k != 1} h_k and the shares
+w_k = p_k / R, no part is a difference of nearly equal numbers::
 
-    A = v_1 q p_1 R^q   where 1 is a rival,     A = -u_1 q p_1^q R   where it is the label
+    A = v_1 q p_1 R^q   if class 1 is not the label,     A = -u_1 q p_1^q R   if it is
     d loss / d z_1 = A - p_1 S
     d loss / d z_k = h_k - w_k (R S + A)        (k != 1)
 
-Nothing of the size of the logits is kept between the passes: probabilities are computed anew, a tile at a time.
+No tensor of the size of the logits is saved between the passes: the second pass computes the probabilities again.
 """
 
 import math
@@ -26,20 +26,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .fused_loss import lowest_zero
-from .tiles import on_threads, tiles
+from mcseg.kernels.fused_loss import first_zero
+from mcseg.kernels.tiles import on_threads, tiles
 
-# elements of a tile on the CPU; one pass makes a few tensors of this size
+# elements of a tile on the CPU; a pass allocates a few tensors of this size
 _TILE = 2**18
 
-_Part = tuple[slice, slice, slice]
+_Part = tuple[slice, slice, slice]  # samples, classes, rows
 
 
 def soft_counts(logits: Tensor, target: Tensor, power: float, ignore_index: int) -> Tensor:
-    """Compute what `mcseg.kernels.soft_counts` does, with a spatial dimension and target int64.
+    """Compute what `mcseg.kernels.soft_counts` does, for logits with a spatial dimension and int64 targets.
 
     Note:
-        Keeps nothing for the backward pass besides its inputs. Differentiable once.
+        Saves only its inputs for the backward pass. Differentiable once.
     """
     counts: Tensor = _SoftCounts.apply(logits, target, power, ignore_index)
     return counts
@@ -54,49 +54,62 @@ class _SoftCounts(torch.autograd.Function):
         parts = list(enumerate(_parts(logits)))
         counts = torch.zeros(len(parts), 3, logits.shape[1], dtype=torch.float64, device=logits.device)
 
-        def some(parts: Sequence[tuple[int, _Part]]) -> None:
+        def count(parts: Sequence[tuple[int, _Part]]) -> None:
             for index, part in parts:
-                counts[index] = _counts(logits[part], target[part[0], *part[2:]], power, ignore_index)
+                z, y = logits[part], target[part[0], *part[2:]]
+                counts[index] = _counts(z, y, power=power, ignore_index=ignore_index)
 
-        on_threads(some, parts)
+        on_threads(count, parts)
         return counts.sum(0).to(torch.promote_types(logits.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        # @once_differentiable would let the gradient pass as a constant where `upstream` is one
+        # @once_differentiable would treat the gradient as a constant if `upstream` is a constant
         if torch.is_grad_enabled():
             raise RuntimeError('create_graph=True: backend "fused" has no second derivative; use backend="reference"')
         logits, target = ctx.saved_tensors
         power, ignore_index = ctx.scalars
         gradient = torch.empty_like(logits)
 
-        def some(parts: Sequence[_Part]) -> None:
+        def differentiate(parts: Sequence[_Part]) -> None:
             for part in parts:
-                gradient[part] = _gradient(logits[part], target[part[0], *part[2:]], power, ignore_index, upstream)
+                z, y = logits[part], target[part[0], *part[2:]]
+                gradient[part] = _gradient(z, y, power=power, ignore_index=ignore_index, upstream=upstream)
 
-        on_threads(some, _parts(logits))
+        on_threads(differentiate, _parts(logits))
         return gradient, None, None, None
 
 
 def _parts(logits: Tensor) -> list[_Part]:
-    """Tiles on the CPU, where they stay in the cache; elsewhere the whole."""
-    whole = slice(None)
+    """Cut into tiles that fit into the cache on the CPU; elsewhere return one part with everything."""
+    everything = slice(None)
     if logits.device.type != "cpu":
-        return [(whole, whole, whole)]
-    return [(samples, whole, rows) for samples, rows in tiles(logits, _TILE)]
+        return [(everything, everything, everything)]
+    return [(samples, everything, rows) for samples, rows in tiles(logits, _TILE)]
 
 
 class _Pixels(NamedTuple):
-    """What both passes need of a tile: one value per pixel, ``(N, 1, *spatial)``, but for the shares."""
+    """Values that both passes need of a tile, ``(N, 1, *spatial)`` if not stated otherwise.
 
-    void: Tensor  # whether the pixel is
-    label: Tensor  # its class, 0 where void
-    first: Tensor  # class of the largest logit, the lowest of several
-    is_first: Tensor  # whether that is the label
+    Attributes:
+        void: Whether the pixel is void.
+        label: Class of the pixel, 0 if void.
+        top_class: Class of the largest logit, the lowest class if several are equal.
+        label_is_top: Whether the label is the class of the largest logit.
+        log_p_label: Logarithm of the label's probability.
+        log_p_top: Logarithm of the largest probability.
+        log_rest: log R, with R = 1 - p of the largest logit.
+        shares: w_k, ``(N, C, *spatial)``; 0 for the largest logit and for void pixels.
+    """
+
+    void: Tensor
+    label: Tensor
+    top_class: Tensor
+    label_is_top: Tensor
     log_p_label: Tensor
-    log_p_first: Tensor
-    log_rest: Tensor  # log R, R = 1 - p of the largest
-    shares: Tensor  # ``(N, C, *spatial)``: w_k, 0 for the largest and where void
+    log_p_top: Tensor
+    log_rest: Tensor
+    shares: Tensor
 
 
 def _pixels(z: Tensor, target: Tensor, ignore_index: int) -> _Pixels:
@@ -104,45 +117,56 @@ def _pixels(z: Tensor, target: Tensor, ignore_index: int) -> _Pixels:
     label = target.unsqueeze(1).masked_fill(void, 0)
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     t = z - z.amax(dim=1, keepdim=True)
-    first = lowest_zero(t)
-    of_label = t.gather(1, label)
-    t.scatter_(1, first, z.new_full((), -torch.inf).expand(first.shape))  # with a tensor: a number takes twice as long
-    second = t.amax(dim=1, keepdim=True)
+    top_class = first_zero(t)
+    t_label = t.gather(1, label)
+    # scatter_() with a tensor takes half as long as with a number
+    t.scatter_(1, top_class, z.new_full((), -torch.inf).expand(top_class.shape))
+    runner_up = t.amax(dim=1, keepdim=True)
     scale = 1 / math.log(2)  # exp2 takes a third of the time of exp
-    shares = torch.add(second * -scale, t, alpha=scale, out=t).exp2_()
+    shares = torch.add(runner_up * -scale, t, alpha=scale, out=t).exp2_()
     total = shares.sum(dim=1, keepdim=True)
-    odds = second + total.log()  # log sum_{k != 1} exp(z_k - z_1)
-    log_sum = -F.logsigmoid(-odds)
+    log_odds = runner_up + total.log()  # log sum_{k != 1} exp(z_k - z_1)
+    log_sum = -F.logsigmoid(-log_odds)  # log sum_k exp(z_k - z_1)
     shares.mul_(total.reciprocal().masked_fill_(void, 0.0))
-    if shares.device.type != "cpu" or not total.isfinite().all():  # masked_fill_() of a tile takes as long as five products
+    # the factor 0 suffices for finite values; masked_fill_() of a tile takes as long as five multiplications
+    if shares.device.type != "cpu" or not total.isfinite().all():
         shares.masked_fill_(void, 0.0)
-    return _Pixels(void, label, first, label == first, of_label - log_sum, -log_sum, odds - log_sum, shares)
+    return _Pixels(
+        void=void,
+        label=label,
+        top_class=top_class,
+        label_is_top=label == top_class,
+        log_p_label=t_label - log_sum,
+        log_p_top=-log_sum,
+        log_rest=log_odds - log_sum,
+        shares=shares,
+    )
 
 
-def _counts(z: Tensor, target: Tensor, power: float, ignore_index: int) -> Tensor:
-    """Labels, misses and false alarms ``(3, C)`` float64 of a tile."""
+def _counts(z: Tensor, target: Tensor, *, power: float, ignore_index: int) -> Tensor:
+    """Count labels, misses and false alarms of a tile, ``(3, C)`` float64."""
     pixels = _pixels(z, target, ignore_index)
     rest = pixels.log_rest.exp().masked_fill_(pixels.void, 0.0)
-    if power < 1:  # p is at most 1/2 here, so nothing cancels
-        kept = torch.mul(pixels.shares, -rest, out=pixels.shares).add_(1)
-        alarms = kept.pow_(power).neg_().add_(1)
+    if power < 1:  # p is at most 1/2 except for the largest logit, which is replaced below: nothing cancels
+        one_minus_p = torch.mul(pixels.shares, -rest, out=pixels.shares).add_(1)
+        alarms = one_minus_p.pow_(power).neg_().add_(1)
     else:
         alarms = pixels.shares.mul_(rest)
-    of_first = _error(pixels.log_rest, power)
-    alarms.scatter_(1, pixels.first, of_first.masked_fill_(pixels.void, 0.0))
-    alarms.scatter_(1, pixels.label, torch.zeros_like(of_first))
-    over = [dim for dim in range(alarms.ndim) if dim != 1]
-    false_alarms = alarms.sum(over)
-    miss = _error(pixels.log_p_label, power).masked_fill_(pixels.void, 0.0)
-    misses = alarms.zero_().scatter_(1, pixels.label, miss).sum(over)
-    # not by bincount, for which the host would wait for the device
+    alarm_of_top = _one_minus_power(pixels.log_rest, power)
+    alarms.scatter_(1, pixels.top_class, alarm_of_top.masked_fill_(pixels.void, 0.0))
+    alarms.scatter_(1, pixels.label, torch.zeros_like(alarm_of_top))
+    pixel_dims = [dim for dim in range(alarms.ndim) if dim != 1]
+    false_alarms = alarms.sum(pixel_dims)
+    miss = _one_minus_power(pixels.log_p_label, power).masked_fill_(pixels.void, 0.0)
+    misses = alarms.zero_().scatter_(1, pixels.label, miss).sum(pixel_dims)
+    # not bincount, which makes the host wait for the device
     labels = torch.zeros_like(misses, dtype=torch.float64)
     labels.scatter_add_(0, pixels.label.flatten(), (~pixels.void).double().flatten())
     return torch.stack([labels, misses.double(), false_alarms.double()])
 
 
-def _gradient(z: Tensor, target: Tensor, power: float, ignore_index: int, upstream: Tensor) -> Tensor:
-    """Gradient of a tile, for an upstream gradient ``(3, C)`` of the counts."""
+def _gradient(z: Tensor, target: Tensor, *, power: float, ignore_index: int, upstream: Tensor) -> Tensor:
+    """Compute the gradient of a tile from the upstream gradient ``(3, C)`` of the counts."""
     pixels = _pixels(z, target, ignore_index)
     u, v = power * upstream[1], power * upstream[2]
     rest = pixels.log_rest.exp().masked_fill_(pixels.void, 0.0)
@@ -150,16 +174,16 @@ def _gradient(z: Tensor, target: Tensor, power: float, ignore_index: int, upstre
     if power < 1:
         h *= (1 - h).pow_(power - 1)
     h *= v.view(-1, *[1] * (z.ndim - 2))
-    p_first = pixels.log_p_first.exp()
-    of_label = (power * pixels.log_p_label).exp_() * -u.take(pixels.label)
-    of_rival = (power * pixels.log_rest).exp_() * p_first * v.take(pixels.first)
-    a = torch.where(pixels.is_first, of_label * rest, of_rival).masked_fill_(pixels.void, 0.0)
-    h.scatter_(1, pixels.label, of_label.masked_fill_(pixels.void | pixels.is_first, 0.0))
+    p_top = pixels.log_p_top.exp()
+    h_label = (power * pixels.log_p_label).exp_() * -u.take(pixels.label)
+    a_if_alarm = (power * pixels.log_rest).exp_() * p_top * v.take(pixels.top_class)
+    a = torch.where(pixels.label_is_top, h_label * rest, a_if_alarm).masked_fill_(pixels.void, 0.0)
+    h.scatter_(1, pixels.label, h_label.masked_fill_(pixels.void | pixels.label_is_top, 0.0))
     s = h.sum(dim=1, keepdim=True)
     h.addcmul_(pixels.shares, rest * s + a, value=-1)
-    return h.scatter_(1, pixels.first, (a - p_first * s).masked_fill_(pixels.void, 0.0))
+    return h.scatter_(1, pixels.top_class, (a - p_top * s).masked_fill_(pixels.void, 0.0))
 
 
-def _error(log_kept: Tensor, power: float) -> Tensor:
-    """``1 - kept^power`` from the logarithm, without cancellation."""
-    return (power * log_kept).expm1_().neg_()
+def _one_minus_power(log_x: Tensor, power: float) -> Tensor:
+    """Compute ``1 - x^power`` from log x, without cancellation."""
+    return (power * log_x).expm1_().neg_()

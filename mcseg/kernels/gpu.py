@@ -1,5 +1,9 @@
-"""Launches of the Triton kernels, registered with torch.library; imported at the first call on a GPU."""
+"""Launches of the Triton kernels, registered with torch.library; imported at the first call on a GPU.
 
+Sizes of blocks are those of the prototypes that were measured on an H200, unless said otherwise.
+"""
+
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -7,98 +11,252 @@ import torch
 import triton
 from torch import Tensor
 
-from . import gpu_kernels as kernels
-from .confusion import id_dtype
-from .upsample import neighbours
+from mcseg.kernels import gpu_labels, gpu_pixels, gpu_upsampled
+from mcseg.kernels.confusion import id_dtype
+from mcseg.kernels.upsample import neighbours
 
-# Elements of a tile, 8 for a thread: compiled for compute capability 9.0 no kernel then needs more than 128 registers of a
-# thread where a tile holds all classes, and none spills; with 16 elements up to 180, with 32 some spill.
-_TILE = 2048
-_WARPS = 8
-_ONE_CHUNK = 256  # most classes that a tile holds at once
-_CHUNK = 128  # classes at a time where there are more
-_PROGRAMS = 1024  # of a sum over pixels: each keeps its sums in registers and goes on to its next block
+# Most classes whose logits a thread keeps in registers: with 32, compiled for compute capability 9.0, kernels spill
+UNROLLED = 24
+_CHUNK = 4  # classes at a time where there are more: as many loads are in flight
+_PROGRAMS = 1024  # of a sum over pixels in registers: each goes through several blocks
+_STRIDED = 16  # bytes: pixels no longer than this are read where they lie, one after the other
+_TILE = 128  # columns of a tile of upsampled pixels
 _LABELS = 1024  # pixels of a block that counts labels
+_FOLD = {
+    "BC": 16,
+    "BP": 64,
+    "BX": 16,
+}  # classes, columns of pixels and coarse cells of a program; with 128 columns it spills
 
 
-class _Places(NamedTuple):
-    """How a kernel finds the logits of the pixels, and where coarse ones are, the pixels of a cell."""
+class _Grid(NamedTuple):
+    """Blocks of pixels of some logits, and the arguments by which a kernel finds them."""
 
-    strides: list[tuple[int, ...]]  # (N,C,H,W) of each tensor
-    pixels: int  # of a sample
-    width: int
-    shape: tuple[int, int]  # of the coarse logits
-    tables: tuple[Tensor | None, ...]  # lower neighbour and weight of the upper one, of rows and of columns
-    ranges: tuple[Tensor, ...]  # first pixel and one behind the last of each coarse row and of each coarse column
-    most: int  # columns of pixels of a coarse column
-    flat: bool  # one stride serves for all pixels of a sample
+    z: Tensor  # (N, C, pixels) or coarse (N, C, h, w)
+    blocks: int  # of a sample
+    where: dict[str, Any]
+    shape: dict[str, Any]  # compile-time constants
 
 
-def _places(target: Tensor, upsampling: tuple[int, int, bool], *tensors: Tensor) -> _Places:
-    shape = tensors[0].shape
-    strides = [(*tensor.stride()[:2], *(0,) * (4 - tensor.ndim), *tensor.stride()[2:]) for tensor in tensors]
-    height, width = (1, 1, *shape[2:])[-2:]
+class _Table(NamedTuple):
+    """How rows or columns of pixels lie between coarse ones."""
+
+    lower: Tensor
+    weight: Tensor  # of the next one
+    start: Tensor  # first pixel that a coarse cell contributes to
+    end: Tensor  # the one after the last
+    rows: int  # most rows of a tile that lie between three coarse ones: 4, 2 or 1
+    cells: int  # most coarse cells of a program of the fold: its columns of pixels hold all that they contribute to
+
+
+def _grid(logits: Tensor, pixels: torch.Size, upsampling: tuple[int, int, bool], block: int) -> _Grid:
+    none = dict.fromkeys(("rows_ptr", "down_ptr", "columns_ptr", "across_ptr"))
     if not upsampling[0]:
-        flat = all(stride[2] == width * stride[3] for stride in strides) or height == 1
-        return _Places(strides, height * width, width, (height, width), (None,) * 4, (), 0, flat)
-    rows, columns = (
-        _table(coarse, full, upsampling[2], kept, target.device)
-        for coarse, full, kept in zip((height, width), upsampling[:2], target.shape[-2:], strict=True)
+        z = _lined_up(logits)
+        count = z.shape[2]
+        zn, zc, zp = z.stride()
+        where = {"width": count, "coarse_height": 1, "zn": zn, "zc": zc, "zp": zp, "zh": 0, "zw": 0, **none}
+        return _Grid(z, triton.cdiv(count, block), where | {"pixels": count}, {"UP": False, "R": 1, "BP": block})
+    z = logits.contiguous()
+    height, width = pixels[-2:]
+    rows, columns = _tables(z, pixels, upsampling)
+    zn, zc, zh, zw = z.stride()
+    where = {
+        "width": width, "coarse_height": z.shape[2], "pixels": height * width,
+        "zn": zn, "zc": zc, "zp": 0, "zh": zh, "zw": zw if z.shape[3] > 1 else 0,
+        "rows_ptr": rows.lower, "down_ptr": rows.weight, "columns_ptr": columns.lower, "across_ptr": columns.weight,
+    }  # fmt: skip
+    blocks = triton.cdiv(height, rows.rows) * triton.cdiv(width, _TILE)
+    return _Grid(z, blocks, where, {"UP": True, "R": rows.rows, "BP": _TILE})
+
+
+def _lined_up(logits: Tensor) -> Tensor:
+    """Bring logits to (N, C, pixels), as a view where pixels lie one after the other."""
+    z = logits.reshape(*logits.shape[:2], -1)
+    # reading longer pixels in place takes one memory transaction per class; a copy takes one read and one write
+    return z if z.stride(2) == 1 or _is_short(z) else z.contiguous()
+
+
+def _is_short(z: Tensor) -> bool:
+    return z.shape[1] * z.element_size() <= _STRIDED and abs(z.stride(2)) * z.shape[2] < 2**31
+
+
+def _tables(z: Tensor, pixels: torch.Size, upsampling: tuple[int, int, bool]) -> tuple[_Table, _Table]:
+    return tuple(  # type: ignore[return-value]
+        _table(coarse, full, upsampling[2], kept, z.device)
+        for coarse, full, kept in zip(z.shape[-2:], upsampling[:2], pixels[-2:], strict=True)
     )
-    pixels = target.shape[-2] * target.shape[-1]
-    tables, ranges = (*rows[:2], *columns[:2]), (*rows[2:4], *columns[2:4])
-    return _Places(strides, pixels, target.shape[-1], (height, width), tables, ranges, columns[4], False)
 
 
 @lru_cache(maxsize=256)
-def _table(
-    coarse: int, full: int, align_corners: bool, kept: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Lower neighbours, the upper ones' weights of the first ``kept`` pixels; range of pixels of each cell, and the longest.
-
-    Kept for the next step: a copy to the device would make the host wait.
-    """
-    lower, _, weight = (part[:kept] for part in neighbours(coarse, full, align_corners, torch.float32))
+def _table(coarse: int, full: int, align_corners: bool, kept: int, device: torch.device) -> _Table:
+    """Compute the table of the first ``kept`` pixels; cached, as a copy to the device makes the host wait."""
+    lower, upper, weight = (part[:kept] for part in neighbours(coarse, full, align_corners, torch.float32))
+    weight = torch.where(upper > lower, weight, 1.0 if coarse > 1 else 0.0)
+    lower = lower.clamp(max=max(0, coarse - 2))  # so that the next cell exists
     cells = torch.arange(coarse)
     start = torch.searchsorted(lower, cells - 1)
     end = torch.searchsorted(lower, cells, right=True)
-    most = int((end - start).max())
-    return (*(part.to(device) for part in (lower.int(), weight, start.int(), end.int())), most)  # type: ignore[return-value]
+    rows = next(r for r in (4, 2, 1) if all(int(lower[i : i + r].max() - lower[i]) <= 1 for i in range(0, kept, r)))
+    runs = range(1, min(coarse, _FOLD["BX"]) + 1)
+    fits = [int((end[k - 1 :] - start[: coarse - k + 1]).max()) <= _FOLD["BP"] for k in runs]
+    parts = [part.to(device) for part in (lower.int(), weight, start.int(), end.int())]
+    return _Table(parts[0], parts[1], parts[2], parts[3], rows, max(1, sum(fits)))
 
 
-def _tile(classes: int) -> dict[str, int | bool]:
-    one = classes <= _ONE_CHUNK
-    block = triton.next_power_of_2(classes) if one else _CHUNK
-    return {"ONE": one, "BC": block, "BP": max(16, _TILE // block), "num_warps": _WARPS}
+def _block(classes: int) -> int:
+    """Choose the pixels of a block of 128 threads: as many as keep up to `UNROLLED` logits of a thread in registers."""
+    if classes > UNROLLED:
+        return 256
+    return min(512, 128 << int(math.log2(UNROLLED // classes)))
 
 
-def _planes(z: Tensor) -> Tensor:
-    """At most two spatial dimensions, without a copy where strides allow it."""
-    return z if z.ndim <= 4 else z.flatten(2, -2) if z.is_contiguous() else z.reshape(*z.shape[:2], -1, z.shape[-1])
+def _kind(power: float) -> str:
+    return {1.0: "one", 0.5: "half"}.get(power, "any")
 
 
-@torch.library.custom_op("mcseg::weighted_pixel_loss", mutates_args=())
-def weighted_pixel_loss(
+def _classes(logits: Tensor, upsampling: bool) -> dict[str, Any]:
+    """Compile-time constants of the loop over classes."""
+    one = logits.shape[1] <= UNROLLED and not upsampling
+    return {"ONE": one, "U": logits.shape[1] if one else 1 if upsampling else _CHUNK}
+
+
+def _like(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Make a gradient in the memory format of the logits, and (N, C, pixels) to write it to: it, or to be copied to it."""
+    gradient = torch.empty_like(logits)
+    lined_up = gradient.reshape(*logits.shape[:2], -1)
+    if lined_up.data_ptr() == gradient.data_ptr() and (lined_up.stride(2) == 1 or _is_short(lined_up)):
+        return gradient, lined_up
+    return gradient, torch.empty(lined_up.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _in_format(gradient: Tensor, written: Tensor) -> Tensor:
+    if written.data_ptr() != gradient.data_ptr():
+        gradient.copy_(written.view(gradient.shape))
+    return gradient
+
+
+@torch.library.custom_op("mcseg::margin_loss", mutates_args=())
+def margin_loss(
     logits: Tensor,
     target: Tensor,
     foreground: Tensor,
     background: Tensor,
     misses: Tensor,
-    false_alarms: Tensor,
+    false_alarms: Tensor | None,
+    weight: float,
     ignore_index: int,
-    height: int = 0,
-    width: int = 0,
-    align_corners: bool = False,
-) -> Tensor:
+    height: int,
+    width: int,
+    align_corners: bool,
+    differentiable: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute what `mcseg.kernels.weighted_pixel_loss` does.
 
-    With a spatial dimension, target int64, vectors ``(C,)`` float32 on the device of the logits. Height and width are those
-    of an upsampling, and 0 without one.
+    Args:
+        logits: ``(N, C, *spatial)`` with a spatial dimension, at most 32 bits.
+        target: ``(N, *spatial)`` int64.
+        foreground: ``(C,)`` float32 on the device of the logits, likewise the next three.
+        background: See there.
+        misses: See there.
+        false_alarms: None: ``weight`` for all classes.
+        weight: See there.
+        ignore_index: Label of void pixels.
+        height: Rows of an upsampling, 0 without one.
+        width: Columns, likewise.
+        align_corners: Likewise.
+        differentiable: Whether to keep what the gradient needs.
+
+    Returns:
+        ``(N, *spatial)`` float32; and for `margin_loss_gradient` numbers and classes of the pixels, empty if it needs none.
     """
+    upsampling = (height, width, align_corners)
+    total = target.numel()
     loss = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
-    vectors = (foreground, background, misses, false_alarms)
-    _sum(logits, target, vectors, loss, None, 1.0, ignore_index, (height, width, align_corners))
-    return loss
+    kept = differentiable and _keeps(logits, height)
+    numbers = loss.new_empty((3, total) if kept else (0,))
+    pair = torch.empty(total if kept else 0, dtype=torch.int32, device=logits.device)
+    if total == 0:
+        return loss, numbers, pair
+    constants = _classes(logits, height > 0)
+    grid = _grid(logits, target.shape, upsampling, _block(logits.shape[1]))
+    gpu_pixels.margin_forward[(grid.blocks * len(grid.z),)](
+        z_ptr=grid.z,
+        y_ptr=target.contiguous(),
+        fg_ptr=foreground,
+        bg_ptr=background,
+        u_ptr=misses,
+        v_ptr=false_alarms,
+        loss_ptr=loss,
+        numbers_ptr=numbers if kept else None,
+        classes_ptr=pair,
+        classes=logits.shape[1],
+        blocks=grid.blocks,
+        total=total,
+        ignore=ignore_index,
+        weight=weight,
+        num_warps=4,
+        **grid.where,
+        **grid.shape,
+        **constants,
+    )
+    return loss, numbers, pair
+
+
+def _keeps(logits: Tensor, height: int) -> bool:
+    return logits.shape[1] > UNROLLED or height > 0
+
+
+@torch.library.custom_op("mcseg::margin_loss_gradient", mutates_args=())
+def margin_loss_gradient(
+    logits: Tensor,
+    target: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    misses: Tensor,
+    false_alarms: Tensor | None,
+    upstream: Tensor,
+    numbers: Tensor,
+    pair: Tensor,
+    weight: float,
+    ignore_index: int,
+    height: int,
+    width: int,
+    align_corners: bool,
+) -> Tensor:
+    """Differentiate `margin_loss` in the logits, times ``upstream`` ``(N, *spatial)``; in their dtype and memory format."""
+    if logits.numel() == 0 or target.numel() == 0:
+        return torch.zeros_like(logits)
+    # the gradient of a mean is one number for all pixels
+    step = 0 if all(stride == 0 for stride in upstream.stride()) else 1
+    upstream = upstream.float() if step == 0 else upstream.float().contiguous()
+    vectors = {"fg_ptr": foreground, "bg_ptr": background, "u_ptr": misses, "v_ptr": false_alarms}
+    given = {"upstream_ptr": upstream, "upstream_step": step, "numbers_ptr": numbers, "classes_ptr": pair, "weight": weight}
+    if height:
+        return _folded(logits, target, (height, width, align_corners), "margin", ignore_index, **vectors, **given)
+    gradient, written = _like(logits)
+    grid = _grid(logits, target.shape, (0, 0, False), _block(logits.shape[1]))
+    gn, gc, gp = written.stride()
+    gpu_pixels.margin_backward[(grid.blocks * len(logits),)](
+        z_ptr=grid.z,
+        y_ptr=target.contiguous(),
+        gradient_ptr=written,
+        classes=logits.shape[1],
+        blocks=grid.blocks,
+        pixels=grid.z.shape[2],
+        total=target.numel(),
+        **{name: grid.where[name] for name in ("zn", "zc", "zp")},
+        gn=gn,
+        gc=gc,
+        gp=gp,
+        ignore=ignore_index,
+        BP=grid.shape["BP"],
+        num_warps=4,
+        **vectors,
+        **given,
+        **_classes(logits, False),
+    )
+    return _in_format(gradient, written)
 
 
 @torch.library.custom_op("mcseg::soft_counts", mutates_args=())
@@ -107,96 +265,187 @@ def soft_counts(
     target: Tensor,
     power: float,
     ignore_index: int,
-    height: int = 0,
-    width: int = 0,
-    align_corners: bool = False,
-) -> Tensor:
-    """Compute what `mcseg.kernels.soft_counts` does; arguments as in `weighted_pixel_loss`."""
-    counts = torch.zeros(_PROGRAMS, 3, logits.shape[1], dtype=torch.float32, device=logits.device)
-    _sum(logits, target, (None,) * 4, None, counts, power, ignore_index, (height, width, align_corners))
-    return counts.sum(0, dtype=torch.float64).float()
+    height: int,
+    width: int,
+    align_corners: bool,
+    differentiable: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `mcseg.kernels.soft_counts` does; arguments and the rest of the result as of `margin_loss`."""
+    classes, total = logits.shape[1], target.numel()
+    kept = differentiable and _keeps(logits, height)
+    numbers = torch.empty((2, total) if kept else (0,), dtype=torch.float32, device=logits.device)
+    index = torch.empty(total if kept else 0, dtype=torch.int16, device=logits.device)
+    if total == 0:
+        return numbers.new_zeros(3, classes), numbers, index
+    constants = _classes(logits, height > 0)
+    grid = _grid(logits, target.shape, (height, width, align_corners), _block(classes))
+    num_blocks = grid.blocks * len(logits)
+    programs = min(num_blocks, _PROGRAMS) if constants["ONE"] else num_blocks
+    counts = torch.zeros(programs, 3, classes, dtype=torch.float32, device=logits.device)
+    gpu_pixels.soft_forward[(programs,)](
+        z_ptr=grid.z,
+        y_ptr=target.contiguous(),
+        counts_ptr=counts,
+        numbers_ptr=numbers if kept else None,
+        classes_ptr=index,
+        classes=classes,
+        num_blocks=num_blocks,
+        blocks=grid.blocks,
+        total=total,
+        ignore=ignore_index,
+        power=power,
+        KIND=_kind(power),
+        BINS=triton.next_power_of_2(classes + 1),
+        num_warps=4,
+        **grid.where,
+        **grid.shape,
+        **constants,
+    )
+    return counts.sum(0, dtype=torch.float64).float(), numbers, index
 
 
-@torch.library.custom_op("mcseg::error_gradient", mutates_args=())
-def error_gradient(
+@torch.library.custom_op("mcseg::soft_counts_gradient", mutates_args=())
+def soft_counts_gradient(
     logits: Tensor,
     target: Tensor,
-    foreground: Tensor | None,
-    background: Tensor | None,
     misses: Tensor,
     false_alarms: Tensor,
-    upstream: Tensor | None,
+    numbers: Tensor,
+    index: Tensor,
     power: float,
     ignore_index: int,
-    height: int = 0,
-    width: int = 0,
-    align_corners: bool = False,
+    height: int,
+    width: int,
+    align_corners: bool,
 ) -> Tensor:
-    """Differentiate the weighted errors of `weighted_pixel_loss`, or without offsets those of `soft_counts`, in the logits.
-
-    Times ``upstream`` ``(N, *spatial)`` where given.
-
-    Returns:
-        In the shape, dtype and memory format of the logits.
-    """
-    z = _planes(logits)
-    found = torch.empty_like(z)
-    if z.numel() == 0 or target.numel() == 0:
-        return found.zero_().view(logits.shape)
+    """Differentiate `soft_counts` in the logits, for upstream gradients ``(C,)`` float32 of misses and false alarms."""
+    if logits.numel() == 0 or target.numel() == 0:
+        return torch.zeros_like(logits)
+    kind = _kind(power)
     target = target.contiguous()
-    places = _places(target, (height, width, align_corners), z, found)
-    tile = _tile(z.shape[1])
-    blocks = triton.cdiv(places.pixels, tile["BP"])
-    upstream = None if upstream is None else upstream.float().contiguous()
-    vectors = (foreground, background, misses, false_alarms)
-    sizes = (places.width, *places.shape, z.shape[1], *places.strides[0], *places.strides[1], ignore_index, power)
-    kind = {"SOFT": foreground is None, "POWER": power != 1}
-    up = height > 0
-    statistics, pair = None, None
-    if up:
-        statistics = torch.empty(6, target.numel(), dtype=torch.float32, device=z.device)
-        pair = torch.empty(target.numel(), dtype=torch.int32, device=z.device)
-    outputs = (None if up else found, statistics, pair)
-    kernels.backward[(blocks * z.shape[0],)](
-        z,
-        target,
-        *vectors,
-        upstream,
-        *outputs,
-        *places.tables,
-        blocks,
-        places.pixels,
-        *sizes,
-        **kind,
-        FLAT=places.flat,
-        UP=up,
-        **tile,
+    given = {
+        "u_ptr": misses.contiguous(),
+        "v_ptr": false_alarms.contiguous(),
+        "numbers_ptr": numbers,
+        "classes_ptr": index,
+        "power": power,
+    }
+    total = target.numel()
+    if height:
+        upsampling = (height, width, align_corners)
+        statistics = torch.empty(3, total, dtype=torch.float32, device=logits.device)
+        grid = _grid(logits, target.shape, upsampling, 0)
+        gpu_upsampled.soft_statistics[(grid.blocks * len(logits),)](
+            z_ptr=grid.z,
+            y_ptr=target,
+            statistics_ptr=statistics,
+            classes=logits.shape[1],
+            blocks=grid.blocks,
+            total=total,
+            ignore=ignore_index,
+            KIND=kind,
+            R=grid.shape["R"],
+            BP=grid.shape["BP"],
+            num_warps=4,
+            **given,
+            **{name: value for name, value in grid.where.items() if name != "zp"},
+        )
+        return _folded(logits, target, upsampling, kind, ignore_index, statistics_ptr=statistics, **given)
+    gradient, written = _like(logits)
+    grid = _grid(logits, target.shape, (0, 0, False), _block(logits.shape[1]))
+    gn, gc, gp = written.stride()
+    gpu_pixels.soft_backward[(grid.blocks * len(logits),)](
+        z_ptr=grid.z,
+        y_ptr=target,
+        gradient_ptr=written,
+        classes=logits.shape[1],
+        blocks=grid.blocks,
+        pixels=grid.z.shape[2],
+        total=total,
+        **{name: grid.where[name] for name in ("zn", "zc", "zp")},
+        gn=gn,
+        gc=gc,
+        gp=gp,
+        ignore=ignore_index,
+        KIND=kind,
+        BP=grid.shape["BP"],
+        num_warps=4,
+        **given,
+        **_classes(logits, False),
     )
-    if up:
-        cells = {"BC": min(tile["BC"], 64), "BP": 16, "num_warps": 4}
-        grid = (z.shape[0] * places.shape[0], triton.cdiv(places.shape[1], 16), triton.cdiv(z.shape[1], cells["BC"]))
-        kernels.gather[grid](
-            z, target, *vectors, statistics, pair, found, *places.tables, *places.ranges, places.pixels, *sizes,
-            target.numel(), **kind, MOST=places.most, **cells,
-        )  # fmt: skip
-    return found.view(logits.shape) if logits.ndim > 4 else found
+    return _in_format(gradient, written)
+
+
+def _folded(
+    logits: Tensor, target: Tensor, upsampling: tuple[int, int, bool], kind: str, ignore_index: int, **given: Any
+) -> Tensor:
+    """Launch the fold: the gradient in coarse logits from what the forward pass kept."""
+    z = logits.contiguous()
+    rows, columns = _tables(z, target.shape, upsampling)
+    written = torch.empty_like(z)
+    gradient = written if z is logits else torch.empty_like(logits)
+    height, width = z.shape[2:]
+    zn, zc, zh, zw = z.stride()
+    gn, gc, gh, gw = written.stride()
+    unused = dict.fromkeys(("fg_ptr", "bg_ptr", "upstream_ptr", "statistics_ptr")) | dict(
+        upstream_step=0, weight=0.0, power=1.0
+    )
+    cells = columns.cells
+    grid = (len(z) * height * triton.cdiv(width, cells), triton.cdiv(z.shape[1], _FOLD["BC"]))
+    gpu_upsampled.fold[grid](
+        z_ptr=z,
+        y_ptr=target.contiguous(),
+        gradient_ptr=written,
+        rows_ptr=rows.lower,
+        down_ptr=rows.weight,
+        columns_ptr=columns.lower,
+        across_ptr=columns.weight,
+        row_start_ptr=rows.start,
+        row_end_ptr=rows.end,
+        column_start_ptr=columns.start,
+        column_end_ptr=columns.end,
+        classes=z.shape[1],
+        pixels=target[0].numel(),
+        width=target.shape[-1],
+        coarse_height=height,
+        coarse_width=width,
+        total=target.numel(),
+        zn=zn,
+        zc=zc,
+        zh=zh,
+        zw=zw if width > 1 else 0,
+        gn=gn,
+        gc=gc,
+        gh=gh,
+        gw=gw,
+        ignore=ignore_index,
+        KIND=kind,
+        # tensor cores round to 10 bits of mantissa, which bfloat16's 7 do not notice
+        PRECISION="tf32" if logits.dtype == torch.bfloat16 else "ieee",
+        CELLS=cells,
+        num_warps=4,
+        **_FOLD,
+        **unused | given,
+    )
+    return _in_format(gradient, written)
 
 
 @torch.library.custom_op("mcseg::predicted_classes", mutates_args=())
-def predicted_classes(
-    logits: Tensor, size: list[int], height: int = 0, width: int = 0, align_corners: bool = False
-) -> Tensor:
+def predicted_classes(logits: Tensor, size: list[int], height: int, width: int, align_corners: bool) -> Tensor:
     """Compute what `mcseg.kernels.predicted_classes` does; with a spatial dimension, ``size`` is that of the result."""
-    z = _planes(logits)
-    preds = torch.empty((len(z), *size), dtype=id_dtype(z.shape[1]), device=z.device)
-    if preds.numel() == 0 or z.numel() == 0:
+    preds = torch.empty((len(logits), *size), dtype=id_dtype(logits.shape[1]), device=logits.device)
+    if preds.numel() == 0 or logits.numel() == 0:
         return preds.zero_()
-    places = _places(preds, (height, width, align_corners), z)
-    tile = _tile(z.shape[1])
-    blocks = triton.cdiv(places.pixels, tile["BP"])
-    sizes = (blocks, places.pixels, places.width, *places.shape, z.shape[1], *places.strides[0])
-    grid = (blocks * len(z),)
-    kernels.predict[grid](z, preds, *places.tables, *sizes, FLAT=places.flat, UP=height > 0, **tile)
+    grid = _grid(logits, preds.shape, (height, width, align_corners), 512)
+    gpu_labels.predict[(grid.blocks * len(logits),)](
+        z_ptr=grid.z,
+        preds_ptr=preds,
+        classes=logits.shape[1],
+        blocks=grid.blocks,
+        num_warps=4,
+        **grid.where,
+        **grid.shape,
+    )
     return preds
 
 
@@ -205,61 +454,49 @@ def confusion_counts(preds: Tensor, target: Tensor, num_classes: int, ignore_ind
     """Count pixels by target and prediction.
 
     Args:
-        preds: integers of any shape.
-        target: of the same shape.
+        preds: Integers of any shape.
+        target: Of the same shape.
         num_classes: C.
-        ignore_index: target that counts nowhere.
+        ignore_index: Target that counts nowhere.
 
     Returns:
-        ``(C * C + 1,)`` int64: ``target * C + prediction``, and last the pixels of which one is neither a class nor void.
+        ``(C * C + 1,)`` int64: ``target * C + prediction``, and last the pixels whose label is neither a class nor void.
     """
     counts = torch.zeros(num_classes * num_classes + 1, dtype=torch.int64, device=target.device)
     if target.numel():
-        blocks = triton.cdiv(target.numel(), _LABELS)
-        sizes = (target.numel(), num_classes, ignore_index)
-        kernels.count[(blocks,)](preds.contiguous(), target.contiguous(), counts, *sizes, BP=_LABELS, num_warps=4)
+        gpu_labels.count[(triton.cdiv(target.numel(), _LABELS),)](
+            preds_ptr=preds.contiguous(),
+            target_ptr=target.contiguous(),
+            counts_ptr=counts,
+            pixels=target.numel(),
+            classes=num_classes,
+            ignore=ignore_index,
+            BP=_LABELS,
+            num_warps=4,
+        )
     return counts
 
 
-def _sum(
-    logits: Tensor,
-    target: Tensor,
-    vectors: tuple[Tensor | None, ...],
-    loss: Tensor | None,
-    counts: Tensor | None,
-    power: float,
-    ignore_index: int,
-    upsampling: tuple[int, int, bool],
-) -> None:
-    z = _planes(logits)
-    if z.numel() == 0 or target.numel() == 0:
-        return
-    places = _places(target, upsampling, z)
-    tile = _tile(z.shape[1])
-    blocks = triton.cdiv(places.pixels, tile["BP"])
-    num_blocks = blocks * z.shape[0]
-    sizes = (num_blocks, blocks, places.pixels, places.width, *places.shape, z.shape[1])
-    kind = {"SOFT": counts is not None, "POWER": power != 1, "FLAT": places.flat, "UP": upsampling[0] > 0}
-    programs = num_blocks if counts is None else min(num_blocks, _PROGRAMS)
-    settings = (*sizes, *places.strides[0], ignore_index, power)
-    kernels.forward[(programs,)](z, target.contiguous(), *vectors, loss, counts, *places.tables, *settings, **kind, **tile)
-
-
-@weighted_pixel_loss.register_fake
-def _(logits: Tensor, target: Tensor, *_: Any) -> Tensor:
-    return torch.empty(target.shape, dtype=torch.float32, device=logits.device)
+@margin_loss.register_fake
+def _(logits: Tensor, target: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss = torch.empty(target.shape, dtype=torch.float32, device=logits.device)
+    kept = given[-1] and _keeps(logits, given[-4])
+    pair = torch.empty(target.numel() if kept else 0, dtype=torch.int32, device=logits.device)
+    return loss, loss.new_empty((3, target.numel()) if kept else (0,)), pair
 
 
 @soft_counts.register_fake
-def _(logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty(3, logits.shape[1], dtype=torch.float32, device=logits.device)
+def _(logits: Tensor, target: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    counts = torch.empty(3, logits.shape[1], dtype=torch.float32, device=logits.device)
+    kept = given[-1] and _keeps(logits, given[-4])
+    index = torch.empty(target.numel() if kept else 0, dtype=torch.int16, device=logits.device)
+    return counts, counts.new_empty((2, target.numel()) if kept else (0,)), index
 
 
-@error_gradient.register_fake
+@margin_loss_gradient.register_fake
+@soft_counts_gradient.register_fake
 def _(logits: Tensor, *_: Any) -> Tensor:
-    z = _planes(logits)
-    found = torch.empty_like(z)
-    return found.view(logits.shape) if logits.ndim > 4 else found
+    return torch.empty_like(logits)
 
 
 @predicted_classes.register_fake
@@ -272,20 +509,26 @@ def _(preds: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Ten
     return torch.empty(num_classes * num_classes + 1, dtype=torch.int64, device=target.device)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-    ctx.settings = tuple(value for value in inputs if not isinstance(value, Tensor))
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    tensors = tuple(value for value in inputs if isinstance(value, Tensor))
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.settings = tuple(value for value in inputs[:-1] if not isinstance(value, Tensor))
+    ctx.set_materialize_grads(False)
 
 
-def _of_pixels(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    return error_gradient(*ctx.saved_tensors, upstream, 1.0, *ctx.settings), *(None,) * 9
+def _margin_loss_backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, numbers, pair = ctx.saved_tensors
+    settings = ctx.settings
+    if len(tensors) == 5:  # no weights of false alarms
+        tensors, settings = [*tensors, None], settings[1:]
+    return margin_loss_gradient(*tensors, upstream, numbers, pair, *settings), *(None,) * 11
 
 
-def _of_counts(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _soft_counts_backward(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     # a function of the counts weighs the errors of a class with its derivative in their sum
-    weights = upstream[1].contiguous(), upstream[2].contiguous()
-    return error_gradient(*ctx.saved_tensors, None, None, *weights, None, *ctx.settings), *(None,) * 6
+    *tensors, numbers, index = ctx.saved_tensors
+    return soft_counts_gradient(*tensors, upstream[1], upstream[2], numbers, index, *ctx.settings), *(None,) * 7
 
 
-weighted_pixel_loss.register_autograd(_of_pixels, setup_context=_keep)
-soft_counts.register_autograd(_of_counts, setup_context=_keep)
+margin_loss.register_autograd(_margin_loss_backward, setup_context=_keep)
+soft_counts.register_autograd(_soft_counts_backward, setup_context=_keep)

@@ -1,7 +1,7 @@
-"""Tiles of logits on the CPU, several at a time: one thread computes all operations on a tile.
+"""Tiles of logits on the CPU, several at a time: one thread runs all operations on a tile.
 
-PyTorch spreads each operation over all threads, which wait for each other at its end. On tiles that fit into a cache the
-waiting takes as long as the operation. Threads that have a tile each do not wait.
+PyTorch distributes each operation over all threads, which wait for each other when it ends. On tiles that fit into a cache
+the wait takes as long as the operation. Threads that work on different tiles do not wait.
 """
 
 import os
@@ -18,9 +18,16 @@ Part = TypeVar("Part")
 
 
 def tiles(logits: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
-    """Cut into rows of one sample, or runs of whole samples where these are small, of about ``size`` elements.
+    """Cut logits into tiles of about ``size`` elements: rows of one sample, or several whole samples if these are small.
 
-    Each thread gets as many tiles as the others, where the rows allow.
+    The number of tiles is a multiple of the number of threads if the number of rows allows it.
+
+    Args:
+        logits: ``(N, C, height, *rest)``.
+        size: Largest number of elements of a tile, unless a single row has more.
+
+    Yields:
+        Slices of the samples and of the rows; the first tile is the largest.
     """
     num, num_classes, height, *rest = logits.shape
     if logits.numel() == 0:
@@ -39,9 +46,9 @@ def tiles(logits: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
 
 
 def on_threads(function: Callable[[Sequence[Part]], None], parts: Sequence[Part]) -> None:
-    """Call a function, without gradients: once with all parts, or in several threads with some of them each.
+    """Call a function on parts, without gradients: in several threads with a share of the parts each, or once with all.
 
-    Where there are several threads, an operation of the function runs in one of them. Without parts nothing is called.
+    With several threads, each operation of the function runs in one thread. Without parts the function is not called.
     """
     threads = min(torch.get_num_threads(), len(parts)) if len(parts) > 1 else 1
     if threads == 1:
@@ -50,26 +57,26 @@ def on_threads(function: Callable[[Sequence[Part]], None], parts: Sequence[Part]
         return
     inference = torch.is_inference_mode_enabled()
 
-    def some(first: int) -> None:
-        with torch.inference_mode(inference), torch.no_grad():  # these modes are a thread's own
-            function(parts[first::threads])
+    def work(thread: int) -> None:
+        with torch.inference_mode(inference), torch.no_grad():  # a new thread does not inherit these modes
+            function(parts[thread::threads])
 
-    for _ in _pool(torch.get_num_threads(), os.getpid()).map(some, range(threads)):
-        pass  # raises what a thread has raised
+    for _ in _pool(torch.get_num_threads(), os.getpid()).map(work, range(threads)):
+        pass  # the iteration raises the exceptions of the threads
 
 
 @lru_cache(maxsize=1)
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Threads whose operations stay in them; a forked process needs its own, as threads are not forked."""
+    """Start threads that run each operation in a single thread; one pool per process, because a fork copies no threads."""
     barrier = threading.Barrier(threads)
 
-    def begin() -> None:
-        torch.get_num_threads()  # which makes a new thread take the process's number over: from now on it has its own
+    def limit_to_one_thread() -> None:
+        torch.get_num_threads()  # sets the thread's number to the process's default, which would otherwise happen later
         torch.set_num_threads(1)
-        barrier.wait()  # until all are there
+        barrier.wait()  # all threads must exist before the process's number is restored
 
-    pool = ThreadPoolExecutor(threads, "mcseg-tiles", begin)
+    pool = ThreadPoolExecutor(threads, "mcseg-tiles", limit_to_one_thread)
     for future in [pool.submit(barrier.wait) for _ in range(threads)]:
         future.result()
-    torch.set_num_threads(threads)  # for threads that begin later: it was changed for them as well
+    torch.set_num_threads(threads)  # set_num_threads(1) also changed the default of threads that start later
     return pool

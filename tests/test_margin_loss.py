@@ -1,4 +1,4 @@
-"""MarginCalibrationLoss: values by hand, values of the authors' implementation, reductions, and behaviour as a module."""
+"""MarginCalibrationLoss against values by hand and of the authors, reductions, behaviour as a module; CrossEntropyLoss."""
 
 import copy
 import inspect
