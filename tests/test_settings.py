@@ -60,6 +60,8 @@ WRONG = {
     "fitt": (1, "found the verb 'fitt', expected one of fit, validate, test, predict, stats, check, show, bound, compare"),
     "fit camvidd": (1, "--config camvidd: neither a file nor a recipe of mcseg, such as camvid"),
     "fit camvid --config objectives/dicee": (1, "neither a file nor a recipe of mcseg, such as objectives/dice"),
+    "fit camvid --config --data.root x": (2, "--config: expected one argument"),
+    "fit --model.objective --data.root x": (2, "--model.objective: expected one argument"),
     "fit --trainer.max_epoch 3": (2, "--trainer.max_epoch"),  # not taken for an abbreviation
     "fit --model.encodr x": (2, "--model.encodr"),
     "fit --panel.image 3": (2, "--panel.image"),
