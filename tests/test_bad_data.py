@@ -23,7 +23,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mcseg.callbacks.scores import JaccardCallback
-from mcseg.data import DataError, FolderData
+from mcseg.data import CamVidData, DataError, FolderData, SyntheticData
 from mcseg.data.check import check
 from mcseg.module import SegmentationModule
 from mcseg.run.main import main
@@ -584,9 +584,19 @@ def test_a_split_without_a_usable_image_is_an_error(photo_folder):
     data = folder_data(photo_folder, on_error="skip")
     with (
         pytest.warns(UserWarning, match="cannot be read"),
-        pytest.raises(DataError, match="no image of the train split of .* can be used"),
+        pytest.raises(DataError, match="no image of the train split .*; run mcseg check folder --root /"),
     ):
         data.setup("fit")
+
+
+def test_the_command_that_lists_all_problems_is_complete(photo_folder):
+    for path in (photo_folder / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:-300])  # the headers stay intact
+    data = folder_data(photo_folder.rename(photo_folder.with_name("my photos")), on_error="skip")
+    with pytest.raises(DataError, match="no training image .*; run mcseg check folder --root '/.*/my photos'"):
+        next(iter(data.train_dataloader()))
+    assert SyntheticData().check_command == "mcseg check synthetic"
+    assert CamVidData("x").check_command == "mcseg check camvid --root x"
 
 
 def test_prediction_skips_a_bad_file_with_on_error_skip(photo_folder, tmp_path, capsys):

@@ -27,6 +27,7 @@ class TrainingCrops(Dataset[Batch]):
         self.samples = samples
         self.transform = transform
         self.skip = skip
+        self.check_command = "mcseg check"  # for messages
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -50,8 +51,8 @@ class TrainingCrops(Dataset[Batch]):
             else:
                 return crop | {"skipped": skipped} if skipped else crop
         raise DataError(
-            f"no training image is usable any more, expected at least one; run mcseg check (first error: "
-            f"{next(iter(skipped.values()))})"
+            f"no training image is usable any more, expected at least one; run {self.check_command} (first "
+            f"error: {next(iter(skipped.values()))})"
         )
 
     def _crop(self, sample: Sample) -> Batch:

@@ -145,6 +145,11 @@ class BenchmarkData(SegmentationData):
         problem = f"no {self.facts['title']} in this folder" if self.root.is_dir() else "no such folder"
         raise DataError(f"{self.root}: {problem}; {self.expected()}")
 
+    @property
+    def recipe(self) -> str:
+        """Name of the packaged recipe, which is the benchmark's."""
+        return self.benchmark
+
     def samples(self, split: str) -> list[Sample]:
         """List the images of a split, sorted by name; ``mask`` is None if the labels are not public."""
         return self.listed(split)

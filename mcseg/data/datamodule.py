@@ -2,6 +2,7 @@
 
 import fnmatch
 import os
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -163,6 +164,16 @@ class SegmentationData(pl.LightningDataModule):
         """RGB colour of each class by train id."""
         return self.reader.table.palette
 
+    @property
+    def recipe(self) -> str:
+        """Name of the packaged recipe of these data, for messages."""
+        return "folder"
+
+    @property
+    def check_command(self) -> str:
+        """The command that lists all problems of these data, for messages."""
+        return f"mcseg check {self.recipe}" + (f" --root {shlex.quote(str(self.root))}" if self.root else "")
+
     def samples(self, split: str) -> list[Sample]:
         """List the samples of ``train``, ``val`` or ``test``, sorted; empty if the data set has no such split.
 
@@ -203,15 +214,15 @@ class SegmentationData(pl.LightningDataModule):
             source, samples = "val", self._samples_in_use("val")
         if not samples:
             raise DataError(
-                f"{type(self).__name__}: the {split} split of {self.root} is empty; expected at least one image; run mcseg "
-                "check"
+                f"{type(self).__name__}: the {split} split of {self.root} is empty; expected at least one image; "
+                f"run {self.check_command}"
             )
         for remark in self.remarks(source):
             rank_zero_warn(remark)
         usable = [sample for sample in samples if self._is_usable(sample, source, masks=split != "predict")]
         if not usable:
             raise DataError(
-                f"{type(self).__name__}: no image of the {split} split of {self.root} can be used; run mcseg check"
+                f"{type(self).__name__}: no image of the {split} split of {self.root} can be used; run {self.check_command}"
             )
         return usable
 
@@ -280,6 +291,7 @@ class SegmentationData(pl.LightningDataModule):
             pixels = self.class_pixels().double()
             self.train_transform.class_weights = torch.where(pixels > 0, 1 / pixels.clamp(min=1), 0.0)
         dataset = TrainingCrops(self.reader, self._prepared("train"), self.train_transform, skip=self.skips)
+        dataset.check_command = self.check_command
         batch_size = self._batch_size_per_process()
         order = TrainingOrder(dataset, batch_size, self.trainer)
         return self._loader(dataset, batch_size, sampler=order, drop_last=len(order) >= batch_size)

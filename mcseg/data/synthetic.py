@@ -1,5 +1,6 @@
 """The built-in data set: street scenes drawn on the fly from a seed."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mcseg.data.datamodule import SegmentationData
 from mcseg.data.files import Choice, Sample, count_labels
-from mcseg.data.labels import LabelTable
+from mcseg.data.labels import DataError, LabelTable
 from mcseg.data.scenes import SCENE_CLASSES, SCENE_PALETTE, draw_scene
 
 
@@ -56,7 +57,10 @@ class SyntheticData(SegmentationData):
         test_scenes: Number of test scenes.
         size: (height, width) of a scene in pixels.
         seed: Seed of all scenes; the splits differ for every seed.
-        **options: See `~mcseg.data.datamodule.SegmentationData`.
+        **options: See `~mcseg.data.datamodule.SegmentationData`; ``root`` is refused.
+
+    Raises:
+        DataError: A setting is out of range, or ``root`` is given.
 
     Example:
         >>> from mcseg.data import SyntheticData
@@ -75,10 +79,20 @@ class SyntheticData(SegmentationData):
         seed: int = 0,
         **options: Any,
     ) -> None:
+        if (root := options.get("root")) is not None:
+            raise DataError(
+                f"data.root: found {root}, but the drawn scenes have no folder; name a recipe, for example "
+                f"`mcseg check folder --root {shlex.quote(str(root))}`"
+            )
         raw_ids = {index: index for index in range(len(SCENE_CLASSES))}
         super().__init__(LabelTable(SCENE_CLASSES, SCENE_PALETTE, raw_ids), **options)
         self.reader = SceneReader(self.reader.table, *size, seed)
         self.scenes = {"train": train_scenes, "val": val_scenes, "test": test_scenes}
+
+    @property
+    def recipe(self) -> str:
+        """Name of the packaged recipe of these data, for messages."""
+        return "synthetic"
 
     def samples(self, split: str) -> list[Sample]:
         """List the scenes of a split; they have names but no files."""
