@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import at_work
 
 from mcseg.checkpoints.files import CheckpointFile, steps_done
@@ -276,3 +277,36 @@ def test_wrong_uses_of_resume(words, message, capsys):
     with pytest.raises(SystemExit):
         main(words)
     assert message in capsys.readouterr().err
+
+
+def test_changed_settings_of_a_resumed_run(tmp_path, capsys, caplog):
+    """Settings of the module are refused, because the checkpoint's count; the others are written to config.yaml."""
+    from mcseg.run.main import main
+
+    folder = tmp_path / "run"
+    main(["fit", *WORDS, "--trainer.max_epochs=1", f"--trainer.default_root_dir={folder}"])
+    settings = folder / "config.yaml"
+    former = settings.read_text()
+    resume = ["fit", "--resume", str(folder), "--trainer.max_epochs=2"]
+    for words, kept, found in (
+        (["--model.optimizer.lr", "1"], "model.optimizer.lr 0.002", "1"),
+        (["--model.arch", "unet"], "model.arch fpn", "unet"),
+        (["--model.objective", "FocalLoss"], "model.objective mcseg.DiceLoss", "mcseg.losses.FocalLoss"),
+        (["--config", "objectives/lovasz", "--model.aux_weight=0.5"], "model.aux_weight 0", "0.5"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*resume, *words])
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "--resume keeps the run's " in line
+        assert kept in line
+        assert found in line.partition("; found ")[2].partition("; start a new run with --model.init_from")[0]
+    assert settings.read_text() == former
+    objective = ["--model.objective", "DiceLoss", "--model.objective.classes=all", "--model.objective.power=0.5"]
+    with caplog.at_level("INFO"):
+        main([*resume, "--model.optimizer.lr", "0.002", "--model.arch", "fpn", *objective])
+    assert f"{settings}: updated, the resumed run has trainer.max_epochs 2 instead of 1" in caplog.text
+    old, new = yaml.safe_load(former), yaml.safe_load(settings.read_text())
+    old["trainer"]["max_epochs"] = 2
+    assert new == old
+    assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
+    assert steps_done(folder / "checkpoints" / "last.ckpt") == 10

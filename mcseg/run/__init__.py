@@ -29,8 +29,9 @@ A signal, SIGTERM or Ctrl-C, stops the run:
 8.  ``resume.expand_resume`` replaces ``--resume`` by ``--config <folder>/config.yaml --trainer.default_root_dir <folder>
     --ckpt_path <folder>/checkpoints/last.ckpt``, without ``--ckpt_path`` if there is no checkpoint yet.
     ``checkpoints/translate.py`` translates settings of an earlier version.
-9.  ``cli.py`` does not write ``config.yaml``. ``resume.resume_logger`` makes each logger append: the CSV and TensorBoard
-    loggers drop rows after the checkpoint's step; W&B continues the run with the same id.
+9.  ``cli.py`` refuses changes of the module's settings and writes other changes into ``config.yaml``.
+    ``resume.resume_logger`` makes each logger append: the CSV and TensorBoard loggers drop rows after the checkpoint's step;
+    W&B continues the run with the same id.
 10. ``checkpoints/module.py`` raises an error if the checkpoint has another network or number of classes. Then the Trainer
     restores weights, optimiser, schedule and loops, and ``module.on_fit_start`` neither calibrates nor loads weights.
 11. ``data/order.TrainingOrder`` skips the batches that are done. The seeds of crops and dropout depend only on the run's

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning import LightningModule, Trainer
@@ -18,6 +19,7 @@ from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
 
+from mcseg.atomic import write_atomically
 from mcseg.callbacks.objective_monitor import ObjectiveMonitor
 from mcseg.callbacks.panels import ConfusionPicture, PredictionPanel, TrainingCurves
 from mcseg.callbacks.prediction_writer import PredictionWriter
@@ -33,7 +35,7 @@ from mcseg.messages import one_line
 from mcseg.module import SegmentationModule
 from mcseg.run.folder import exclusive_lock, run_folder
 from mcseg.run.recipes import default_objective
-from mcseg.run.resume import resume_logger
+from mcseg.run.resume import changed_settings, describe_changes, refuse_model_settings, resume_logger
 from mcseg.run.signals import CheckpointOnSignal
 
 
@@ -76,6 +78,7 @@ class SegmentationCLI(CheckpointSettingsCLI):
     def __init__(self, recipe: str, args: Sequence[str], run: bool = True, resume: Path | None = None) -> None:
         self.recipe = recipe
         self.resume = resume
+        self._updated_config: tuple[str, str] | None = None  # content of a resumed run's config.yaml, and its changes
         strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             SegmentationModule,
@@ -141,13 +144,31 @@ class SegmentationCLI(CheckpointSettingsCLI):
         return objects
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, then check ``--ckpt_path``, which validate, test and predict need."""
+        """Parse, then check ``--ckpt_path``, which validate, test and predict need, and the changes of a resumed run."""
         super().parse_arguments(parser, args)
+        if self.resume:
+            self._compare_with_run(parser, args)
         subcommand = self.config.get("subcommand")  # self.subcommand is set after parsing
         if subcommand and self.config[subcommand].ckpt_path:
             _check_checkpoint(Path(self.config[subcommand].ckpt_path))
         elif subcommand in ("validate", "test", "predict"):
             raise ValueError(f"mcseg {self.verb} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt")
+
+    def _compare_with_run(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
+        """Refuse changes of the module's settings; note the other changes for the run's config.yaml."""
+        run = parser.parse_args(args[: args.index("--config") + 2]).fit  # config.yaml alone
+        given = self.config.fit.clone()
+        given.ckpt_path, given.trainer.default_root_dir = run.ckpt_path, run.trainer.default_root_dir
+        given.config = run.config
+        if any(word.startswith("--model.arch") for word in args):  # find_recipes removes the options
+            given.model.network_options = self.config.fit.model.network_options = run.model.network_options
+        changed = changed_settings(run, given)
+        refuse_model_settings(changed)
+        given.model = run.model
+        if changed:
+            settings = Namespace(subcommand="fit", fit=given)  # type: ignore[no-untyped-call]
+            content = json.loads(parser.dump(settings, format="json", skip_none=False))["fit"]
+            self._updated_config = yaml.safe_dump(content, sort_keys=False), describe_changes(changed)
 
     def take_checkpoint_settings(self, verb: str, path: Path) -> None:
         """Override the settings of recipe and command line with the checkpoint's.
@@ -271,6 +292,11 @@ class SegmentationCLI(CheckpointSettingsCLI):
         folder = self.trainer.default_root_dir
         needs_lock = self.trainer.is_global_zero and "://" not in folder
         with exclusive_lock(Path(folder), "fit") if needs_lock else nullcontext():
+            if self._updated_config and self.resume and self.trainer.is_global_zero:
+                content, changes = self._updated_config
+                path = self.resume / "config.yaml"
+                write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
+                rank_zero_info(f"{path}: updated, the resumed run has {changes}")
             self.trainer.fit(*args, **kwargs)
 
     def after_fit(self) -> None:

@@ -3,6 +3,8 @@
 import argparse
 import csv
 import os
+import pkgutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,47 @@ def expand_resume(words: list[str]) -> tuple[list[str], Path | None]:
         raise FileNotFoundError(f"--resume: no {settings}; expected the folder of a run, such as runs/camvid/<time>")
     words = ["fit", "--config", str(settings), "--trainer.default_root_dir", str(folder), *rest[1:]]
     return words + (["--ckpt_path", str(last)] if last.is_file() else []), folder
+
+
+def changed_settings(run: Namespace, given: Namespace) -> dict[str, tuple[Any, Any]]:
+    """Compare two configurations.
+
+    Args:
+        run: Settings of the run.
+        given: Settings of the run and the command line.
+
+    Returns:
+        Setting, as on the command line -> its two values. If a class differs, its arguments are left out.
+    """
+    old, new = dict(run.items()), dict(given.items())
+    keys = [key for key in {**old, **new} if not _is_same(key, old.get(key), new.get(key))]
+    classes = tuple(key.removesuffix("class_path") for key in keys if key.endswith(".class_path"))
+    return {
+        key.replace(".init_args", "").removesuffix(".class_path"): (old.get(key), new.get(key))
+        for key in keys
+        if key.endswith(".class_path") or not key.startswith(classes)
+    }
+
+
+def _is_same(key: str, old: Any, new: Any) -> bool:
+    if key.endswith(".class_path") and old and new:  # a class may have several paths
+        return pkgutil.resolve_name(old) is pkgutil.resolve_name(new)
+    return bool(old == new)
+
+
+def refuse_model_settings(changed: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise ValueError if a setting of the module differs from the run's: the checkpoint would silently override it."""
+    model = {name: values for name, values in changed.items() if name.startswith("model.")}
+    if model:
+        kept = " and ".join(f"{name} {_text(old)}" for name, (old, _) in model.items())
+        found = " and ".join(_text(new) for _, new in model.values())
+        raise ValueError(f"--resume keeps the run's {kept}; found {found}; start a new run with --model.init_from")
+
+
+def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """List changed settings with both values in one line."""
+    return ", ".join(f"{name} {_text(new)} instead of {_text(old)}" for name, (old, new) in changed.items())
+
+
+def _text(value: Any) -> str:
+    return f"{value:.10g}" if isinstance(value, float) else "null" if value is None else str(value)
