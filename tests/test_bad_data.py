@@ -403,6 +403,25 @@ def test_check_reports_unused_files(photo_folder, kind):
     assert len([problem for problem in problems if expected in problem]) == 1, problems
 
 
+@pytest.mark.parametrize("verb", ["fit", "stats"])
+def test_masks_of_0_and_255_are_reported_before_training(photo_folder, verb):
+    as_binary(photo_folder)
+    settings = ["--data.root", str(photo_folder), "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
+    settings += ["--model.encoder", "tu-test_resnet.r160_in1k", "--trainer.fast_dev_run", "true"]
+    expected = r"^class thing \(train id 1\) has no pixel in the training labels; .*255"
+    with pytest.warns(UserWarning, match=expected) as issued:
+        main([verb, "folder", *settings])
+    assert len([warning for warning in issued if "no pixel in" in str(warning.message)]) == 1
+
+
+def test_absent_classes_are_one_line(photo_folder):
+    (photo_folder / "classes.txt").write_text("background\nground\nthing\nunicorn\nelf\n")
+    line = "classes unicorn (train id 3) and elf (train id 4) have no pixel in the training labels"
+    with pytest.warns(UserWarning, match=re.escape(line)):
+        folder_data(photo_folder).class_pixels()
+    assert check(folder_data(photo_folder), progress=False).problems == [line]
+
+
 CLASSES = {
     "none": (lambda path: path.unlink(), "no class list"),
     "empty": (lambda path: path.write_text(""), "classes.txt: found 0 classes"),

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from mcseg.data.datamodule import SPLITS, SegmentationData
 from mcseg.data.files import Reader, Sample
 from mcseg.data.labels import DataError
+from mcseg.data.statistics import absent_classes
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,8 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
             pixels[split] += counts
             problems += sample_problems
     if images["train"]:
-        # Some tools save a binary mask as 0 and 255, and 255 is void.
-        may_be_binary = data.num_classes == 2 and not problems
-        hint = "; if its value in the masks is 255, write id = 255 in classes.toml" if may_be_binary else ""
-        problems += [
-            f"class {name} (train id {index}) has no pixel in the training labels{hint}"
-            for index, name in enumerate(data.class_names)
-            if pixels["train"][index] == 0
-        ]
-    return Report(images, pixels, list(dict.fromkeys(problems)))
+        problems.append(absent_classes(data.class_names, pixels["train"], "training", hint=not problems))
+    return Report(images, pixels, list(dict.fromkeys(filter(None, problems))))
 
 
 class _CheckedSamples(Dataset[tuple[list[str], Tensor]]):

@@ -19,7 +19,7 @@ from mcseg.data.batches import Batch, TrainingCrops, WholeImages, WideningLoader
 from mcseg.data.files import FileReader, Reader, Sample, images_below, prepare_worker
 from mcseg.data.labels import DataError, LabelTable, MissingFileError
 from mcseg.data.order import TrainingOrder
-from mcseg.data.statistics import count_class_pixels, default_cache_dir
+from mcseg.data.statistics import absent_classes, count_class_pixels, default_cache_dir
 from mcseg.data.transforms import TrainingTransform
 from mcseg.palette import Color
 
@@ -274,6 +274,9 @@ class SegmentationData(pl.LightningDataModule):
 
         Returns:
             (C,) int64.
+
+        Warns:
+            UserWarning: Classes have no pixel; once, on rank 0.
         """
         if self._class_pixels is None:  # called several times, and each look-up in the cache stats every file
             self._class_pixels = count_class_pixels(
@@ -283,6 +286,8 @@ class SegmentationData(pl.LightningDataModule):
                 cache_dir=self.cache_dir,
                 skip=self.skips,
             )
+            if absent := absent_classes(self.class_names, self._class_pixels, "training"):
+                rank_zero_warn(absent)
         return self._class_pixels.clone()
 
     def train_dataloader(self) -> DataLoader[Batch]:

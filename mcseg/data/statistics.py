@@ -23,6 +23,25 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mcseg"
 
 
+def absent_classes(names: Sequence[str], pixels: Tensor, split: str, hint: bool = True) -> str:
+    """Return one line that names the classes without a pixel; "" if there is none.
+
+    Args:
+        names: Names of the C classes.
+        pixels: (C,) labelled pixels of each class.
+        split: Name of the split, for the message.
+        hint: Whether to explain masks of 0 and 255 if one of two classes is absent.
+    """
+    absent = [f"{names[index]} (train id {index})" for index in (pixels == 0).nonzero().flatten().tolist()]
+    if not absent:
+        return ""
+    if len(absent) > 1:
+        return f"classes {', '.join(absent[:-1])} and {absent[-1]} have no pixel in the {split} labels"
+    # Some tools save a binary mask as 0 and 255, and 255 is void.
+    remedy = "; if its value in the masks is 255, write id = 255 in classes.toml" if hint and len(names) == 2 else ""
+    return f"class {absent[0]} has no pixel in the {split} labels{remedy}"
+
+
 def count_class_pixels(
     reader: Reader,
     samples: Sequence[Sample],
