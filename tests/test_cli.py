@@ -286,6 +286,21 @@ def test_a_recipe_of_an_objective_keeps_nothing_of_the_former_objective():
     assert changed["init_args"].items() >= {"scheme": "ijcv2022", "tau": 10.0}.items()
 
 
+def test_a_recipe_without_data_takes_the_drawn_scenes(tmp_path):
+    (tmp_path / "own.yaml").write_text("trainer: {max_epochs: 3}\n")
+    synthetic = str(RECIPES / "synthetic.yaml")
+    for words in (["--config", "objectives/lovasz"], ["--config=own.yaml"], []):
+        recipe, found = find_recipes(["fit", *words])
+        assert (recipe, found[1:3]) == ("synthetic", ["--config", synthetic])
+        assert found.count(synthetic) == 1
+    _, found = find_recipes(["fit", "--config", "objectives/lovasz"])
+    settings = ParseOnlyCLI("synthetic", found[1:], run=False).config
+    assert settings.data.class_path.endswith("SyntheticData")
+    assert settings.model.objective.class_path.endswith("LovaszSoftmaxLoss")
+    for words in (["--config", "objectives/lovasz", "--config", "camvid"], ["--data=CamVidData"], ["--data", "CamVidData"]):
+        assert synthetic not in find_recipes(["fit", *words])[1]
+
+
 def test_the_default_objective_is_the_same_everywhere():
     recipe = yaml.safe_load((RECIPES / "objectives" / "default.yaml").read_text())["model"]["objective"]
     assert recipe == {"class_path": "mcseg.losses.DiceLoss", "init_args": {"power": 0.5, "classes": "all"}}

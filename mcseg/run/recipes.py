@@ -42,7 +42,7 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
     """Replace the names of recipes by their paths.
 
     Args:
-        words: Verb and arguments, short forms expanded. Without a recipe and data, ``synthetic`` is added.
+        words: Verb and arguments, short forms expanded. If no recipe has data, ``synthetic`` is the first recipe.
 
     Returns:
         The name of the first recipe, for the run folder, and the arguments for the parser.
@@ -51,6 +51,8 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
         FileNotFoundError: A recipe is neither a file nor a packaged recipe.
         ValueError: A recipe is not a YAML mapping.
     """
+    if _lacks_data(words):
+        words = [*words[:1], "--config", "synthetic", *words[1:]]  # embedded data, so that every verb runs without arguments
     expanded: list[str] = []
     names: list[str] = []
     recipes_end = 1  # index after the last recipe in `expanded`
@@ -65,15 +67,15 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
             expanded.append(flag if value is None else f"{flag}={value}")
         if flag == "--model.arch":  # replaces the recipe's options, but not those on the command line
             expanded.insert(recipes_end, _NO_OPTIONS)
-    asks_help = any(word in ("-h", "--help") for word in words)
-    if (
-        not names
-        and not asks_help
-        and not any(word.startswith("--data") and not word.startswith("--data.") for word in words)
-    ):
-        names = ["synthetic"]  # embedded data, so that every verb runs without arguments
-        expanded[1:1] = ["--config", str(recipe_path("synthetic"))]
     return Path(names[0]).stem if names else "custom", expanded
+
+
+def _lacks_data(words: Sequence[str]) -> bool:
+    """Whether neither a recipe nor ``--data`` chooses the data; False if the words ask for help."""
+    if any(word in ("-h", "--help") or word.partition("=")[0] == "--data" for word in words):
+        return False
+    recipes = [value for flag, value in _flags_and_values(words) if flag in _CONFIG and value]
+    return not any("data" in _content(recipe_path(name)) for name in recipes)
 
 
 def _flags_and_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
