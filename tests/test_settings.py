@@ -59,6 +59,9 @@ WRONG = {
     # names that do not exist
     "fitt": (1, "found the verb 'fitt', expected one of fit, validate, test, predict, stats, check, show, bound, compare"),
     "fit camvidd": (1, "--config camvidd: neither a file nor a recipe of mcseg, such as camvid"),
+    "fit lovas": (1, "recipe of mcseg, such as objectives/lovasz; mcseg --help lists all recipes"),
+    "fit zzz": (1, "--config zzz: neither a file nor a recipe of mcseg, such as "),
+    "check EMPTY": (1, "empty is a folder; use: mcseg check folder --root /"),
     "fit camvid --config objectives/dicee": (1, "neither a file nor a recipe of mcseg, such as objectives/dice"),
     "fit camvid --config --data.root x": (2, "--config: expected one argument"),
     "fit --model.objective --data.root x": (2, "--model.objective: expected one argument"),

@@ -1,6 +1,7 @@
 """Recipes, the YAML files that come with mcseg, and short forms of command-line arguments."""
 
 import difflib
+import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
     for flag, value in _flags_and_values(words):
         if flag in _CONFIG and value:
             names.append(value)
-            expanded += _layer(recipe_path(value), first=len(names) == 1)
+            expanded += _layer(recipe_path(value, words[0]), first=len(names) == 1)
             recipes_end = len(expanded)
         elif flag == "--model.objective" and value:
             expanded += [_NO_OBJECTIVE, f"{flag}={_full_name(value)}"]
@@ -75,7 +76,7 @@ def _lacks_data(words: Sequence[str]) -> bool:
     if any(word in ("-h", "--help") or word.partition("=")[0] == "--data" for word in words):
         return False
     recipes = [value for flag, value in _flags_and_values(words) if flag in _CONFIG and value]
-    return not any("data" in _content(recipe_path(name)) for name in recipes)
+    return not any("data" in _content(recipe_path(name, words[0])) for name in recipes)
 
 
 def _flags_and_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
@@ -102,22 +103,27 @@ def _full_name(objective: str) -> str:
     return f"mcseg.losses.{objective}" if objective in losses.__all__ else objective
 
 
-def recipe_path(name: str) -> Path:
+def recipe_path(name: str, verb: str = "fit") -> Path:
     """Return the path of a recipe.
 
     Args:
         name: Path of a file, or name of a packaged recipe.
+        verb: Verb of the command, for messages.
 
     Raises:
         FileNotFoundError: Neither exists.
     """
     if Path(name).is_file():
         return Path(name)
-    packaged = RECIPES / f"{name}.yaml"
-    if not packaged.is_file():
-        close = difflib.get_close_matches(name, recipe_names()) or recipe_names()
-        raise FileNotFoundError(f"--config {name}: neither a file nor a recipe of mcseg, such as {', '.join(close)}")
-    return packaged
+    if name not in recipe_names():
+        if Path(name).is_dir():
+            raise FileNotFoundError(f"--config: {name} is a folder; use: mcseg {verb} folder --root {shlex.quote(name)}")
+        by_word = {path.rpartition("/")[2]: path for path in recipe_names()} | {path: path for path in recipe_names()}
+        closest = by_word[difflib.get_close_matches(name, by_word, n=1, cutoff=0)[0]]
+        raise FileNotFoundError(
+            f"--config {name}: neither a file nor a recipe of mcseg, such as {closest}; mcseg --help lists all recipes"
+        )
+    return RECIPES / f"{name}.yaml"
 
 
 def _content(path: Path) -> dict[str, Any]:
