@@ -618,6 +618,18 @@ def test_the_command_that_lists_all_problems_is_complete(photo_folder):
     assert CamVidData("x").check_command == "mcseg check camvid --root x"
 
 
+def test_a_missing_mask_stops_the_run_with_the_expected_file(photo_folder):
+    mask_file(photo_folder).unlink()
+    data = FolderData(photo_folder, num_workers=0)
+    expected = (
+        f"photo 3.jpg: has no mask, expected {mask_file(photo_folder)}; add one or remove the image; mcseg check folder"
+    )
+    with pytest.raises(DataError, match=re.escape(f"{expected} --root {photo_folder} lists all problems")):
+        data._is_usable(next(s for s in data.samples("train") + data.samples("val") if s.name == NAME), "train", masks=True)
+    (problem,) = check(data, progress=False).problems
+    assert problem.endswith("add one or remove the image")
+
+
 def test_prediction_skips_a_bad_file_with_on_error_skip(photo_folder, tmp_path, capsys):
     settings = ["--data.root", str(photo_folder), "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
     settings += ["--model.encoder", "tu-test_resnet.r160_in1k", "--trainer.default_root_dir", str(tmp_path / "run")]

@@ -233,7 +233,8 @@ class SegmentationData(pl.LightningDataModule):
         except DataError as error:
             if not self.skips:
                 expected = self.expected(split) if isinstance(error, MissingFileError) else ""
-                raise DataError("; ".join(part for part in (str(error), expected) if part)) from None
+                advice = f"{self.check_command} lists all problems" if masks else ""
+                raise DataError("; ".join(part for part in (str(error), expected, advice) if part)) from None
             if self.trainer is None or self.trainer.is_global_zero:  # all processes skip the same samples here
                 self._record_skipped({sample.name: str(error)})
             return False

@@ -37,12 +37,14 @@ class Sample:
         image: Path of the image file.
         mask: Path of the mask file; None if there is no mask (prediction) or no file (drawn scenes).
         more_masks: Further mask files to merge with ``mask``.
+        expected_mask: Path that a missing mask should have, for messages.
     """
 
     name: str
     image: Path
     mask: Path | None = None
     more_masks: tuple[Path, ...] = ()
+    expected_mask: Path | None = None
 
 
 class Window(NamedTuple):
@@ -154,7 +156,8 @@ class FileReader:
 def mask_path(sample: Sample) -> Path:
     """Return the path of the mask. Raises DataError if the sample has none."""
     if sample.mask is None:
-        raise DataError(f"{sample.image}: has no mask; add one or remove the image")
+        expected = f", expected {sample.expected_mask}" if sample.expected_mask else ""
+        raise DataError(f"{sample.image}: has no mask{expected}; add one or remove the image")
     return sample.mask
 
 

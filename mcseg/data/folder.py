@@ -117,7 +117,13 @@ class FolderData(SegmentationData):
                 raise DataError(f"{folder}: no such folder; expected the {'images' if folder == images else 'masks'} there")
         masks_by_stem = _by_stem(masks)
         return [
-            Sample(path.stem, path, masks_by_stem.get(stem + self.mask_suffix)) for stem, path in _by_stem(images).items()
+            Sample(
+                path.stem,
+                path,
+                masks_by_stem.get(stem + self.mask_suffix),
+                expected_mask=masks / f"{path.stem}{self.mask_suffix}.png",
+            )
+            for stem, path in _by_stem(images).items()
         ]
 
     def _unused_files(self, images: Path, masks: Path) -> list[str]:
