@@ -602,6 +602,17 @@ def test_check_of_good_data(arguments, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "no problems found"
 
 
+def test_check_of_one_image_and_one_problem(arguments, photo_folder, capsys):
+    (photo_folder / "train.txt").write_text("photo 1\n")
+    (photo_folder / "val.txt").write_text("photo 2\nphoto 3\n")
+    (photo_folder / "images" / "photo 2.jpg").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        main(["check", "--config", "folder", *arguments("folder")])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("train: 1 image, ")
+    assert lines[-1] == "1 problem found"
+
+
 def test_bad_files_are_listed_by_check_and_stop_fit_early(arguments, photo_folder, capsys):
     break_three(photo_folder)
     with pytest.raises(SystemExit) as end:

@@ -207,7 +207,38 @@ def test_check_lists_empty_classes_and_splits(photo_folder):
     (photo_folder / "classes.txt").write_text("background\nground\nthing\nunicorn\n")
     (photo_folder / "train.txt").write_text("photo 1\n")
     problems = check(FolderData(photo_folder, num_workers=0), progress=False).problems
-    assert problems == ["the val split is empty", "class unicorn (train id 3) has no pixel in the training labels"]
+    assert problems == [
+        f"the val split is empty; expected names of images in {photo_folder}/val.txt",
+        "class unicorn (train id 3) has no pixel in the training labels",
+    ]
+
+
+def test_check_groups_equal_problems(photo_folder):
+    """Eight masks with unknown values, a ninth that is missing, a tenth of another size; no class can have a pixel."""
+    for index in range(8):
+        write_png(photo_folder / "masks" / f"photo {index}.png", np.full((24, 32), 7 + index, dtype=np.uint8))
+    (photo_folder / "masks" / "photo 8.png").unlink()
+    write_png(photo_folder / "masks" / "photo 9.png", np.zeros((12, 32), dtype=np.uint8))
+    (photo_folder / "train.txt").write_text("".join(f"photo {index}\n" for index in range(10)))
+    (photo_folder / "val.txt").write_text("photo 1\n")
+    values, missing, size, *others = check(FolderData(photo_folder, num_workers=0), progress=False).problems
+    assert "photo 0.png: 768 pixels of the mask have the unknown values 7;" in values
+    assert values.endswith("; 8 files have this problem: photo 0.png, photo 1.png, photo 2.png, ...")
+    assert "photo 8.jpg: has no mask" in missing
+    assert "photo 9.png: the mask is 32x12" in size
+    assert not [problem for problem in (missing, size) if "files have" in problem]
+    assert not [problem for problem in others if "no pixel" in problem]
+
+
+def test_check_warns_of_classes_absent_from_validation(photo_folder):
+    write_png(photo_folder / "masks" / "photo 1.png", np.zeros((24, 32), dtype=np.uint8))
+    (photo_folder / "train.txt").write_text("photo 0\nphoto 2\n")
+    (photo_folder / "val.txt").write_text("photo 1\n")
+    (photo_folder / "classes.txt").write_text("background\nground\nthing\nunicorn\n")
+    report = check(FolderData(photo_folder, num_workers=0), progress=False)
+    assert report.problems == ["class unicorn (train id 3) has no pixel in the training labels"]
+    (warning,) = report.warnings
+    assert warning.startswith("classes ground (train id 1) and thing (train id 2) have no pixel in the validation labels; ")
 
 
 # --- batches -----------------------------------------------------------------------------------------------------------

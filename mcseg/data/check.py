@@ -1,7 +1,9 @@
 """Decode every file of a data set and list the problems."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +15,8 @@ from mcseg.data.files import Reader, Sample
 from mcseg.data.labels import DataError
 from mcseg.data.statistics import absent_classes
 
+_NUMBERS = re.compile(r"\d+(, \d+)*")
+
 
 @dataclass(frozen=True)
 class Report:
@@ -21,12 +25,14 @@ class Report:
     Args:
         images: Split -> number of images.
         pixels: Split -> (C,) int64 labelled pixels of each class.
-        problems: One line per problem.
+        problems: One line per problem; equal problems of several files of a split are one line.
+        warnings: One line per weakness of usable data.
     """
 
     images: dict[str, int]
     pixels: dict[str, Tensor]
     problems: list[str]
+    warnings: list[str]
 
 
 def check(data: SegmentationData, progress: bool = True) -> Report:
@@ -34,7 +40,7 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
 
     Problems are unreadable files, masks of another size than their image, masks with unknown values, images without a
     mask, an empty training or validation split, classes without a pixel in the training labels, and the data set's
-    ``remarks``.
+    ``remarks``. Classes that are absent only from the validation labels are a warning.
 
     Args:
         data: The data set.
@@ -43,6 +49,7 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
     images: dict[str, int] = {}
     pixels: dict[str, Tensor] = {}
     problems: list[str] = []
+    sound: dict[str, int] = dict.fromkeys(SPLITS, 0)  # number of samples without a problem
     for split in SPLITS:
         images[split] = 0
         pixels[split] = torch.zeros(data.num_classes, dtype=torch.int64)
@@ -54,15 +61,43 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
             continue
         images[split] = len(samples)
         if not samples and split != "test":
-            problems.append(f"the {split} split is empty")
+            problems.append(f"the {split} split is empty; {data.expected(split) or 'expected at least one image'}")
         checked = _CheckedSamples(data.reader, samples, masks=split not in data.withheld)
         loader = DataLoader(checked, batch_size=None, num_workers=min(data.num_workers, len(samples)))
-        for sample_problems, counts in tqdm(loader, f"Checking {split}", unit=" images", disable=not progress, leave=False):
+        split_problems: list[tuple[Sample, str]] = []
+        results = tqdm(loader, f"Checking {split}", unit=" images", disable=not progress, leave=False)
+        for sample, (sample_problems, counts) in zip(samples, results, strict=True):
             pixels[split] += counts
-            problems += sample_problems
-    if images["train"]:
+            sound[split] += not sample_problems
+            split_problems += [(sample, problem) for problem in sample_problems]
+        problems += _grouped(split_problems)
+    warnings: list[str] = []
+    if sound["train"]:
         problems.append(absent_classes(data.class_names, pixels["train"], "training", hint=not problems))
-    return Report(images, pixels, list(dict.fromkeys(filter(None, problems))))
+    if sound["val"] and "val" not in data.withheld:
+        only_val = torch.where(pixels["train"] > 0, pixels["val"], 1)
+        if absent := absent_classes(data.class_names, only_val, "validation", hint=False):
+            warnings.append(f"{absent}; val/miou counts such classes only if they are predicted")
+    return Report(images, pixels, list(dict.fromkeys(filter(None, problems))), warnings)
+
+
+def _grouped(problems: Sequence[tuple[Sample, str]]) -> list[str]:
+    """Return one line for problems that differ only in files and numbers: the first, the number of files and three names."""
+    groups: dict[str, dict[Path, str]] = {}  # problem without files and numbers -> file -> problem
+    for sample, problem in problems:
+        kind = problem
+        for name, path in (("IMAGE", sample.image), ("MASK", sample.mask), ("EXPECTED", sample.expected_mask)):
+            kind = kind.replace(str(path), name) if path else kind
+        file = sample.mask if sample.mask and kind.startswith("MASK") else sample.image
+        groups.setdefault(_NUMBERS.sub("N", kind), {})[file] = problem
+    lines = []
+    for group in groups.values():
+        line = next(iter(group.values()))
+        if len(group) > 1:
+            names = ", ".join(file.name for file in list(group)[:3]) + ", ..." * (len(group) > 3)
+            line += f"; {len(group)} files have this problem: {names}"
+        lines.append(line)
+    return lines
 
 
 class _CheckedSamples(Dataset[tuple[list[str], Tensor]]):

@@ -214,8 +214,8 @@ class SegmentationData(pl.LightningDataModule):
             source, samples = "val", self._samples_in_use("val")
         if not samples:
             raise DataError(
-                f"{type(self).__name__}: the {split} split of {self.root} is empty; expected at least one image; "
-                f"run {self.check_command}"
+                f"{type(self).__name__}: the {split} split of {self.root} is empty; "
+                f"{self.expected(source) or 'expected at least one image'}; run {self.check_command}"
             )
         for remark in self.remarks(source):
             rank_zero_warn(remark)

@@ -101,6 +101,15 @@ class FolderData(SegmentationData):
                 )
         return lines
 
+    def expected(self, split: str) -> str:
+        """Describe where the images of a split are listed or stored."""
+        images = self.folder / self.images_dir
+        if self.split == "list":
+            return f"expected names of images in {self.folder / split}.txt"
+        return (
+            f"expected images in {images / split}" if self.split == "folder" else f"expected at least 2 images in {images}"
+        )
+
     def _folders(self, split: str) -> tuple[Path, Path] | None:
         """Return the folders with a split's images and masks; None if there is no such split."""
         images, masks = self.folder / self.images_dir, self.folder / self.masks_dir

@@ -125,11 +125,16 @@ def check(recipe: str, args: Sequence[str]) -> None:
     _, data = _data(recipe, args)
     report = check_data(data)
     for split, images in report.images.items():
-        print(f"{split}: {images} images, {int(report.pixels[split].sum()):,} labelled pixels")
+        print(
+            f"{split}: {images} {'image' if images == 1 else 'images'}, {int(report.pixels[split].sum()):,} labelled pixels"
+        )
     for problem in report.problems:
         print(f"problem: {problem}")
+    for warning in report.warnings:
+        print(f"warning: {warning}")
     if report.problems:
-        print(f"{len(report.problems)} problems found")
+        number = len(report.problems)
+        print(f"{number} {'problem' if number == 1 else 'problems'} found")
         raise SystemExit(1)
     print("no problems found")
 
