@@ -108,10 +108,10 @@ WRONG = {
     "show --images 0": (1, "and at least 1 image"),
     # files and folders
     "fit camvid": (1, "data.root is not set"),
-    "fit folder --data.root nowhere": (1, "data.root: no folder nowhere; expected one with images, masks and a class list"),
+    "fit folder --data.root nowhere": (1, "data.root: folder nowhere does not exist; expected a folder with images, masks and a class list"),
     "fit folder --data.root EMPTY": (1, "no class list: looked for "),
-    "check folder --data.root nowhere": (1, "data.root: no folder nowhere"),
-    "stats folder --data.root nowhere": (1, "data.root: no folder nowhere"),
+    "check folder --data.root nowhere": (1, "data.root: folder nowhere does not exist"),
+    "stats folder --data.root nowhere": (1, "data.root: folder nowhere does not exist"),
     "fit pascal_voc --root nowhere": (1, "below the root; `mcseg download pascal_voc --root DIR` downloads them"),
     "download voc --root x": (1, "found the benchmark voc, expected one of bdd100k, camvid, cityscapes,"),
     "download pascal_voc": (2, "root"),
