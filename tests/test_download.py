@@ -680,18 +680,18 @@ labels.classes = [{ name = "circle", id = 0 }, { name = "square", id = 1 }]
 
 def test_facts_without_addresses_name_the_homepage(root, tmp_path, monkeypatch):
     monkeypatch.setattr("mcseg.benchmarks._FACTS", tmp_path)
-    (tmp_path / "shapes.toml").write_text(FACTS)
-    with pytest.raises(DataError, match=r"shapes: .* no download .* Shapes; .* https://example\.org/shapes$"):
-        download("shapes", benchmark_facts("shapes"), root)
+    (tmp_path / "shapes_0.toml").write_text(FACTS)
+    with pytest.raises(DataError, match=r"shapes_0: .* no download .* Shapes; .* https://example\.org/shapes$"):
+        download("shapes_0", benchmark_facts("shapes_0"), root)
     with pytest.raises(DataError, match=r"no such folder; expected train/<id>\.png .*; see https://example\.org/shapes$"):
-        BenchmarkData("shapes", root / "nowhere").samples("train")
+        BenchmarkData("shapes_0", root / "nowhere").samples("train")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "missing"),
     [
-        ("shapes_a", FACTS.replace('title = "Shapes"', "").replace('license = "CC0"', ""), "title, license"),
-        ("shapes_b", f"{FACTS}download.login = true", "download.archives, download.tree"),
+        ("shapes_1", FACTS.replace('title = "Shapes"', "").replace('license = "CC0"', ""), "title, license"),
+        ("shapes_2", f"{FACTS}download.login = true", "download.archives, download.tree"),
     ],
 )
 def test_missing_facts_are_named(name, text, missing, tmp_path, monkeypatch):
