@@ -7,7 +7,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ParamSpec
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mcseg.atomic import write_atomically
-from mcseg.palette import Palette, distinct_colors, void_color
+from mcseg.palette import Color, Palette, void_color
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _Arguments = ParamSpec("_Arguments")
 
@@ -55,7 +58,7 @@ def image_picture(image: Tensor) -> Image.Image:
     return Image.fromarray(image.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
-def overlay(image: Tensor, mask: Tensor, palette: Palette, opacity: float = 0.5) -> Image.Image:
+def overlay(image: Tensor, mask: Tensor, palette: Palette, opacity: float = 0.35) -> Image.Image:
     """Blend the coloured mask over the image.
 
     Args:
@@ -96,21 +99,23 @@ def panel(rows: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str], p
         size = (_COLUMN_WIDTH, height)
         pictures.append(
             [
-                image_picture(image).resize(size, Image.Resampling.BILINEAR),
+                _resized(image_picture(image), size),
                 *(
-                    palette_image(mask, palette).convert("RGB").resize(size, Image.Resampling.NEAREST)
+                    palette_image(mask, palette).resize(size, Image.Resampling.NEAREST).convert("RGB")
                     for mask in (target, scored)
                 ),
             ]
         )
     width = 3 * _COLUMN_WIDTH + 4 * gap
     shown = list(range(len(names)))
+    labels = torch.cat([mask.flatten() for _, target, preds in rows for mask in (target, preds)])
+    present = torch.bincount(labels, minlength=256) > 0
     if len(names) > LEGEND_CLASSES:
-        labels = torch.cat([mask.flatten() for _, target, preds in rows for mask in (target, preds)])
-        present = torch.bincount(labels, minlength=len(names)) > 0
         shown = [index for index in shown if present[index]]
-    entries = [*(names[index] for index in shown), "void"], [*(palette[index] for index in shown), void_color(palette)]
-    legend = _legend_lines(*entries, width=width - 2 * gap, font=font)
+    entries = [(names[index], palette[index]) for index in shown]
+    if present[255]:
+        entries.append(("void", void_color(palette)))
+    legend = _legend_lines(entries, width=width - 2 * gap, font=font)
     height = line + sum(row[0].height + gap for row in pictures) + line * len(legend) + gap
     canvas = Image.new("RGB", (width, height), _BACKGROUND)
     draw = ImageDraw.Draw(canvas)
@@ -147,19 +152,16 @@ def contact_sheet(samples: Iterable[tuple[str, Tensor, Tensor]], names: Sequence
         height, width = labels.shape
         counts += torch.bincount(labels.flatten(), minlength=256)
         size = (_SHEET_WIDTH, max(1, round(_SHEET_WIDTH * height / width)))
-        small = image_picture(image).resize(size, Image.Resampling.BILINEAR, reducing_gap=2)
+        small = _resized(image_picture(image), size)
         colored = palette_image(labels, palette).resize(size, Image.Resampling.NEAREST).convert("RGB")
         cells.append((f"{name}   {width}x{height}", small, colored))
     shares = 100 * counts[: len(names)].double() / counts[: len(names)].sum().clamp(min=1)
     order = shares.argsort(descending=True, stable=True).tolist()
-    entries = [f"{names[index]} {float(shares[index]):.2g} %" if shares[index] else f"{names[index]} -" for index in order]
+    entries = [(f"{names[index]} {_percent(float(shares[index]))}", palette[index]) for index in order]
+    if counts[255]:
+        entries.append(("void", void_color(palette)))
     sheet_width = 2 * 2 * (_SHEET_WIDTH + gap) + gap
-    legend = _legend_lines(
-        [*entries, "void"],
-        [*(palette[index] for index in order), void_color(palette)],
-        width=sheet_width - 2 * gap,
-        font=font,
-    )
+    legend = _legend_lines(entries, width=sheet_width - 2 * gap, font=font)
     lines = [cells[start : start + 2] for start in range(0, len(cells), 2)]
     heights = [line + gap + max(small.height for _, small, _ in cells_of_line) for cells_of_line in lines]
     canvas = Image.new("RGB", (sheet_width, sum(heights) + line * len(legend) + gap), _BACKGROUND)
@@ -176,9 +178,20 @@ def contact_sheet(samples: Iterable[tuple[str, Tensor, Tensor]], names: Sequence
     return canvas
 
 
+def _percent(value: float) -> str:
+    return f"{value:.0f} %" if value >= 10 else f"{value:.2g} %"
+
+
+def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize a picture to (width, height); a smaller picture keeps its pixels visible."""
+    if size[0] > picture.width:
+        return picture.resize(size, Image.Resampling.NEAREST)
+    return picture.resize(size, Image.Resampling.BILINEAR, reducing_gap=2)
+
+
 def _draw_legend(
     draw: ImageDraw.ImageDraw,
-    legend: Sequence[Sequence[tuple[int, str, tuple[int, int, int]]]],
+    legend: Sequence[Sequence[tuple[int, str, Color]]],
     *,
     left: int,
     top: int,
@@ -192,12 +205,12 @@ def _draw_legend(
 
 
 def _legend_lines(
-    names: Sequence[str], colors: Palette, *, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
-) -> list[list[tuple[int, str, tuple[int, int, int]]]]:
+    entries: Sequence[tuple[str, Color]], *, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont
+) -> list[list[tuple[int, str, Color]]]:
     """Break the legend into lines of (left edge, name, colour) that fit into ``width`` pixels."""
-    lines: list[list[tuple[int, str, tuple[int, int, int]]]] = [[]]
+    lines: list[list[tuple[int, str, Color]]] = [[]]
     left = 0
-    for name, color in zip(names, colors, strict=True):
+    for name, color in entries:
         needed = 20 + round(font.getlength(name)) + 18
         if left and left + needed > width:
             lines.append([])
@@ -375,37 +388,41 @@ def _freeing_figures(draw: Callable[_Arguments, None]) -> Callable[_Arguments, N
 
 
 @_freeing_figures
-def save_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
+def save_curves(history: Sequence[Mapping[str, float]], path: Path, names: Sequence[str], palette: Palette) -> None:
     """Draw training loss, mIoU and IoU per class over the epochs and save the figure; no legend above 30 classes.
 
     Args:
         history: one mapping per epoch with ``epoch`` and the logged ``train/loss``, ``val/miou``, ``val/iou/<class>``.
         path: image file to write, for example a PNG.
+        names: class names in the order of the legend.
+        palette: RGB colour of each class.
     """
     from matplotlib.figure import Figure
+    from matplotlib.patheffects import Normal, Stroke
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     _curve(left, history, "train/loss", color="black")
-    left.set(xlabel="epoch", ylabel="training loss", title="objective")
-    keys = sorted({key for row in history for key in row if key.startswith("val/iou/")})
-    for key, color in zip(keys, distinct_colors(len(keys)), strict=True):
-        _curve(right, history, key, color=tuple(channel / 255 for channel in color), linewidth=1)
-    _curve(right, history, "val/miou", color="black", linewidth=2.5)
-    right.set(xlabel="epoch", ylabel="IoU", ylim=(0, 1), title="validation")
+    left.set(xlabel="epoch", ylabel="loss", title="training")
+    outline = [Stroke(linewidth=2.5, foreground="0.4"), Normal()]  # for colours that are close to white
+    for name, color in zip(names, palette, strict=True):
+        style = {"color": tuple(channel / 255 for channel in color), "path_effects": outline}
+        _curve(right, history, f"val/iou/{name}", scale=100, label=name, linewidth=1.5, **style)
+    _curve(right, history, "val/miou", scale=100, label="mIoU", color="black", linewidth=2.5, linestyle="--")
+    right.set(xlabel="epoch", ylabel="IoU in %", ylim=(0, 100), title="validation")
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if len(keys) > LEGEND_CLASSES:
-        right.set(title=f"validation: mIoU and {len(keys)} classes")
+    if len(names) > LEGEND_CLASSES:
+        right.set(title=f"validation: mIoU and {len(names)} classes")
     elif right.lines:
         right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
 
 
-def _curve(axes: "object", history: Sequence[Mapping[str, float]], key: str, **style: object) -> None:
-    points = [(row["epoch"], row[key]) for row in history if key in row]
+def _curve(axes: "Axes", history: Sequence[Mapping[str, float]], key: str, scale: float = 1, **style: Any) -> None:
+    points = [(row["epoch"], scale * row[key]) for row in history if key in row]
     if points:
-        axes.plot(*zip(*points, strict=True), label=key.removeprefix("val/iou/").removeprefix("val/"), **style)  # type: ignore[attr-defined]
+        axes.plot(*zip(*points, strict=True), **style)
 
 
 def save_class_shares(
@@ -429,14 +446,19 @@ def save_class_shares(
     colors = [tuple(channel / 255 for channel in palette[index]) for index in order]
     percent = [100 * float(share[index]) for index in order]
     axes[0].barh(labels, percent, color=colors, edgecolor="black", linewidth=0.5)
-    axes[0].set(xlabel="share of the labelled training pixels in %", xscale="log")
+    positive = [value for value in percent if value > 0]
+    lowest = 10.0 ** math.floor(math.log10(min(positive, default=1.0) / 2))  # below the shortest bar
+    axes[0].set(xlabel="share of the labelled training pixels in %", xscale="log", xlim=(lowest, 100))
+    axes[0].xaxis.set_major_formatter("{x:g}")
+    for row, value in enumerate(percent):
+        axes[0].text(1.01, row, _percent(value), va="center", transform=axes[0].get_yaxis_transform())
     axes[0].invert_yaxis()
     if constants:
         positions, height = np.arange(len(order)), 0.8 / len(constants)
         for index, (name, values) in enumerate(constants.items()):
             shift = (index - (len(constants) - 1) / 2) * height
             axes[1].barh(positions + shift, values[order].numpy(), height, label=name)
-        positive = all(bool((values >= 0).all()) for values in constants.values())
-        axes[1].set(xlabel="constants of the objective", xscale="log" if positive else "linear")
-        axes[1].legend()
+        logarithmic = all(bool((values >= 0).all()) for values in constants.values())
+        axes[1].set(xlabel="constants of the objective", xscale="log" if logarithmic else "linear")
+        axes[1].legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)  # above, where no bar is
     write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))

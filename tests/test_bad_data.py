@@ -381,13 +381,13 @@ def with_suffix(root: Path) -> None:
 
 
 REPORTED = {
-    "format that cannot be read": (lambda r: image_file(r, ".heic").write_bytes(b"\0"), "images: photo 3.heic not used"),
-    "array as mask": (lambda r: np.save(mask_file(r, ".npy"), mask(r)), "masks: photo 3.npy not used"),
-    "format that runs a program": (lambda r: photo(r).save(image_file(r, ".eps")), "images: photo 3.eps not used"),
+    "format that cannot be read": (lambda r: image_file(r, ".heic").write_bytes(b"\0"), "images: photo 3.heic is not used"),
+    "array as mask": (lambda r: np.save(mask_file(r, ".npy"), mask(r)), "masks: photo 3.npy is not used"),
+    "format that runs a program": (lambda r: photo(r).save(image_file(r, ".eps")), "images: photo 3.eps is not used"),
     "mask without image": (lambda r: image_file(r).unlink(), "masks: no image for photo 3.png"),
     "masks with a suffix": (with_suffix, "masks: no image for photo 0_mask.png and 9 more"),
     "mask in another case": (lambda r: mask_file(r).rename(r / "masks/Photo 3.png"), "masks: no image for Photo 3.png"),
-    "image in two lists": (lambda r: write_lists(r, "photo 1\nphoto 2\n"), "val.txt: photo 2 also in train.txt"),
+    "image in two lists": (lambda r: write_lists(r, "photo 1\nphoto 2\n"), "val.txt: photo 2 is also in train.txt"),
     "masks of 0 and 255": (
         as_binary,
         "class thing (train id 1) has no pixel in the training labels; if its value in the masks is 255",

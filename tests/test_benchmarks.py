@@ -729,7 +729,7 @@ def test_transposed_mask_is_an_error(case, fresh):
     sample = next(sample for sample in data.samples("train") if sample.name.endswith(stem))
     height, width = data.reader.image(sample).shape[1:]
     assert height != width
-    ids = np.zeros((width, height), dtype=np.uint8)
+    ids = np.full((width, height), min(data.reader.table.raw_ids), dtype=np.uint8)
     if case.name == "cocostuff10k":
         fakes.cocostuff_mat(file, ids.astype(np.uint16))
     elif file.suffix == ".mat":

@@ -12,6 +12,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from matplotlib.artist import Artist
+from matplotlib.figure import Figure
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 from torch.utils.data import DataLoader
@@ -21,6 +22,7 @@ from mcseg.callbacks.panels import PredictionPanel, TrainingCurves
 from mcseg.callbacks.prediction_writer import PredictionWriter
 from mcseg.callbacks.scores import JaccardCallback, score_table
 from mcseg.evaluation.metrics import score
+from mcseg.palette import distinct_colors
 
 
 class Answers(pl.LightningModule):
@@ -167,10 +169,10 @@ def test_palette_image_keeps_ids_and_shows_colours(tmp_path):
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["m.png"]  # no temporary file remains
 
 
-def test_overlay_is_half_of_each():
+def test_overlay_has_more_of_the_image_than_of_the_mask():
     image = torch.full((3, 2, 2), 100, dtype=torch.uint8)
     picture = pictures.overlay(image, torch.tensor([[0, 1], [1, 0]]), [(0, 0, 0), (200, 0, 0)])
-    assert pictures.as_array(picture)[0].tolist() == [[50, 50, 50], [150, 50, 50]]
+    assert pictures.as_array(picture)[0].tolist() == [[65, 65, 65], [135, 65, 65]]
 
 
 def test_a_failed_picture_leaves_no_file(tmp_path):
@@ -303,8 +305,50 @@ def test_contact_sheet_shows_images_labels_and_shares(tmp_path):
 
 def test_curves_of_many_classes_are_drawn_without_a_legend(tmp_path):
     row = {"epoch": 0, "train/loss": 1.0, "val/miou": 0.5} | {f"val/iou/class {index}": 0.5 for index in range(171)}
-    pictures.save_curves([row, {**row, "epoch": 1}], tmp_path / "curves.png")  # matplotlib warns if a legend leaves no room
+    names, palette = [f"class {index}" for index in range(171)], distinct_colors(171)
+    # matplotlib warns if a legend leaves no room
+    pictures.save_curves([row, {**row, "epoch": 1}], tmp_path / "curves.png", names, palette)
     assert (tmp_path / "curves.png").is_file()
+
+
+def test_curves_have_the_class_colours_and_percent(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: (drawn.append(figure), path.touch()))
+    history = [
+        {"epoch": epoch, "train/loss": 1.0, "val/miou": 0.5, "val/iou/sky": 0.7, "val/iou/pole": 0.3} for epoch in (0, 1)
+    ]
+    pictures.save_curves(history, tmp_path / "curves.png", ["sky", "pole"], [(255, 0, 0), (0, 0, 255)])
+    lines = drawn[0].axes[1].lines
+    assert [line.get_label() for line in lines] == ["sky", "pole", "mIoU"]
+    assert [line.get_ydata()[1] for line in lines] == pytest.approx([70, 30, 50])
+    assert [line.get_color() for line in lines] == [(1, 0, 0), (0, 0, 1), "black"]
+
+
+def test_class_shares_are_written_and_end_at_100_percent(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: (drawn.append(figure), path.touch()))
+    share, palette = torch.tensor([0.0, 0.9988, 0.0012]), distinct_colors(3)
+    pictures.save_class_shares(["absent", "road", "pole"], share, {}, path=tmp_path / "shares.png", palette=palette)
+    (axes,) = drawn[0].axes
+    assert [text.get_text() for text in axes.texts] == ["100 %", "0.12 %", "0 %"]
+    assert axes.get_xlim() == pytest.approx((0.01, 100))
+
+
+def test_legends_name_void_only_if_there_is_some():
+    image, names, palette = torch.zeros(3, 20, 40, dtype=torch.uint8), ["a"], [(200, 0, 0)]
+    void = {}
+    for label in (0, 255):
+        target = torch.full((20, 40), label)
+        sheet = pictures.as_array(pictures.contact_sheet([("x", image, target)], names, palette))
+        panel = pictures.as_array(pictures.panel([(image, target, target)], names, palette))
+        void[label] = [bool((picture[-24:, 40:] < 50).all(-1).sum() > 100) for picture in (sheet, panel)]
+    assert void == {0: [False, False], 255: [True, True]}
+
+
+def test_small_images_keep_their_pixels():
+    image = torch.tensor([[0, 255]], dtype=torch.uint8).repeat(3, 10, 10)
+    sheet = pictures.as_array(pictures.contact_sheet([("x", image, torch.zeros(10, 20).long())], ["a"], [(200, 0, 0)]))
+    assert set(np.unique(sheet[24:174, 8:308]).tolist()) == {0, 255}
 
 
 def test_panel_of_many_classes_names_those_in_the_pictures():
@@ -366,8 +410,8 @@ def artists():
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 def test_curves_leave_no_garbage(tmp_path, frozen):
     """A figure is thousands of objects in cycles; without a collection a long run keeps many figures in memory."""
-    history = [{"epoch": epoch, "train/loss": 1.0, "val/miou": 0.5} for epoch in range(3)]
-    pictures.save_curves(history, tmp_path / "curves.png")  # fills matplotlib's caches
+    history = [{"epoch": epoch, "train/loss": 1.0, "val/miou": 0.5, "val/iou/road": 0.5} for epoch in range(3)]
+    pictures.save_curves(history, tmp_path / "curves.png", ["road"], [(9, 9, 9)])  # fills matplotlib's caches
     was_frozen = gc.get_freeze_count() > 0  # the suite freezes the libraries
     gc.unfreeze()
     gc.collect()
@@ -376,7 +420,7 @@ def test_curves_leave_no_garbage(tmp_path, frozen):
     gc.disable()
     try:
         before = artists()  # kept alive, so that no new object gets the id of an old one
-        pictures.save_curves(history, tmp_path / "curves.png")
+        pictures.save_curves(history, tmp_path / "curves.png", ["road"], [(9, 9, 9)])
         known = {id(thing) for thing in before}
         assert [type(thing) for thing in artists() if id(thing) not in known] == []
         assert (gc.get_freeze_count() > 0) == frozen  # as before the call

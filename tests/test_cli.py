@@ -34,7 +34,6 @@ UNET = ["--model.network_options", '{"decoder_channels": [16, 16, 8, 8, 8]}']
 DEEPLAB = [
     "--model.network_options",
     '{"encoder_output_stride": 16, "decoder_channels": 16}',
-    "--model.encoder_weights=null",
 ]
 TINY = [
     "--model.encoder",
@@ -80,10 +79,12 @@ def arguments(camvid_root, photo_folder, tmp_path):
             return [*scenes, crop, *UNET]
         if recipe not in BENCHMARKS:
             return [f"--data.root={camvid_root if recipe == 'camvid' else photo_folder}", crop, *UNET]
+        arch = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8"))["model"]["arch"]
+        network = DEEPLAB if arch == "deeplabv3plus" else UNET
         root = tmp_path / "benchmark data"
         if not root.exists():
             BENCHMARKS[recipe](root)
-        return [f"--data.root={root}", crop, "--data.total_batch_size=2", *DEEPLAB]
+        return [f"--data.root={root}", crop, "--data.total_batch_size=2", "--model.encoder_weights=null", *network]
 
     return of
 

@@ -131,7 +131,7 @@ def test_folder_split_by_list(photo_folder):
     assert names(data, "val") == ["photo 4"]
     assert names(data, "test") == []
     (photo_folder / "val.txt").write_text("photo 44\n")
-    with pytest.raises(DataError, match=r"val\.txt: lists photo 44 \(1 such names\)"):
+    with pytest.raises(DataError, match=r"val\.txt: lists photo 44 \(1 such name\)"):
         FolderData(photo_folder).samples("val")
 
 

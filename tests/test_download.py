@@ -20,7 +20,7 @@ import pytest
 from conftest import write_png
 
 from mcseg.data import download as module
-from mcseg.data.benchmark import benchmark_facts, benchmark_names
+from mcseg.data.benchmark import BenchmarkData, benchmark_facts, benchmark_names
 from mcseg.data.download import download
 from mcseg.data.labels import DataError
 from mcseg.run.main import main
@@ -666,3 +666,36 @@ def test_a_benchmark_is_downloaded_by_the_command_and_read(server, root, tmp_pat
     assert last == f"ready: mcseg fit --config camvid --data.root {root}"
     main(["stats", *last.split()[3:], "--data.num_workers=0"])
     assert re.search(r"^sky +16 +9\.091$", capsys.readouterr().out, re.MULTILINE)
+
+
+FACTS = """
+title = "Shapes"
+homepage = "https://example.org/shapes"
+license = "CC0"
+splits.train.from = [{ images = "train/{id}.png", masks = "masks/{id}.png" }]
+splits.val.from = [{ images = "val/{id}.png", masks = "masks/{id}.png" }]
+labels.classes = [{ name = "circle", id = 0 }, { name = "square", id = 1 }]
+"""
+
+
+def test_facts_without_addresses_name_the_homepage(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("mcseg.benchmarks._FACTS", tmp_path)
+    (tmp_path / "shapes_0.toml").write_text(FACTS)
+    with pytest.raises(DataError, match=r"shapes_0: .* no download .* Shapes; .* https://example\.org/shapes$"):
+        download("shapes_0", benchmark_facts("shapes_0"), root)
+    with pytest.raises(DataError, match=r"no such folder; expected train/<id>\.png .*; see https://example\.org/shapes$"):
+        BenchmarkData("shapes_0", root / "nowhere").samples("train")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "missing"),
+    [
+        ("shapes_1", FACTS.replace('title = "Shapes"', "").replace('license = "CC0"', ""), "title, license"),
+        ("shapes_2", f"{FACTS}download.login = true", "download.archives, download.tree"),
+    ],
+)
+def test_missing_facts_are_named(name, text, missing, tmp_path, monkeypatch):
+    monkeypatch.setattr("mcseg.benchmarks._FACTS", tmp_path)
+    (tmp_path / f"{name}.toml").write_text(text)
+    with pytest.raises(DataError, match=rf"{name}\.toml: has no {missing}; add it"):
+        benchmark_facts(name)

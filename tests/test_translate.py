@@ -1,5 +1,6 @@
 """Checkpoints and config files of earlier versions: objectives, schedule and state."""
 
+import inspect
 import shutil
 from functools import partial
 
@@ -139,6 +140,15 @@ def test_settings_of_the_polynomial_schedule_become_its_arguments():
     assert found == {"num_classes": 3, "scheduler": {"class_path": NEW, "init_args": {"power": 0.5, "warmup_steps": 7}}}
     assert "scheduler: lr_power and warmup_steps are read as" in remark
     assert old == {"num_classes": 3, "scheduler": None, "lr_power": 0.5, "warmup_steps": 7}  # not modified
+
+
+def test_the_default_is_the_schedule_of_checkpoints_that_name_none():
+    assert translate_hyperparameters({"scheduler": None}) == ({}, [])  # leaves the choice to the module's default
+    default = inspect.signature(SegmentationModule).parameters["scheduler"].default
+    schedule = default(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1))
+    assert (type(schedule).__name__, schedule.power, schedule.warmup_steps) == ("WarmupPolynomialLR", 0.9, 0), (
+        "write the schedule of earlier versions into checkpoints/translate.py:_schedule before changing the default"
+    )
 
 
 def test_another_schedule_stays_and_settings_without_effect_are_dropped():

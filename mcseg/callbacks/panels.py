@@ -21,6 +21,11 @@ def _pictures_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:
     return due and trainer.is_global_zero and not trainer.sanity_checking
 
 
+def _find_scorer(trainer: pl.Trainer) -> JaccardCallback | None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, JaccardCallback)), None)
+
+
 def _picture_file(trainer: pl.Trainer, split: str) -> str:
     return f"{split}-epoch{trainer.current_epoch:03d}.png" if trainer.state.fn == "fit" else f"{split}.png"
 
@@ -43,8 +48,7 @@ class ConfusionPicture(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the callback that counts."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self._scorer = next((callback for callback in callbacks if isinstance(callback, JaccardCallback)), None)
+        self._scorer = _find_scorer(trainer)
         if self._scorer is None:
             raise ValueError(
                 "callbacks: found ConfusionPicture without a JaccardCallback, whose counts it draws; add a JaccardCallback"
@@ -116,7 +120,10 @@ class TrainingCurves(Callback):
         prefixes = ("train/loss", "val/miou", "val/iou/")
         values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(prefixes)}
         self.history.append({"epoch": trainer.current_epoch, **values})
-        pictures.save_curves(self.history, Path(trainer.default_root_dir) / "curves.png")
+        scorer = _find_scorer(trainer)
+        names = class_names(trainer, scorer.class_names) if scorer else ()
+        path = Path(trainer.default_root_dir) / "curves.png"
+        pictures.save_curves(self.history, path=path, names=names, palette=class_palette(trainer, len(names)))
 
     def state_dict(self) -> dict[str, Any]:
         """Save the history in the checkpoint, so that a resumed run continues it."""

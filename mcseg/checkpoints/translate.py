@@ -81,7 +81,7 @@ def _schedule(arguments: dict[str, Any], remarks: list[str]) -> None:
     old = {new: arguments.pop(name) for name, new in _SCHEDULE.items() if name in arguments}
     if arguments.get("scheduler") is not None:  # another schedule, on which they had no effect
         return
-    arguments.pop("scheduler", None)  # the default is the same schedule
+    arguments.pop("scheduler", None)  # the module's default is the same schedule; a test ensures that
     if old:
         arguments["scheduler"] = {"class_path": "mcseg.schedules.WarmupPolynomialLR", "init_args": old}
         given = ", ".join(f"{name} {value}" for name, value in old.items())

@@ -19,14 +19,22 @@ from mcseg.data.layout import fill, find, fixed_folder, readable
 from mcseg.data.matlab import MatReader
 
 _FILES = ("images", "masks", "list")  # keys of a source whose values are path templates
+_REQUIRED = ("title", "homepage", "license", "splits", "labels")
+_REQUIRED_TO_DOWNLOAD = ("login", "archives", "tree")  # in the optional table `download`
 
 
 @cache
 def benchmark_facts(name: str) -> dict[str, Any]:
-    """Read ``facts/<name>.toml``. Raises DataError for an unknown name."""
+    """Read ``facts/<name>.toml``. Raises DataError for an unknown name or a missing key."""
     if name not in benchmark_names():
         raise DataError(f"found the benchmark {name}, expected one of {', '.join(benchmark_names())}")
-    return tomllib.loads(facts_file(name).read_text(encoding="utf-8"))
+    facts = tomllib.loads(facts_file(name).read_text(encoding="utf-8"))
+    missing = [key for key in _REQUIRED if key not in facts]
+    if "download" in facts:
+        missing += [f"download.{key}" for key in _REQUIRED_TO_DOWNLOAD if key not in facts["download"]]
+    if missing:
+        raise DataError(f"{facts_file(name)}: has no {', '.join(missing)}; add it, see CONTRIBUTING.md")
+    return facts
 
 
 @dataclass(frozen=True)
@@ -232,6 +240,8 @@ class BenchmarkData(SegmentationData):
         return Listing([sample for sample in samples if sample.name in partners], remarks)
 
     def _download_hint(self) -> str:
+        if "download" not in self.facts:
+            return f"see {self.facts['homepage']}"
         effect = "explains how to get them" if self.facts["download"]["login"] else "downloads them"
         return f"`mcseg download {self.benchmark} --root DIR` {effect}"
 

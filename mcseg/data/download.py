@@ -49,16 +49,19 @@ def download(name: str, facts: Mapping[str, Any], root: Path, *, keep_archives: 
 
     Args:
         name: Name of the benchmark on the command line.
-        facts: Facts of the benchmark: ``title``, ``homepage``, ``license`` and the table ``download``.
+        facts: Facts of the benchmark: ``title``, ``homepage``, ``license`` and the table ``download``, which is optional.
         root: Folder for the data; created if missing.
         keep_archives: Whether to keep the downloaded archives in ``root/.download``.
         progress: Whether to show progress bars.
 
     Raises:
-        DataError: An unreachable address, a connection that keeps breaking, a wrong or damaged archive, one that would write
-            outside its folder, a folder that cannot be written to, or a full disk.
+        DataError: Facts without ``download``, an unreachable address, a connection that keeps breaking, a wrong or damaged
+            archive, one that would write outside its folder, a folder that cannot be written to, or a full disk.
     """
-    source, homepage = facts["download"], facts["homepage"]
+    homepage = facts["homepage"]
+    if "download" not in facts:
+        raise DataError(f"{name}: mcseg has no download addresses for {facts['title']}; get the archives from {homepage}")
+    source = facts["download"]
     print(f"{facts['title']}, {homepage}\nlicence: {facts['license']}")
     if "note" in source:
         print(source["note"])

@@ -25,7 +25,7 @@ class FolderData(SegmentationData):
     - ``folder``: by subfolders, ``root/images/train`` and ``root/masks/train`` or ``root/train/images`` and
       ``root/train/masks``, likewise for ``val`` and ``test``;
     - ``list``: by the text files ``root/train.txt``, ``root/val.txt`` and, optionally, ``root/test.txt`` with one image name
-      per line;
+      per line, with or without extension;
     - ``fraction``: at random, with ``split_seed``;
     - ``auto``: ``list`` if ``root/train.txt`` exists, else ``folder`` if there is a ``train`` folder, else ``fraction``.
 
@@ -67,7 +67,10 @@ class FolderData(SegmentationData):
             raise DataError(f"data.root is not set: expected a folder with {images_dir}, {masks_dir} and a class list")
         folder = Path(root).expanduser()
         if not folder.is_dir():
-            raise DataError(f"data.root: no folder {folder}; expected one with {images_dir}, {masks_dir} and a class list")
+            raise DataError(
+                f"data.root: folder {folder} does not exist; expected a folder with {images_dir}, {masks_dir} and a class "
+                "list"
+            )
         if not (0 < val_fraction < 1 and 0 <= test_fraction < 1 and val_fraction + test_fraction < 1):
             raise DataError(
                 f"found data.val_fraction {val_fraction} and data.test_fraction {test_fraction}, expected val_fraction "
@@ -96,8 +99,8 @@ class FolderData(SegmentationData):
             train_names = {sample.name for sample in self.samples("train")}
             if shared := [sample.name for sample in self.samples(split) if sample.name in train_names]:
                 lines.append(
-                    f"{self.folder / split}.txt: {_abbreviate(shared)} also in train.txt; scores on training images are too "
-                    "high; list each image in one file only"
+                    f"{self.folder / split}.txt: {_abbreviate(shared)} {_are(shared)} also in train.txt; scores on training "
+                    "images are too high; list each image in one file only"
                 )
         return lines
 
@@ -148,7 +151,8 @@ class FolderData(SegmentationData):
             readable = set(image_files(folder))
             if other := sorted(path.name for path in folder.iterdir() if path not in readable and _is_user_file(path)):
                 lines.append(
-                    f"{folder}: {_abbreviate(other)} not used; expected images such as .jpg, .png or .tif; convert them"
+                    f"{folder}: {_abbreviate(other)} {_are(other)} not used; expected images such as .jpg, .png or .tif; "
+                    "convert or remove them"
                 )
         return lines
 
@@ -166,7 +170,7 @@ class FolderData(SegmentationData):
         missing = [name for name in names if name not in by_name]
         if missing:
             raise DataError(
-                f"{path}: lists {missing[0]} ({len(missing)} such names), which is not in "
+                f"{path}: lists {missing[0]} ({len(missing)} such name{'s' * (len(missing) != 1)}), which is not in "
                 f"{self.folder / self.images_dir}; expected names of images in this folder; correct the list"
             )
         listed = [by_name[name] for name in names]
@@ -241,3 +245,7 @@ def _is_user_file(path: Path) -> bool:
 def _abbreviate(names: Sequence[str]) -> str:
     """Format names for a message as the first name and the number of further names."""
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _are(names: Sequence[str]) -> str:
+    return "is" if len(names) == 1 else "are"
