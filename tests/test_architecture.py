@@ -73,6 +73,7 @@ def test_heavy_libraries_are_imported_at_first_use(path):
     assert not any(isinstance(node, ast.ImportFrom) and "gpu" in {alias.name for alias in node.names} for node in top_level)
 
 
+@pytest.mark.slow
 def test_import_loads_no_more_than_torch_and_lightning():
     code = "import sys, {}; print(*sorted(m for m in sys.modules if '.' not in m))"
     loaded = [

@@ -630,6 +630,7 @@ def test_a_missing_mask_stops_the_run_with_the_expected_file(photo_folder):
     assert problem.endswith("add one or remove the image")
 
 
+@pytest.mark.slow
 def test_prediction_skips_a_bad_file_with_on_error_skip(photo_folder, tmp_path, capsys):
     settings = ["--data.root", str(photo_folder), "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
     settings += ["--model.encoder", "tu-test_resnet.r160_in1k", "--trainer.default_root_dir", str(tmp_path / "run")]

@@ -142,6 +142,7 @@ if run.is_global_zero:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_count_the_same_as_one(tmp_path):
     """Seven images on two processes in batches of two: the image that the sampler repeats must count once."""
     target, preds, _ = batches()

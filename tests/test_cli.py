@@ -108,6 +108,7 @@ def logged_rows(folder):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*using the validation split")
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_every_recipe_through_every_verb(recipe, arguments, photo_folder, caplog):
@@ -162,6 +163,7 @@ SUBMISSIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted(SUBMISSIONS))
 def test_submissions_have_the_servers_format(recipe, arguments, tmp_path):
     values, name, size = SUBMISSIONS[recipe]
@@ -244,6 +246,7 @@ def test_two_stages_cross_entropy_then_margins(arguments, caplog):
     assert all(torch.equal(states[0][name], states[1][name]) for name in weights)  # at learning rate 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "precision"),
     [
@@ -269,6 +272,7 @@ def test_every_objective_on_a_data_recipe(name, device, precision, arguments, ca
     assert all(bool(weights.isfinite().all()) for weights in module.network.state_dict().values())
 
 
+@pytest.mark.slow
 def test_a_recipe_of_an_objective_keeps_nothing_of_the_former_objective():
     parser = ParseOnlyCLI("camvid", ["--config", str(RECIPES / "camvid.yaml")], run=False).parser
     names = [f"objectives/{path.stem}" for path in (RECIPES / "objectives").glob("*.yaml")]
@@ -389,6 +393,7 @@ def test_wrong_inference_is_one_line(arguments, capsys):
     assert "overlap: found 1.5, expected" in fails(capsys, [*words, "--ckpt_path", str(path)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.stem for path in (RECIPES / "options").glob("*.yaml")))
 def test_every_option_on_a_data_recipe(name, arguments):
     common = ["--config", "camvid", "--config", f"options/{name}", *arguments("camvid"), *TINY, "--inference.batch=1"]
@@ -433,6 +438,7 @@ def test_checkpoint_from_the_command_line_in_python(arguments):
     assert module(torch.zeros(1, 3, 20, 20)).shape == (1, 8, 20, 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
     [
@@ -490,6 +496,7 @@ def test_saved_config_repeats_the_run_in_a_new_folder(arguments):
     assert len(list((first / "checkpoints").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_repeating_a_run_of_a_named_folder_overwrites_nothing(arguments, tmp_path):
     named = tmp_path / "named"
     main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY, "--trainer.default_root_dir", str(named)])
@@ -502,6 +509,7 @@ def test_repeating_a_run_of_a_named_folder_overwrites_nothing(arguments, tmp_pat
         assert len(list((folder / "checkpoints").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_checkpoints_of_an_earlier_version(arguments, tmp_path, capsys):
     """Arguments that the checkpoint does not have get their default, not the recipe's value; refused settings are named."""
     common = ["--config", "synthetic", *arguments("synthetic"), *TINY]
@@ -533,6 +541,7 @@ def test_checkpoints_of_an_earlier_version(arguments, tmp_path, capsys):
     assert "'model' does not accept option 'gone'" in message
 
 
+@pytest.mark.slow
 def test_resuming_from_the_command_line(arguments):
     common = ["fit", "--config", "synthetic", *arguments("synthetic"), *TINY]
     main(common)
@@ -700,6 +709,7 @@ def test_no_run_folder_name_is_used_twice(arguments, monkeypatch):
     assert [new_run_folder("folder", "fit").name for _ in range(2)] == ["20260102-030405", "20260102-030405-2"]
 
 
+@pytest.mark.slow
 def test_class_names_that_the_terminal_cannot_show(photo_folder):
     (photo_folder / "classes.txt").write_text("ground\nstraße\n猫\n", encoding="utf-8")
     words = [sys.executable, "-m", "mcseg", "stats", "folder", "--data.root", str(photo_folder), "--data.num_workers=0"]

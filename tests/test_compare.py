@@ -879,6 +879,7 @@ def test_report_lists_missing_and_failed_runs(tmp_path):
 # End to end
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_compare_end_to_end(tmp_path, capsys):
     folder = tmp_path / "study"
@@ -982,6 +983,7 @@ def _parsed(study):
 STUDIES = [Path(__file__).parents[1] / "benchmarks" / "study" / f"{name}.yaml" for name in ("finetune", "scratch")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
 def test_study_files_of_the_repository_are_valid(path, tmp_path, monkeypatch):
     """The command accepts all settings, all objectives have three trials, and the folds match CamVid's images."""

@@ -46,6 +46,7 @@ each_prediction = pytest.mark.parametrize("predict", PREDICT.values(), ids=PREDI
 each_count = pytest.mark.parametrize("count", COUNT.values(), ids=COUNT)
 
 
+@pytest.mark.slow
 @each_prediction
 @settings(deadline=None, max_examples=20)
 @given(
@@ -92,6 +93,7 @@ def test_infinities_and_nan(predict):
     assert 0 <= preds[5] < 4
 
 
+@pytest.mark.slow
 @each_prediction
 @pytest.mark.parametrize("align_corners", [True, False])
 @pytest.mark.parametrize("classes", [5, 300])

@@ -385,6 +385,7 @@ def count_as_rank(rank, root, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_count(camvid_root, tmp_path):
     write_png(camvid_root / "trainannot" / "0001TP_006690.png", np.full((9, 12), 3, dtype=np.uint8))
     torch.multiprocessing.spawn(count_as_rank, (str(camvid_root), str(tmp_path)), nprocs=2)

@@ -47,6 +47,7 @@ def test_each_example_has_a_test_and_is_short():
         assert 20 <= len(path.read_text().splitlines()) <= 60, path.name
 
 
+@pytest.mark.slow
 def test_own_folder(run):
     variables, printed = run("own_folder.py")
     score, checkpoint = re.search(r"mIoU ([\d.]+) %, checkpoint (\S+)", printed).groups()
@@ -69,6 +70,7 @@ def test_own_folder_with_a_given_folder(run, photo_folder):
     assert "mIoU" in printed
 
 
+@pytest.mark.slow
 def test_loss_only(run):
     variables, printed = run("loss_only.py")
     masks = variables["masks"][:48].numpy()
@@ -82,6 +84,7 @@ def test_loss_only(run):
     assert numbers["power Dice"][0] > numbers["cross entropy"][0]
 
 
+@pytest.mark.slow
 def test_own_objective(run):
     variables, printed = run("own_objective.py")
     assert "PolyLoss with epsilon 2.0" in printed
@@ -99,6 +102,7 @@ def test_own_objective(run):
     assert float(loss(logits, torch.full_like(target, 255))) == 0
 
 
+@pytest.mark.slow
 def test_own_data(run):
     variables, printed = run("own_data.py")
     data, root = variables["data"], variables["root"]
@@ -114,6 +118,7 @@ def test_own_data(run):
         data.reader.mask(data.samples("train")[0])
 
 
+@pytest.mark.slow
 def test_predict(run, tmp_path):
     trained = run("predict.py")
     photo = tmp_path / "photo.jpg"
@@ -131,6 +136,7 @@ def test_predict(run, tmp_path):
         assert changed == pytest.approx(100 * (mask != labels).mean(), abs=0.051)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:No complete tensor found")  # torch 2.15 warns about a file that it wrote
 @pytest.mark.filterwarnings("ignore:.*buffer is not writable")  # torch 2.7 warns about a buffer that it created
 def test_exported_network_needs_only_torch(run, tmp_path):
@@ -150,6 +156,7 @@ torch.save(network(torch.load("images.pt")), "logits.pt")
     assert F.mse_loss(torch.load(tmp_path / "logits.pt"), expected) < 1e-10
 
 
+@pytest.mark.slow
 def test_two_processes():
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, EXAMPLES / "two_processes.py"]

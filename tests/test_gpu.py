@@ -71,6 +71,7 @@ def check_errors(case, power, upstream=None, tolerance=1e-6, upsampling=None, ig
             assert float((actual - truth).abs().max()) <= allowed, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "power"), [(shape, power) for shape in SHAPES for power in POWERS if power == 0.5 or shape[1] < 100], ids=str
 )
@@ -80,6 +81,7 @@ def test_errors_are_within_those_of_the_reference(shape, power):
     check_errors(case, power, torch.rand(case[1].shape, device=DEVICE), ignore_index=ignore_index)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(
     shape=st.tuples(st.integers(1, 3), st.sampled_from([2, 3, 7, 19]), st.integers(1, 6), st.integers(1, 9)),
@@ -119,6 +121,7 @@ UPSAMPLINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("coarse", "full", "size", "align_corners", "power"), UPSAMPLINGS)
 def test_upsampled_errors_are_within_those_of_the_reference(coarse, full, size, align_corners, power):
     logits, _, vectors = draw((2, 5, *coarse))
@@ -128,6 +131,7 @@ def test_upsampled_errors_are_within_those_of_the_reference(coarse, full, size, 
     check_errors((logits, target, vectors), power, upstream=upstream, tolerance=3e-6, upsampling=upsampling)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "dtype"), [("channels last", torch.bfloat16), ("cropped", torch.float16)])
 def test_upsampled_errors_of_many_classes(layout, dtype):
     """Test more classes than fit into a tile of pixels or of cells, in 16 bits and with strides."""
@@ -140,6 +144,7 @@ def test_upsampled_errors_of_many_classes(layout, dtype):
     check_errors((logits, target, vectors), 0.5, tolerance=3e-6, upsampling=Upsampling(2, 3), ignore_index=-1)
 
 
+@pytest.mark.slow
 @each_power
 def test_results_are_deterministic_and_gradients_have_the_logits_memory_format(power):
     logits, target, vectors = draw((2, 7, 9, 40))
@@ -152,6 +157,7 @@ def test_results_are_deterministic_and_gradients_have_the_logits_memory_format(p
     assert first[1].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 @each_power
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from NumPy in the interpreter, for invalid logits
 @pytest.mark.parametrize("invalid", [math.nan, math.inf])
@@ -233,6 +239,7 @@ def test_pixel_loss_equals_the_fused_one():
     torch.testing.assert_close(actual.double(), expected, rtol=2e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # raised inside opcheck
 def test_registered_operators_pass_opcheck():
     from mcseg.kernels import gpu
@@ -334,6 +341,7 @@ compile_kernel(gpu_labels.count, BP=gpu._LABELS)
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu(tmp_path):
     """The compiler refuses code that the interpreter accepts, and needs no GPU."""
     script = tmp_path / "compile_kernels.py"

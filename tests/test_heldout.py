@@ -245,6 +245,7 @@ def test_more_classes_than_a_legend_takes(tmp_path):
         assert picture.width > 1000
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*using the validation split")
 def test_command(photo_folder, capsys, caplog):
     (photo_folder / "val.txt").write_text("\n".join(f"photo {k}" for k in range(6)))

@@ -77,6 +77,7 @@ def assert_argmax(labels, probabilities):
     assert torch.equal(labels[clear].long(), probabilities.argmax(1)[clear])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "strip"), [(3, 5), (3, 23), (32, 4096)])
 @pytest.mark.parametrize(
     ("shape", "size", "options"),
@@ -292,6 +293,7 @@ def test_wrong_shapes_are_refused():
         Inference()(convolution(), torch.rand(1, 3, 4, 4), (0, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of the memory from Linux' /proc")
 @pytest.mark.parametrize("taller", [True, False], ids=["height", "width"])
 def test_memory_does_not_grow_with_the_image(taller):

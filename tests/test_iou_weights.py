@@ -155,6 +155,7 @@ def run_as_rank(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_loss_of_one(tmp_path):
     torch.multiprocessing.spawn(run_as_rank, (str(tmp_path),), nprocs=2)
     results = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

@@ -125,6 +125,7 @@ def test_without_counts_an_uncalibrated_objective_is_refused(tmp_path):
     trainer(tmp_path, callbacks=[]).fit(SegmentationModule(**TINY, num_classes=8), loader)  # the default needs no counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "objective",
     [
@@ -187,6 +188,7 @@ REFUSED = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

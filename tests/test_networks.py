@@ -161,6 +161,7 @@ def pair(encoder, arch="unet", dtype=torch.float64, **options):
     return networks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoder", "arch"),
     [
@@ -369,6 +370,7 @@ def test_coplenet_is_restored_from_a_checkpoint(tmp_path):
         assert torch.equal(again(image), module.eval()(image))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # warnings of the compiler itself change with its version
 def test_a_checkpointed_network_can_be_compiled():
     plain, checkpointed = pair("resnet18", dtype=torch.float32)

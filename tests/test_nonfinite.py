@@ -49,6 +49,7 @@ def guard_as_rank(rank, world, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_processes_skip_the_same_steps(tmp_path):
     torch.multiprocessing.spawn(guard_as_rank, (2, str(tmp_path)), nprocs=2)
     assert [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)] == [[True, False, True]] * 2

@@ -60,6 +60,7 @@ def executed(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
 def test_notebook_runs(name, executed):
     notebook = executed(name)

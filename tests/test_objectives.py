@@ -219,6 +219,7 @@ def test_shapes_are_static_and_the_host_does_not_wait(name):
     assert gradient.shape == logits.shape
 
 
+@pytest.mark.slow
 @every
 def test_compiles_in_one_graph(name):
     torch.compiler.reset()

@@ -92,6 +92,7 @@ def objectives_as_rank(rank, world, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_losses_equal_those_of_one_process_with_all_pixels(world, tmp_path):
     torch.multiprocessing.spawn(objectives_as_rank, (world, str(tmp_path)), nprocs=world)
@@ -172,6 +173,7 @@ def trained(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
 def test_training_equals_that_of_one_process(trained, processes):
     (single, single_log), (together, log) = trained(1), trained(processes)
@@ -224,6 +226,7 @@ def sharded_as_rank(rank, world, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded_weights_train_like_whole_ones(tmp_path):
     torch.multiprocessing.spawn(sharded_as_rank, (2, str(tmp_path)), nprocs=2)
     (loss, gradients), (expected, whole) = torch.load(tmp_path / "found.pt", weights_only=True)
@@ -254,6 +257,7 @@ main(["fit", "synthetic", *sys.argv[2:]])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "code", "reason"),
     [
@@ -280,6 +284,7 @@ def test_a_process_that_dies_ends_the_job_with_its_reason(how, code, reason, tmp
         assert steps_done(tmp_path / "run" / "checkpoints" / "last.ckpt") == 2
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_deadlock_if_a_process_has_no_image(photo_folder, tmp_path):
     """Three images on two processes: the second has an unreadable image and a repetition of the first."""
     (photo_folder / "train.txt").write_text("".join(f"photo {index}\n" for index in range(3, 10)))
@@ -308,6 +313,7 @@ def test_evaluation_does_not_deadlock_if_a_process_has_no_image(photo_folder, tm
         assert (name, float(value)) == (name, pytest.approx(float(single[name]), rel=1e-6))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_two_processes_appends_to_its_log(tmp_path):
     """Only rank 0 copies the existing rows; otherwise rows are lost."""
     folder = tmp_path / "run"

@@ -156,6 +156,7 @@ def assert_same_end(whole, folder):
     return one
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_like_an_uninterrupted_one(run):
     """Killed before the first checkpoint, in validation and while writing a checkpoint; SIGTERM in a step and in validation."""
     whole, codes, _, output = run()
@@ -173,6 +174,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(run):
     assert left == {path.relative_to(whole).as_posix() for path in whole.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_gradients_averages_and_schedule_of_a_killed_run(run):
     """Two batches per step, averaged weights, and a learning rate that falls if the score does not rise by half."""
     more = ["--trainer.accumulate_grad_batches", "2", "--config", "options/ema", "--model.scheduler"]
@@ -189,6 +191,7 @@ def test_gradients_averages_and_schedule_of_a_killed_run(run):
     assert last["lr_schedulers"][0]["_last_lr"][0] < last["lr_schedulers"][0]["factor"] * float(rows(whole)[0]["lr-AdamW"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not report the sender of a signal")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_all_processes_of_a_run(number, code, tmp_path):
@@ -232,6 +235,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_former_one(tensors, tmp_
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
+@pytest.mark.slow
 def test_one_run_at_a_time_in_a_folder(tmp_path, capsys):
     """A second one would overwrite the checkpoints of the first and mix its rows with theirs."""
     from mcseg.run.main import main

@@ -40,6 +40,7 @@ def keys(content, prefix=()):
 RECIPE_KEYS = sorted({".".join(key) for path in RECIPES.rglob("*.yaml") for key in keys(yaml.safe_load(path.read_text()))})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", RECIPE_KEYS)
 def test_a_key_of_a_recipe_misspelt(key, capsys, tmp_path, camvid_root):
     """Each key of a recipe with its last letter doubled, on the command line and in a user's file."""
@@ -180,6 +181,7 @@ def places(photo_folder, tmp_path):
     return files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", WRONG)
 def test_a_wrong_setting_is_one_line_and_leaves_no_files(words, capsys, places):
     code, expected = WRONG[words]
@@ -206,6 +208,7 @@ def test_a_function_is_not_called_where_a_class_belongs(name, capsys, tmp_path):
     assert not Path("owned").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*using the validation split")
 def test_a_checkpoint_of_other_data(photo_folder, tmp_path, capsys):
     """Another number of classes is an error; other names are a warning, as only the names may differ."""

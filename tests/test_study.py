@@ -77,6 +77,7 @@ def accuracy(rows):
     return 100 * rows.filter(like="correct/").to_numpy().sum() / rows.filter(like="target/").to_numpy().sum()
 
 
+@pytest.mark.slow
 def test_final_scores_equal_those_of_plain_pandas(regimes, compared):
     for regime, comparison in compared.items():
         assert comparison.tail == [comparison.class_names.index(name) for name in TAIL]

@@ -376,6 +376,7 @@ finish_wandb()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_log_the_same_as_one(tmp_path):
     script = tmp_path / "run.py"
     folder = tmp_path / "out"

@@ -61,6 +61,7 @@ def stored(given, every):
     return {"class_path": LOSS, "init_args": {**ALL, **given} if every else {"num_classes": 3, **given}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [True, False])
 @pytest.mark.parametrize(("given", "expected"), SUCCESSORS.values(), ids=SUCCESSORS)
 def test_objectives_have_their_successors(given, expected, every, tmp_path):
@@ -198,6 +199,7 @@ def former_settings(model):
     return {**model, "objective": objective, "scheduler": None, "lr_power": 0.9, "warmup_steps": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_checkpoint", [True, False])
 def test_a_run_of_an_earlier_version_is_resumed(with_checkpoint, tmp_path, caplog):
     """Its config.yaml and last.ckpt are translated; the weights are those of a run with today's settings."""

@@ -87,6 +87,7 @@ def test_neighbours_equal_those_of_torch(coarse, full, align_corners):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_loss_with_an_upsampling_compiles_in_one_graph(objective):
     torch.compiler.reset()
