@@ -20,6 +20,16 @@ if not torch.cuda.is_available():
 SHARED = Path(__file__).parents[2] / "shared"
 
 
+def golden_cases() -> list[dict[str, np.ndarray]]:
+    """Read the reference numbers of tests/golden, a dictionary of arrays for each case."""
+    cases = [{} for _ in range(6)]
+    for path in sorted((Path(__file__).parent / "golden").glob("*.npz")):
+        for key, values in np.load(path).items():
+            number, name = key.split("/")
+            cases[int(number)][name] = values
+    return cases
+
+
 @pytest.fixture(scope="session", autouse=True)
 def collector():
     """Exclude the libraries' million objects from garbage collection, which took a fifth of the suite's time."""

@@ -5,17 +5,15 @@ import inspect
 import io
 import math
 import pickle
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from conftest import golden_cases
 from torch import nn
 
 from mcseg.losses import CrossEntropyLoss, MarginCalibrationLoss, margin_calibration_loss
 from mcseg.margins import MarginOffsets, margin_offsets
 
-GOLDEN = sorted((Path(__file__).parent / "golden").glob("margin_case_*.npz"))
 BACKENDS = ["auto", "fused", "reference"]
 COUNTS = [1000, 10, 300, 40]
 
@@ -55,9 +53,9 @@ def test_by_hand(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_values_of_the_authors_implementation(path, backend):
-    numbers = np.load(path)
+@pytest.mark.parametrize("number", range(6))
+def test_values_of_the_authors_implementation(number, backend):
+    numbers = golden_cases()[number]
     logits = torch.from_numpy(numbers["logits"]).double().requires_grad_()
     loss = MarginCalibrationLoss(
         logits.shape[1], tau=float(numbers["tau"]), upsilon=float(numbers["upsilon"]), backend=backend
