@@ -314,3 +314,30 @@ def test_changed_settings_of_a_resumed_run(tmp_path, capsys, caplog):
     assert new == old
     assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
     assert steps_done(folder / "checkpoints" / "last.ckpt") == 10
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        main(["fit", "--resume", str(folder)])
+    assert f"{folder}: the run is complete after 10 steps" in caplog.text
+    assert yaml.safe_load(settings.read_text()) == new
+
+
+def test_resume_names_the_folder_of_the_run(tmp_path, capsys):
+    from mcseg.run.main import main
+
+    run = tmp_path / "runs" / "synthetic" / "20260102-030405"
+    older = run.with_name("20260101-030405")
+    for index, folder in enumerate((older, run)):
+        (folder / "checkpoints").mkdir(parents=True)
+        (folder / "config.yaml").touch()
+        (folder / "checkpoints" / "last.ckpt").touch()
+        os.utime(folder / "config.yaml", (index, index))
+    for path, expected in {
+        tmp_path / "runs": run,
+        run.parent: run,
+        older / "checkpoints": older,
+        older / "checkpoints" / "last.ckpt": older,
+        older / "config.yaml": older,
+    }.items():
+        with pytest.raises(SystemExit):
+            main(["fit", "--resume", str(path)])
+        assert capsys.readouterr().err.endswith(f"; use --resume {expected}\n")

@@ -59,6 +59,8 @@ def test_a_key_of_a_recipe_misspelt(key, capsys, tmp_path, camvid_root):
 WRONG = {
     # names that do not exist
     "fitt": (1, "found the verb 'fitt', expected one of fit, validate, test, predict, stats, check, show, bound, compare"),
+    "--verison": (2, "found the option --verison, expected a verb first: fit, validate,"),
+    "--root PHOTOS fit": (2, "found the option --root, expected a verb first"),
     "fit camvidd": (1, "--config camvidd: neither a file nor a recipe of mcseg, such as camvid"),
     "fit lovas": (1, "recipe of mcseg, such as objectives/lovasz; mcseg --help lists all recipes"),
     "fit zzz": (1, "--config zzz: neither a file nor a recipe of mcseg, such as "),

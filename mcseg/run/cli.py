@@ -297,7 +297,14 @@ class SegmentationCLI(CheckpointSettingsCLI):
                 path = self.resume / "config.yaml"
                 write_atomically(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))
                 rank_zero_info(f"{path}: updated, the resumed run has {changes}")
+            checkpoint = self.verb_config.ckpt_path if self.resume else None
+            former_steps = steps_done(Path(checkpoint)) if checkpoint else -1  # before the checkpoint is replaced
             self.trainer.fit(*args, **kwargs)
+        if self.trainer.global_step == former_steps:
+            rank_zero_info(
+                f"{folder}: the run is complete after {former_steps} steps, nothing was trained; to train longer, resume it "
+                "with a larger --trainer.max_epochs"
+            )
 
     def after_fit(self) -> None:
         """Print the run folder and the best checkpoint."""

@@ -38,10 +38,15 @@ def run(words: Sequence[str]) -> None:
             download(words[1:])
             return
         words, resume = expand_resume(words)
-        recipe, words = find_recipes(expand_shorthand(words))
         own = {"stats": stats, "check": check, "show": show, "bound": bound, "compare": compare}
-        if words[0] not in (verbs := [*SegmentationCLI.subcommands(), *own, "download"]):
+        verbs = [*SegmentationCLI.subcommands(), *own, "download"]
+        if words[0].startswith("-"):
+            raise ArgumentError(
+                None, f"found the option {words[0]}, expected a verb first: {', '.join(verbs)}; see mcseg --help"
+            )
+        if words[0] not in verbs:
             raise ValueError(f"found the verb {words[0]!r}, expected one of {', '.join(verbs)}; see mcseg --help")
+        recipe, words = find_recipes(expand_shorthand(words))
         with warnings.catch_warnings(), run_folder_tidied():
             silence_warnings()
             if words[0] in own:

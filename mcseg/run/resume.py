@@ -107,9 +107,19 @@ def expand_resume(words: list[str]) -> tuple[list[str], Path | None]:
     folder = Path(chosen.resume)
     settings, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
     if not settings.is_file():
-        raise FileNotFoundError(f"--resume: no {settings}; expected the folder of a run, such as runs/camvid/<time>")
+        run = _run_near(folder)
+        advice = f"use --resume {run}" if run else "expected the folder of a run, such as runs/camvid/<time>"
+        raise FileNotFoundError(f"--resume: no {settings}; {advice}")
     words = ["fit", "--config", str(settings), "--trainer.default_root_dir", str(folder), *rest[1:]]
     return words + (["--ckpt_path", str(last)] if last.is_file() else []), folder
+
+
+def _run_near(path: Path) -> Path | None:
+    """Return the run folder that contains ``path``, or else the last run in a subfolder; None if there is none."""
+    inside = [parent for parent in list(path.parents)[:2] if path.exists() and (parent / "config.yaml").is_file()]
+    below = [*path.glob("*/config.yaml"), *path.glob("*/*/config.yaml")] if path.is_dir() else []
+    last = max(below, key=lambda file: file.stat().st_mtime, default=None)
+    return inside[0] if inside else last.parent if last else None
 
 
 def changed_settings(run: Namespace, given: Namespace) -> dict[str, tuple[Any, Any]]:
