@@ -21,7 +21,13 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def golden_cases() -> list[dict[str, np.ndarray]]:
-    """Read the reference numbers of tests/golden, a dictionary of arrays for each case."""
+    """Read the reference numbers of tests/golden, a dictionary of arrays for each case; keys in the files are case/array.
+
+    They are in float64, independent of mcseg, and ignore label 255. margin.npz: ``logits`` (N,C,H,W) float32, ``target``
+    (N,H,W) int64, ``class_pixels`` (C,) int64, ``tau``, ``upsilon``, and of the paper's method ``foreground_offsets`` and
+    ``background_offsets`` (C,), ``margin_loss`` and ``margin_grad`` (N,C,H,W). The other two: Lovász-softmax over the classes
+    present, per image and per batch, ``lovasz_softmax_*`` and ``lovasz_grad_*``.
+    """
     cases = [{} for _ in range(6)]
     for path in sorted((Path(__file__).parent / "golden").glob("*.npz")):
         for key, values in np.load(path).items():

@@ -1,19 +1,60 @@
-"""Datasets and collation: augmented crops for training, whole images for evaluation, skipping of unusable files."""
+"""Batches: order of the training images, augmented crops for training, whole images for evaluation, collation."""
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pytorch_lightning import Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from mcseg.data.files import Reader, Sample, Window
 from mcseg.data.labels import DataError
-from mcseg.data.order import Draw
 from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
-from mcseg.seeds import seeded
+from mcseg.lightning_internals import training_position
+from mcseg.seeds import seed_of, seeded
+
+
+class Draw(NamedTuple):
+    """Index of an image, and the seed of its crop."""
+
+    image: int
+    seed: int
+
+
+class TrainingOrder(DistributedSampler[Any]):
+    """Sampler that shuffles the images for each epoch and divides them among the processes.
+
+    Order and seeds depend only on the run's seed and the epoch, so a run resumed in the middle of an epoch gets the batches
+    of an uninterrupted run, regardless of what its loader had prefetched. Without a running Trainer, each iteration is
+    an epoch.
+
+    Args:
+        dataset: The training images.
+        batch_size: Images per step and process.
+        trainer: Source of the number of processes, the epoch and the number of finished batches; None is a single
+            process.
+    """
+
+    def __init__(self, dataset: Dataset[Any], batch_size: int, trainer: Trainer | None) -> None:
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer is not None else (1, 0)
+        self._seed = torch.initial_seed()
+        super().__init__(dataset, world, rank, shuffle=True, seed=self._seed % 2**31)
+        self._batch_size, self._trainer = batch_size, trainer
+
+    def __iter__(self) -> Iterator[Draw]:
+        """Iterate over the images of this process that remain in the epoch."""
+        start = 0
+        if self._trainer is not None and self._trainer.training:
+            self.epoch, finished_batches = training_position(self._trainer)
+            start = finished_batches * self._batch_size
+        indices = list(super().__iter__())[start:]
+        epoch = self.epoch
+        self.epoch = epoch + 1
+        return iter([Draw(index, seed_of(self._seed, epoch, index)) for index in indices])
+
 
 Batch = dict[str, Any]
 _EMPTY_SIZE = (32, 32)  # height and width of a batch without images; it still passes through the network

@@ -15,10 +15,9 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mcseg.data.batches import Batch, TrainingCrops, WholeImages, WideningLoader, collate, warn_skipped
+from mcseg.data.batches import Batch, TrainingCrops, TrainingOrder, WholeImages, WideningLoader, collate, warn_skipped
 from mcseg.data.files import FileReader, Reader, Sample, images_below, prepare_worker
 from mcseg.data.labels import DataError, LabelTable, MissingFileError
-from mcseg.data.order import TrainingOrder
 from mcseg.data.statistics import absent_classes, count_class_pixels, default_cache_dir
 from mcseg.data.transforms import TrainingTransform
 from mcseg.palette import Color

@@ -34,6 +34,6 @@ A signal, SIGTERM or Ctrl-C, stops the run:
     W&B continues the run with the same id.
 10. ``checkpoints/module.py`` raises an error if the checkpoint has another network or number of classes. Then the Trainer
     restores weights, optimiser, schedule and loops, and ``module.on_fit_start`` neither calibrates nor loads weights.
-11. ``data/order.TrainingOrder`` skips the batches that are done. The seeds of crops and dropout depend only on the run's
+11. ``data/batches.TrainingOrder`` skips the batches that are done. The seeds of crops and dropout depend only on the run's
     seed, the epoch and the batch (``mcseg/seeds.py``). The final weights equal those of an uninterrupted run.
 """
