@@ -80,7 +80,7 @@ def rows(classes: list[int], dtypes: list[str]) -> Any:
     for dtype in dtypes:
         for count in classes:
             one = count <= gpu.UNROLLED
-            sizes = {"ONE": one, "U": count if one else gpu._CHUNK, "BP": gpu._block(count)}
+            sizes: dict[str, Any] = {"ONE": one, "U": count if one else gpu._CHUNK, "BP": gpu._block(count)}
             if one:
                 sizes |= dict.fromkeys(("numbers_ptr", "classes_ptr"))
             for name, kernel in (("forward", gpu_pixels.margin_forward), ("backward", gpu_pixels.margin_backward)):

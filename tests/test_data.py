@@ -14,7 +14,7 @@ from conftest import SHARED, break_three, write_png
 from mcseg.data import BDD100KData, CamVidData, DataError, FolderData, SyntheticData
 from mcseg.data.check import check
 from mcseg.data.classlist import table_from_file, table_from_names, table_from_toml
-from mcseg.data.labels import DataError, LabelTable, pack_color
+from mcseg.data.labels import LabelTable, pack_color
 from mcseg.data.statistics import default_cache_dir
 from mcseg.losses import CrossEntropyLoss
 from mcseg.module import SegmentationModule
