@@ -398,13 +398,13 @@ def test_pages_quote_the_study_on_fine_tuning(compared):
         return f"{100 * row['miou_mean']:.1f}"
 
     assert (
-        f"8 epochs more of soft Dice give {mean(score['dice'])} ± {100 * score['dice']['miou_sd']:.1f}, of Jaccard "
+        f"8 more epochs of soft Dice give {mean(score['dice'])} ± {100 * score['dice']['miou_sd']:.1f}, of Jaccard "
         f"{mean(score['jaccard'])}, of power Dice {mean(score[OURS])} (minus soft Dice {dice.difference:+.1f} "
         f"[{dice.low:+.1f}, {dice.high:+.1f}]), of cross entropy {mean(score['cross entropy'])}, of the paper's loss "
         f"{mean(score['margin calibration (paper)'])}, and cross entropy with one shift of the logits per class, chosen on "
         f"held-out training images, has {mean(shifted['cross entropy'])}"
     ) in plain(section("docs/how-to/objectives.md", "Evidence"))
-    assert (f"8 epochs more of soft Dice give {mean(score['dice'])}, of power Dice {mean(score[OURS])}.") in plain(
+    assert (f"8 more epochs of soft Dice give {mean(score['dice'])}, of power Dice {mean(score[OURS])}.") in plain(
         section("README.md", "Which objective wins?")
     )
 
