@@ -42,7 +42,6 @@ import triton
 import triton.language as tl
 
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
 _SCALE = tl.constexpr(2.0**-100)  # undoes the factor of the exponentials
 _TINY = tl.constexpr(2.0**-125)  # its reciprocal is finite
 
