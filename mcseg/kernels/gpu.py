@@ -49,10 +49,11 @@ class _Table(NamedTuple):
     cells: int  # most coarse cells of a program of the fold: its columns of pixels hold all that they contribute to
 
 
-def _grid(logits: Tensor, pixels: torch.Size, upsampling: tuple[int, int, bool], block: int) -> _Grid:
+def _grid(logits: Tensor, pixels: torch.Size, upsampling: tuple[int, int, bool], block: int | None = None) -> _Grid:
     none = dict.fromkeys(("rows_ptr", "down_ptr", "columns_ptr", "across_ptr"))
     if not upsampling[0]:
         z = _lined_up(logits)
+        block = block or _block(z.shape[1])
         count = z.shape[2]
         zn, zc, zp = z.stride()
         where = {"width": count, "coarse_height": 1, "zn": zn, "zc": zc, "zp": zp, "zh": 0, "zw": 0, **none}
@@ -179,7 +180,7 @@ def margin_loss(
     if total == 0:
         return loss, numbers, pair
     constants = _classes(logits, height > 0)
-    grid = _grid(logits, target.shape, upsampling, _block(logits.shape[1]))
+    grid = _grid(logits, target.shape, upsampling)
     gpu_pixels.margin_forward[(grid.blocks * len(grid.z),)](
         z_ptr=grid.z,
         y_ptr=target.contiguous(),
@@ -234,29 +235,7 @@ def margin_loss_gradient(
     given = {"upstream_ptr": upstream, "upstream_step": step, "numbers_ptr": numbers, "classes_ptr": pair, "weight": weight}
     if height:
         return _folded(logits, target, (height, width, align_corners), "margin", ignore_index, **vectors, **given)
-    gradient, written = _like(logits)
-    grid = _grid(logits, target.shape, (0, 0, False), _block(logits.shape[1]))
-    gn, gc, gp = written.stride()
-    gpu_pixels.margin_backward[(grid.blocks * len(logits),)](
-        z_ptr=grid.z,
-        y_ptr=target.contiguous(),
-        gradient_ptr=written,
-        classes=logits.shape[1],
-        blocks=grid.blocks,
-        pixels=grid.z.shape[2],
-        total=target.numel(),
-        **{name: grid.where[name] for name in ("zn", "zc", "zp")},
-        gn=gn,
-        gc=gc,
-        gp=gp,
-        ignore=ignore_index,
-        BP=grid.shape["BP"],
-        num_warps=4,
-        **vectors,
-        **given,
-        **_classes(logits, False),
-    )
-    return _in_format(gradient, written)
+    return _at_full_size(gpu_pixels.margin_backward, logits, target, ignore_index, **vectors, **given)
 
 
 @torch.library.custom_op("mcseg::soft_counts", mutates_args=())
@@ -278,7 +257,7 @@ def soft_counts(
     if total == 0:
         return numbers.new_zeros(3, classes), numbers, index
     constants = _classes(logits, height > 0)
-    grid = _grid(logits, target.shape, (height, width, align_corners), _block(classes))
+    grid = _grid(logits, target.shape, (height, width, align_corners))
     num_blocks = grid.blocks * len(logits)
     programs = min(num_blocks, _PROGRAMS) if constants["ONE"] else num_blocks
     counts = torch.zeros(programs, 3, classes, dtype=torch.float32, device=logits.device)
@@ -334,7 +313,7 @@ def soft_counts_gradient(
     if height:
         upsampling = (height, width, align_corners)
         statistics = torch.empty(3, total, dtype=torch.float32, device=logits.device)
-        grid = _grid(logits, target.shape, upsampling, 0)
+        grid = _grid(logits, target.shape, upsampling)
         gpu_upsampled.soft_statistics[(grid.blocks * len(logits),)](
             z_ptr=grid.z,
             y_ptr=target,
@@ -351,23 +330,27 @@ def soft_counts_gradient(
             **{name: value for name, value in grid.where.items() if name != "zp"},
         )
         return _folded(logits, target, upsampling, kind, ignore_index, statistics_ptr=statistics, **given)
+    return _at_full_size(gpu_pixels.soft_backward, logits, target, ignore_index, KIND=kind, **given)
+
+
+def _at_full_size(kernel: Any, logits: Tensor, target: Tensor, ignore_index: int, **given: Any) -> Tensor:
+    """Launch a backward kernel on logits that have the size of the target."""
     gradient, written = _like(logits)
-    grid = _grid(logits, target.shape, (0, 0, False), _block(logits.shape[1]))
+    grid = _grid(logits, target.shape, (0, 0, False))
     gn, gc, gp = written.stride()
-    gpu_pixels.soft_backward[(grid.blocks * len(logits),)](
+    kernel[(grid.blocks * len(logits),)](
         z_ptr=grid.z,
-        y_ptr=target,
+        y_ptr=target.contiguous(),
         gradient_ptr=written,
         classes=logits.shape[1],
         blocks=grid.blocks,
         pixels=grid.z.shape[2],
-        total=total,
+        total=target.numel(),
         **{name: grid.where[name] for name in ("zn", "zc", "zp")},
         gn=gn,
         gc=gc,
         gp=gp,
         ignore=ignore_index,
-        KIND=kind,
         BP=grid.shape["BP"],
         num_warps=4,
         **given,

@@ -268,7 +268,7 @@ def margin_backward(
     classes, blocks, pixels, total, zn, zc, zp, gn, gc, gp, upstream_step, ignore, weight,
     ONE: tl.constexpr, U: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient in the logits, of which up to `UNROLLED` classes are read once and no numbers are needed."""
+    """Write the gradient in the logits. Up to `UNROLLED` classes it needs no numbers and reads each logit once."""
     sample, pixel, inside, place = locate(
         tl.program_id(0), blocks, z_ptr, None, None, None, None, pixels, 0, 0, zn, zc, zp, 0, 0, False, 1, BP
     )
