@@ -14,7 +14,7 @@ from mcseg.checkpoints.module import CheckpointModule
 from mcseg.evaluation.inference import Inference, labels_at, resize_labels
 from mcseg.evaluation.metrics import is_repeated
 from mcseg.kernels import predicted_classes
-from mcseg.losses import CrossEntropyLoss, Upsampling, default_objective, offered
+from mcseg.losses import CrossEntropyLoss, Upsampling, calibrate_from, default_objective, offered
 from mcseg.networks import SegmentationNetwork
 from mcseg.nonfinite import LossGuard, OnNonFinite
 from mcseg.schedules import WarmupPolynomialLR, lightning_schedule, set_length, step_plateau
@@ -35,6 +35,8 @@ class SegmentationModule(CheckpointModule):
         init_from: Checkpoint of another run; training starts from its network weights. The last layer is skipped if the
             number of classes differs. Objective, optimiser and epochs start from the beginning.
         num_classes: Number of classes C; the command line takes it from the data.
+        in_channels: Number of bands B of the images; the command line takes it from ``data.bands``. For other than 3, the
+            mean and standard deviation of the bands are computed from the training images when training starts.
         objective: Module that maps logits ``(N, C, H, W)`` float32 and target ``(N, H, W)`` int64 to a scalar, or a callable
             that builds it. None is `mcseg.losses.default_objective`, power Dice. An objective with a method ``calibrate``
             gets the pixel counts of the training labels when training starts; `mcseg.losses.ObjectiveProtocol` lists all
@@ -87,6 +89,7 @@ class SegmentationModule(CheckpointModule):
         encoder_weights: str | None = None,
         *,
         num_classes: int,
+        in_channels: int = 3,
         init_from: str | None = None,
         objective: nn.Module | Callable[[], nn.Module] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
@@ -109,6 +112,7 @@ class SegmentationModule(CheckpointModule):
             arch,
             encoder,
             num_classes,
+            in_channels=in_channels,
             options=network_options,
             channels_last=channels_last,
             checkpointing=checkpointing,
@@ -123,7 +127,7 @@ class SegmentationModule(CheckpointModule):
         self._evaluated = torch.zeros(2)  # sum of the losses of the images evaluated so far, and their number
 
     def forward(self, image: Tensor) -> Tensor:
-        """Compute logits ``(N, C, H, W)`` of an image ``(N, 3, H, W)``, uint8 0..255 or floating point 0..1, RGB."""
+        """Compute logits ``(N, C, H, W)`` of images ``(N, B, H, W)``, uint8 0..255 or floating point 0..1."""
         return cast(Tensor, self.network(image))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor | None:
@@ -247,17 +251,11 @@ class SegmentationModule(CheckpointModule):
             initialize_network(self.network, self.hparams["init_from"])
         elif self.hparams["encoder_weights"] and not self.has_weights:
             self.network.load_pretrained_encoder(self.hparams["encoder_weights"])
-        calibrate = offered(self.objective, "calibrate")
-        if calibrate is None:
-            return
-        class_pixels = getattr(getattr(self.trainer, "datamodule", None), "class_pixels", None)
-        if class_pixels is not None:
-            calibrate(class_pixels())
-        elif not offered(self.objective, "is_calibrated"):
-            raise RuntimeError(
-                "the objective is not calibrated and the data module has no class_pixels(); call "
-                "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before fit"
-            )
+        data = getattr(self.trainer, "datamodule", None)
+        band_statistics = getattr(data, "band_statistics", None)
+        if self.hparams["in_channels"] != 3 and band_statistics is not None and not self.hparams["init_from"]:
+            self.network.set_normalization(*band_statistics())
+        calibrate_from(self.objective, getattr(data, "class_pixels", None))
 
     def on_train_start(self) -> None:
         """Give the schedule the length of the run."""

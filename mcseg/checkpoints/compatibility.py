@@ -22,6 +22,16 @@ def check_num_classes(checkpoint: Mapping[str, Any], num_classes: int) -> None:
         )
 
 
+def check_bands(checkpoint: Mapping[str, Any], in_channels: int) -> None:
+    """Raise ValueError if a checkpoint's network takes images of another number of bands."""
+    stored = checkpoint.get("hyper_parameters", {}).get("in_channels", 3)  # older versions had no other number
+    if stored != in_channels:
+        raise ValueError(
+            f"the checkpoint's network takes images of {stored} bands, the data have {in_channels} (data.bands); set "
+            f"data.bands to {stored}"
+        )
+
+
 def warn_of_other_classes(checkpoint: Mapping[str, Any], names: Sequence[str]) -> None:
     """Warn if the class names of a checkpoint and of the data differ; without names on either side, do nothing."""
     stored = list(checkpoint.get("class_names") or ())

@@ -8,7 +8,7 @@ from typing import Any, Self
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import FSDPStrategy
 
-from mcseg.checkpoints.compatibility import check_network, check_num_classes, warn_of_other_classes
+from mcseg.checkpoints.compatibility import check_bands, check_network, check_num_classes, warn_of_other_classes
 from mcseg.checkpoints.files import VERSION
 from mcseg.checkpoints.hyperparameters import changed_arguments, plain_hyperparameters
 from mcseg.checkpoints.translate import drop_unused_offsets
@@ -109,9 +109,10 @@ class CheckpointModule(pl.LightningModule):
         """Check that a checkpoint fits, and set ``has_weights``.
 
         Raises:
-            ValueError: The checkpoint's network has another number of classes, or other tensors.
+            ValueError: The checkpoint's network has another number of classes or bands, or other tensors.
         """
         check_num_classes(checkpoint, self.hparams["num_classes"])
+        check_bands(checkpoint, self.hparams["in_channels"])
         warn_of_other_classes(checkpoint, self._class_names())
         drop_unused_offsets(checkpoint.get("state_dict", {}), self.state_dict())
         trainer = self._attached_trainer

@@ -10,7 +10,8 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-from mcseg.data.files import Reader, Sample, Window
+from mcseg.data.files import Reader, Sample
+from mcseg.data.images import Window
 from mcseg.data.labels import DataError
 from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
 from mcseg.lightning_internals import training_position
@@ -179,8 +180,12 @@ def warn_skipped(reason: str) -> None:
     warnings.warn(f"skipped: {reason}", stacklevel=2)
 
 
-def collate(items: Sequence[Batch]) -> Batch:
-    """Stack items to a batch.
+def collate(items: Sequence[Batch], bands: int = 3) -> Batch:
+    """Stack items to a batch; uint8 images beside images of floating point become floating point.
+
+    Args:
+        items: The items.
+        bands: Number of bands of a batch without images.
 
     Returns:
         A batch as `~mcseg.data.datamodule.SegmentationData` describes it; without images if no item has one. If
@@ -196,7 +201,7 @@ def collate(items: Sequence[Batch]) -> Batch:
         items = [item for item in items if "image" in item]
     if not items:
         height, width = _EMPTY_SIZE
-        image, mask = torch.zeros(0, 3, height, width, dtype=torch.uint8), torch.zeros(0, height, width, dtype=torch.uint8)
+        image, mask = (torch.zeros(0, *size, dtype=torch.uint8) for size in ((bands, height, width), (height, width)))
         return {"image": image, "mask": mask, "name": [], "size": []} | report
     sizes = sorted({tuple(item["mask" if "mask" in item else "image"].shape[-2:]) for item in items})
     if len(sizes) > 1:
@@ -204,6 +209,13 @@ def collate(items: Sequence[Batch]) -> Batch:
             f"found images of {sizes[0][1]}x{sizes[0][0]} and {sizes[1][1]}x{sizes[1][0]} pixels in one batch, expected "
             "equal sizes; set data.eval_batch_size to 1"
         )
+    if len({item["image"].dtype for item in items}) > 1:  # files of 8 and of 16 bits
+        items = [item | {"image": _in_unit_range(item["image"])} for item in items]
     # default_collate stacks in shared memory, so that the main process need not copy
     stacked = {key: default_collate([item[key] for item in items]) for key in ("image", "mask") if key in items[0]}
     return stacked | {key: [item[key] for item in items] for key in ("name", "size") if key in items[0]} | report
+
+
+def _in_unit_range(image: Tensor) -> Tensor:
+    """Return uint8 values as floating point in [0, 1], and other values unchanged."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image

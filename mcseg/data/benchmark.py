@@ -106,7 +106,7 @@ class BenchmarkData(SegmentationData):
             raise DataError(f"data.labels: found {labels}, but {name} has only one label set; remove the setting")
         self.label_facts: dict[str, Any] = sets[labels] if labels is not None else sets
         super().__init__(table or table_from_toml(self.label_facts, f"{name}.toml", void=()), root, **options)
-        self.reader = MatReader(self.reader.table)
+        self.reader = MatReader(self.reader.table, images=self.images)
         self.official = {split: facts.get("count") for split, facts in self.facts["splits"].items()}
         self._listings: dict[str, Listing] = {}  # by split
 

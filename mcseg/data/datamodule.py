@@ -5,6 +5,8 @@ import os
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mcseg.data.batches import Batch, TrainingCrops, TrainingOrder, WholeImages, WideningLoader, collate, warn_skipped
 from mcseg.data.files import FileReader, Reader, Sample, images_below, prepare_worker
+from mcseg.data.images import MAX_PIXELS, ImageFormat
 from mcseg.data.labels import DataError, LabelTable, MissingFileError
-from mcseg.data.statistics import absent_classes, count_class_pixels, default_cache_dir
+from mcseg.data.statistics import absent_classes, band_statistics, count_class_pixels, default_cache_dir
 from mcseg.data.transforms import TrainingTransform
 from mcseg.palette import Color
 
@@ -31,10 +34,11 @@ class SegmentationData(pl.LightningDataModule):
     To add a data set, write a subclass that passes its label table and lists its samples in `samples`. A batch is a
     dict:
 
-    - ``image``: (N,3,h,w) uint8 RGB;
+    - ``image``: (N,bands,h,w), uint8 for images of 8 bits, otherwise float32 in [0, 1];
     - ``mask``: (N,H,W) int64, train ids 0..C-1 and void 255; not in prediction;
     - ``name``: list of N str;
-    - ``size``: list of N (height, width) of the image files; only in prediction.
+    - ``size``: list of N (height, width) of the image files; only in prediction;
+    - ``tags``: list of N dict with the georeferencing tags of a TIFF file; only in prediction.
 
     In training, image and mask are the same crop. In evaluation, the image is the whole image resized by ``image_scale``
     and the mask keeps its stored size, at which predictions are scored.
@@ -52,7 +56,8 @@ class SegmentationData(pl.LightningDataModule):
         scale_range: (smallest, largest) further random scale factor of training images.
         max_class_share: A training crop is drawn again if one class covers more than this share of its labelled pixels.
         flip: Whether to flip half of the training images horizontally.
-        color_jitter: Strength of brightness, contrast and saturation jitter, 0 to 1; 0 disables it.
+        color_jitter: Strength of brightness, contrast and saturation jitter, 0 to 1; 0 disables it. Images of other than 3
+            bands get no jitter of saturation, and the contrast of each band changes about its own mean.
         rare_crop_share: Probability that a training crop is centred on a pixel of a random class of the image, drawn with
             the inverse of the classes' training pixels as weights; 0 draws all crops uniformly.
         max_side: Images with a longer side above this are first shrunk to it; for data sets with very large images.
@@ -66,6 +71,14 @@ class SegmentationData(pl.LightningDataModule):
             that split.
         on_error: How to handle an unusable image or mask: ``"stop"`` stops the run and names the file; ``"skip"`` uses the
             next image in training, skips the image in evaluation, and lists all skipped images at the end.
+        bands: Number of bands of the images, which the network takes: 3 for RGB, 1 for grey, or any other for TIFF, PNG and
+            NPY files. Grey and palette files are converted to 3 bands.
+        value_range: (smallest, largest) stored value, which become 0 and 1, such as (0, 4095) for 12 bits in 16, or
+            (0, 10000) for reflectances; values outside become 0 or 1. None is 0..255 for 8-bit integers, 0..65535 for
+            16-bit integers and 0..1 for floating point. In evaluation and prediction, None is the range of the training.
+        show_bands: Numbers, from 1, of one or three bands that pictures show; None shows the first three, or the first if
+            there are fewer.
+        max_pixels: Largest number of pixels of an image; None is Pillow's limit, 178,956,970.
         cache_dir: Folder for the cached counts of label pixels; None uses the user's cache folder.
 
     Raises:
@@ -93,6 +106,10 @@ class SegmentationData(pl.LightningDataModule):
         predict_split: Literal["train", "val", "test"] = "test",
         held_out: Sequence[str] = (),
         on_error: Literal["stop", "skip"] = "stop",
+        bands: int = 3,
+        value_range: tuple[float, float] | None = None,
+        show_bands: Sequence[int] | None = None,
+        max_pixels: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
@@ -116,7 +133,15 @@ class SegmentationData(pl.LightningDataModule):
                 raise DataError(f"data.{name}: found {value}, expected 0 to 1")
         if on_error not in ("stop", "skip"):
             raise DataError(f"data.on_error: found {on_error!r}, expected stop or skip")
-        self.reader: Reader = FileReader(table)
+        if show_bands is not None and not (len(show_bands) in (1, 3) and all(1 <= band <= bands for band in show_bands)):
+            raise DataError(f"data.show_bands: found {list(show_bands)}, expected one or three numbers from 1 to {bands}")
+        self.images = ImageFormat(
+            bands,
+            value_range=None if value_range is None else (float(value_range[0]), float(value_range[1])),
+            max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
+        )
+        self.show_bands = tuple(show_bands or ((1, 2, 3) if bands >= 3 else (1,)))
+        self.reader: Reader = FileReader(table, images=self.images)
         self.root = Path(root).expanduser() if root is not None else None
         self.batch_size = batch_size
         self.total_batch_size = total_batch_size
@@ -152,6 +177,11 @@ class SegmentationData(pl.LightningDataModule):
     def num_classes(self) -> int:
         """Number of classes C."""
         return self.reader.table.num_classes
+
+    @property
+    def bands(self) -> int:
+        """Number of bands of an image, the channels of the network's input."""
+        return self.images.bands
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -246,6 +276,22 @@ class SegmentationData(pl.LightningDataModule):
                 warn_skipped(reason)
         self._skipped |= skipped
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the range of values that the network is trained with, for the checkpoint."""
+        return {"value_range": None if self.images.value_range is None else list(self.images.value_range)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the range of values from a checkpoint unless one is set; warn if it is another."""
+        stored, own = state_dict.get("value_range"), self.images.value_range
+        if stored is None:
+            return
+        if own is None:
+            self.images = replace(self.images, value_range=(float(stored[0]), float(stored[1])))
+            if isinstance(self.reader, FileReader):
+                self.reader = replace(self.reader, images=self.images)
+        elif tuple(stored) != own:
+            rank_zero_warn(f"data.value_range: found {list(own)}, but the network was trained with {stored}")
+
     def teardown(self, stage: str) -> None:
         """List the skipped images in one warning."""
         if self._skipped:
@@ -290,6 +336,21 @@ class SegmentationData(pl.LightningDataModule):
                 rank_zero_warn(absent)
         return self._class_pixels.clone()
 
+    def band_statistics(self) -> tuple[Tensor, Tensor]:
+        """Compute mean and standard deviation of each band of the training images in [0, 1]; the result is cached.
+
+        Returns:
+            (bands,) mean and (bands,) standard deviation, float64.
+        """
+        return band_statistics(
+            self.reader,
+            self._prepared("train"),
+            self.images,
+            num_workers=self.num_workers,
+            cache_dir=self.cache_dir,
+            skip=self.skips,
+        )
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Load shuffled, augmented crops; a smaller last batch is dropped (batch norm fails for a single image)."""
         if self.train_transform.rare_crop_share:
@@ -323,7 +384,7 @@ class SegmentationData(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Load images of any size, one per batch, without masks."""
-        reader = FileReader(self.reader.table) if self.predict_root is not None else self.reader
+        reader = FileReader(self.reader.table, images=self.images) if self.predict_root is not None else self.reader
         return self._loader(self._whole_images(reader, "predict", masks=False), 1)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -350,7 +411,7 @@ class SegmentationData(pl.LightningDataModule):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=prepare_worker,
-            collate_fn=collate,
+            collate_fn=partial(collate, bands=self.bands),
             **options,
         )
 

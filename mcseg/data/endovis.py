@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mcseg.data.benchmark import BenchmarkData, Listing, benchmark_facts, check_choice
 from mcseg.data.classlist import table_from_toml
-from mcseg.data.files import Choice, FileReader, Sample, Window, count_labels, image_size, mask_path
+from mcseg.data.files import Choice, FileReader, Sample, count_labels, mask_path
+from mcseg.data.images import Window, image_size
 from mcseg.data.labels import DataError, LabelTable
 from mcseg.data.layout import find, fixed_folder
 
@@ -41,7 +42,7 @@ class EndoVisReader(FileReader):
     window: Window | None
 
     def image(self, sample: Sample) -> Tensor:
-        """Read the frame, (3,H,W) uint8 RGB, cropped to the camera's picture."""
+        """Read the frame, (bands,H,W), cropped to the camera's picture."""
         return self._cut(super().image(sample), sample.image)
 
     def mask(self, sample: Sample) -> Tensor:
@@ -73,7 +74,8 @@ class EndoVisReader(FileReader):
 
     def verify(self, sample: Sample, masks: bool = True) -> None:
         """Check the headers of frame and masks: readable, of equal size, and large enough to crop."""
-        size = image_size(sample.image)
+        header = self.images.header(sample.image)
+        size = (header.height, header.width)
         self._window(size, sample.image)
         for path in (mask_path(sample), *sample.more_masks) if masks else ():
             self._compare_sizes(replace(sample, mask=path), size, image_size(path))
@@ -166,6 +168,7 @@ class EndoVis2017Data(BenchmarkData):
             test_folder=labels["folder"],
             types=types,
             window=window,
+            images=self.images,
         )
         self.other = other
         self.split = split

@@ -1,31 +1,26 @@
 """Read image and mask files, with errors that name the file."""
 
 import ctypes
-import functools
 import os
 import signal
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
-from mcseg.data.labels import IGNORE_INDEX, DataError, LabelTable, MissingFileError
+from mcseg.data.images import MAX_PIXELS, ImageFormat, Window, check_pixels, image_extensions, image_size, open_upright
+from mcseg.data.labels import IGNORE_INDEX, DataError, LabelTable
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_ORIENTATION = 0x0112  # EXIF tag
-_TRANSPOSING = (5, 6, 7, 8)  # orientations that swap height and width
-# Formats of 8- or 16-bit images. Pillow reads more, but some of them run other programs (EPS) or contain other data.
-_FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
 
 
 @dataclass(frozen=True)
@@ -47,19 +42,6 @@ class Sample:
     expected_mask: Path | None = None
 
 
-class Window(NamedTuple):
-    """Part of an image: rows ``top`` to ``bottom - 1``, columns ``left`` to ``right - 1``."""
-
-    top: int
-    left: int
-    bottom: int
-    right: int
-
-    def cut(self, pixels: Tensor) -> Tensor:
-        """Cut this part out of ``pixels``, (...,H,W)."""
-        return pixels[..., self.top : self.bottom, self.left : self.right]
-
-
 Choice = Callable[[Tensor], Window]  # chooses the window to cut, given the mask (H,W)
 
 
@@ -74,7 +56,7 @@ class Reader(Protocol):
         """Label table: the meaning of the mask values."""
 
     def image(self, sample: Sample) -> Tensor:
-        """Read the image, (3,H,W) uint8 RGB."""
+        """Read the image, (bands,H,W) uint8, or float32 in [0, 1]."""
 
     def mask(self, sample: Sample) -> Tensor:
         """Read the mask, (H,W) uint8 train ids, void 255."""
@@ -94,10 +76,11 @@ class FileReader:
     """Reader of image and mask files that Pillow supports; ``table`` maps the mask values to train ids."""
 
     table: LabelTable
+    images: ImageFormat = field(default_factory=ImageFormat, kw_only=True, repr=False)  # not part of the masks' cache key
 
     def image(self, sample: Sample) -> Tensor:
-        """Read the image, (3,H,W) uint8 RGB, rotated upright by its EXIF orientation."""
-        return read_image(sample.image)
+        """Read the image, (bands,H,W) uint8, or float32 in [0, 1], rotated upright by its EXIF orientation."""
+        return self.images.read(sample.image)
 
     def mask(self, sample: Sample) -> Tensor:
         """Read the mask, (H,W) uint8 train ids, void 255."""
@@ -115,24 +98,23 @@ class FileReader:
     def pair(self, sample: Sample, choose: Choice | None = None) -> tuple[Tensor, Tensor]:
         """Read image and mask, which must have the same size; with ``choose``, cut both to the window it returns."""
         mask = self.mask(sample)
-        with _open_upright(sample.image) as file:
-            self._compare_sizes(sample, (file.height, file.width), (mask.shape[0], mask.shape[1]))
-            picture = _to_8_bits(file, sample.image)
+        with self.images.open(sample.image) as image:
+            self._compare_sizes(sample, image.size, (mask.shape[0], mask.shape[1]))
             if choose is None:
-                return _pixels(picture), mask
+                return image.read(), mask
             window = choose(mask)
-            # Pillow cuts, because converting a whole photo to a tensor takes a third as long as decoding it.
-            return _pixels(picture.crop((window.left, window.top, window.right, window.bottom))), window.cut(mask)
+            return image.read(window), window.cut(mask)
 
     def verify(self, sample: Sample, masks: bool = True) -> None:
-        """Check that the headers can be read and the sizes are equal, without decoding the pixels."""
-        image = image_size(sample.image)
+        """Check that the headers can be read and fit, and the sizes are equal, without decoding the pixels."""
+        header = self.images.header(sample.image)
         if masks:
+            image = (header.height, header.width)
             self._compare_sizes(sample, image, self._stored_size(mask_path(sample)) or image)
 
     def _stored(self, path: Path) -> NDArray[np.integer[Any]]:
         """Read the values of a mask file."""
-        return read_mask(path, self.table.by_color)
+        return read_mask(path, self.table.by_color, self.images.max_pixels)
 
     def _stored_size(self, path: Path) -> tuple[int, int] | None:
         """Return (height, width) of a mask file; None if that needs decoding."""
@@ -140,7 +122,9 @@ class FileReader:
 
     def _histogram(self, path: Path) -> NDArray[np.int64] | None:
         """Count the pixels of each value in an 8-bit PNG, (256,), faster than through an array; None for other files."""
-        with _open_upright(path) as file:
+        if path.suffix.lower() == ".npy":
+            return None
+        with open_upright(path, self.images.max_pixels) as file:
             plain = file.mode in ("L", "P") and file.format == "PNG"  # read_mask checks other files further
             return np.array(file.histogram(), dtype=np.int64) if plain else None
 
@@ -166,103 +150,25 @@ def count_labels(mask: Tensor, num_classes: int) -> Tensor:
     return torch.bincount(mask.flatten(), minlength=IGNORE_INDEX + 1)[:num_classes]
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """Open a file with Pillow; any error while it is open becomes a DataError of one line that names the file."""
-    try:
-        if not path.is_file() and path.exists():  # opening a pipe would block
-            raise DataError(f"{path}: is not a file; expected an image; remove or rename it")
-        # str, because Pillow before 11 resolves a Path, which raises another type of error for a link to itself.
-        with Image.open(str(path), formats=_readable_formats()) as file:
-            images = getattr(file, "n_frames", 1)
-            if images > 1 and file.format != "MPO":  # MPO: a photo with previews or other views of itself
-                raise DataError(f"{path}: contains {images} images; expected one; save each in a separate file")
-            yield file
-    except FileNotFoundError:
-        raise MissingFileError(f"{path}: no such file") from None
-    except DataError:
-        raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        detail = " ".join(str(getattr(error, "strerror", None) or error).split()).replace(f" '{path}'", "")
-        raise DataError(f"{path}: cannot be read ({detail or type(error).__name__}); replace or remove the file") from None
-
-
-@functools.cache
-def _readable_formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # this build of Pillow may lack some
-
-
-@functools.cache
-def image_extensions() -> frozenset[str]:
-    """Return the extensions of the readable image formats, such as ``.png``, in lower case."""
-    formats = _readable_formats()
-    return frozenset(extension for extension, name in Image.registered_extensions().items() if name in formats)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Read (height, width) as displayed from the header. Raises DataError if the header cannot be read."""
-    with _open(path) as file:
-        width, height = file.size
-        transposed = "exif" in file.info and file.getexif().get(_ORIENTATION) in _TRANSPOSING
-        return (width, height) if transposed else (height, width)
-
-
-def image_mode(path: Path) -> str:
-    """Read Pillow's mode of an image, such as ``RGB``, from the header. Raises DataError if the header cannot be read."""
-    with _open(path) as file:
-        return file.mode
-
-
 def read_image(path: Path) -> Tensor:
-    """Read an image, rotated upright by its EXIF orientation.
-
-    Args:
-        path: Image file of 8 or 16 bits per channel; 16-bit grey values are divided by 257.
+    """Read an image of colours or grey values, rotated upright by its EXIF orientation.
 
     Returns:
-        (3,H,W) uint8 RGB; transparency is dropped.
+        (3,H,W) RGB, uint8 for files of 8 bits, otherwise float32 in [0, 1]; see `~mcseg.data.images.ImageFormat`.
 
     Raises:
-        DataError: The file cannot be read, or has 32-bit integers or floating-point values, whose range is not defined.
+        DataError: The file cannot be read, or has other bands or values.
     """
-    with _open_upright(path) as file:
-        return _pixels(_to_8_bits(file, path))
+    return ImageFormat().read(path)
 
 
-@contextmanager
-def _open_upright(path: Path) -> Iterator[ImageFile.ImageFile]:
-    """Open an image or a mask and apply its EXIF orientation."""
-    with _open(path) as file:
-        if "exif" in file.info:
-            ImageOps.exif_transpose(file, in_place=True)
-        yield file
-
-
-def _pixels(picture: Image.Image) -> Tensor:
-    """Convert to (3,H,W) uint8 RGB without transparency."""
-    if picture.mode == "P":
-        picture = picture.convert("RGBA")  # otherwise Pillow warns about some palettes with transparency
-    return torch.from_numpy(np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))).permute(2, 0, 1)
-
-
-def _to_8_bits(file: Image.Image, path: Path) -> Image.Image:
-    """Scale 16-bit values to 0..255, where Pillow would clip them at 255; other images are returned unchanged."""
-    # Some versions of Pillow open 16-bit grey images in mode I.
-    if file.mode.startswith("I;16") or (file.mode == "I" and file.format in ("PNG", "PPM")):
-        return Image.fromarray((np.array(file) // 257).astype(np.uint8))
-    if file.mode in ("I", "F"):
-        kind = "integers" if file.mode == "I" else "floating-point values"
-        raise DataError(f"{path}: an image of 32-bit {kind}; expected 8 or 16 bits; convert it")
-    return file
-
-
-def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
+def read_mask(path: Path, by_color: bool = False, max_pixels: int = MAX_PIXELS) -> NDArray[np.integer[Any]]:
     """Read the stored values of a mask.
 
     Args:
         path: A lossless file: a palette or grey PNG of 1, 8 or 16 bits, or RGB if colours stand for classes.
         by_color: Whether to read the colours of a palette file instead of its indices.
+        max_pixels: Largest number of pixels.
 
     Returns:
         (H,W) integers, or (H,W,3) uint8 for colour files.
@@ -270,7 +176,9 @@ def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
     Raises:
         DataError: The file cannot be read, is lossy (JPEG), or has values other than integer indices or 8-bit colours.
     """
-    with _open_upright(path) as file:
+    if path.suffix.lower() == ".npy":
+        return _mask_array(path, max_pixels)
+    with open_upright(path, max_pixels) as file:
         if "JPEG" in (file.format, str(file.info.get("compression")).upper()):
             raise DataError(f"{path}: JPEG changes label values; expected a lossless mask; export it again as PNG")
         if file.mode in ("F", "CMYK", "YCbCr", "LAB", "HSV"):
@@ -283,6 +191,18 @@ def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
             return np.array(file.getchannel(0))
         values = np.array(file)
         return values.astype(np.uint8) if values.dtype == np.bool_ else values
+
+
+def _mask_array(path: Path, max_pixels: int) -> NDArray[np.integer[Any]]:
+    """Read a mask from an NPY file."""
+    check_pixels(path, image_size(path), max_pixels)
+    values: NDArray[Any] = np.load(path, allow_pickle=False)
+    colored = values.ndim == 3 and values.shape[-1] == 3 and values.dtype == np.uint8
+    if values.dtype.kind not in "biu" or not (values.ndim == 2 or colored):
+        raise DataError(
+            f"{path}: a mask of {values.dtype} with shape {values.shape}, expected integers (H,W), or 8-bit colours (H,W,3)"
+        )
+    return values.astype(np.uint8) if values.dtype == np.bool_ else values
 
 
 def prepare_worker(_worker: int) -> None:

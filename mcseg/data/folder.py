@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from mcseg.data.classlist import table_from_file, table_from_names
 from mcseg.data.datamodule import SegmentationData
-from mcseg.data.files import Sample, image_files, image_mode
+from mcseg.data.files import Sample, image_files
+from mcseg.data.images import image_mode
 from mcseg.data.labels import DataError, LabelTable
 
 Split = Literal["auto", "folder", "list", "fraction"]

@@ -84,6 +84,9 @@ class SyntheticData(SegmentationData):
                 f"data.root: found {root}, but the drawn scenes have no folder; name a recipe, for example "
                 f"`mcseg check folder --root {shlex.quote(str(root))}`"
             )
+        for name in ("bands", "value_range", "max_pixels"):
+            if options.get(name) not in (None, 3):
+                raise DataError(f"data.{name}: found {options[name]}, but the drawn scenes are RGB of 8 bits; remove it")
         raw_ids = {index: index for index in range(len(SCENE_CLASSES))}
         super().__init__(LabelTable(SCENE_CLASSES, SCENE_PALETTE, raw_ids), **options)
         self.reader = SceneReader(self.reader.table, *size, seed)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from mcseg.data.files import Window
+from mcseg.data.images import Window
 from mcseg.data.labels import IGNORE_INDEX
 
 _TRIES = 10  # number of windows drawn at most for max_class_share; the last one is accepted in any case
@@ -28,6 +28,9 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
     affine map of a pixel x if nothing is clipped in between. Let g be the luma weights and m the mean luma of the image.
     Brightness gives b x, contrast gives c b x + (1 - c) b m, and saturation mixes the result with its luma; together
     b c (s I + (1 - s) 1 g^T) x + (1 - c) b m.
+
+    Images of other than 3 bands have no luma. Each band changes about its own mean m by brightness and contrast,
+    b c x + (1 - c) b m, with the same factors for all bands, and saturation has no effect.
 
     Args:
         crop_size: (height, width) of the result in pixels.
@@ -69,7 +72,10 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         return self.draw(next(value for value in flat_inputs if isinstance(value, tv_tensors.Mask)).as_subclass(Tensor))
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        """Transform the image (3,H,W) uint8 or the mask (H,W) uint8 with parameters from `draw`."""
+        """Transform the image (bands,H,W) or the mask (H,W) uint8 with parameters from `draw`.
+
+        Images are uint8, or float32 in [0, 1].
+        """
         pixels = inpt.as_subclass(Tensor)  # an operation on a tv_tensor costs as much as a small resize
         cut = params["window"].cut(pixels)
         return tv_tensors.wrap(
@@ -110,7 +116,7 @@ class TrainingTransform(v2.Transform):  # type: ignore[misc]
         }
 
     def finish_image(self, cut: Tensor, params: dict[str, Any]) -> Tensor:
-        """Resize, pad, flip and colour the cut part (3,h,w) uint8 of an image to (3,*crop_size)."""
+        """Resize, pad, flip and colour the cut part (bands,h,w) of an image to (bands,*crop_size)."""
         size, padding = self._resized_part(params)
         result = F.pad(F.interpolate(cut[None], size, mode="bilinear", antialias=True)[0], padding)
         if params["flip"]:
@@ -176,12 +182,20 @@ def _clamp_start(full: int, part: int, start: int) -> int:
 
 
 def _scale_color(image: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> Tensor:
-    """Apply the affine colour map of `TrainingTransform` to (3,H,W) uint8."""
-    pixels = image.flatten(1).float()  # (3, H*W)
+    """Apply the affine colour map of `TrainingTransform` to (bands,H,W), uint8 or float32 in [0, 1]."""
+    pixels = image.flatten(1).float()  # (bands, H*W)
+    rounding = 0.0 if image.is_floating_point() else 0.5  # the conversion to integers truncates
+    if len(image) != 3:
+        colored = torch.lerp(pixels.mean(1, keepdim=True), pixels, contrast).mul_(brightness).add_(rounding)
+        return _limited(colored, image)
     matrix = brightness * contrast * (saturation * torch.eye(3) + (1 - saturation) * _GREY.expand(3, 3))
     offset = (1 - contrast) * brightness * (_GREY @ pixels.mean(1))
-    colored = torch.addmm(offset.expand(1) + 0.5, matrix, pixels)  # + 0.5 rounds, because the conversion truncates
-    return colored.clamp_(0, 255).to(torch.uint8).view(image.shape)
+    return _limited(torch.addmm(offset.expand(1) + rounding, matrix, pixels), image)
+
+
+def _limited(values: Tensor, image: Tensor) -> Tensor:
+    """Limit values to the range of ``image``, 0..255 or 0..1, and return them in its type and shape."""
+    return values.clamp_(0, 1 if image.is_floating_point() else 255).to(image.dtype).view(image.shape)
 
 
 def shrinking(size: tuple[int, ...], max_side: int | None) -> float:
@@ -190,7 +204,7 @@ def shrinking(size: tuple[int, ...], max_side: int | None) -> float:
 
 
 def resize_image(image: Tensor, image_scale: float) -> Tensor:
-    """Resize an image (3,H,W) uint8 by ``image_scale`` for evaluation; masks keep the size at which they are scored."""
+    """Resize an image (bands,H,W) by ``image_scale`` for evaluation; masks keep the size at which they are scored."""
     if image_scale == 1:
         return image
     size = [max(1, round(side * image_scale)) for side in image.shape[-2:]]

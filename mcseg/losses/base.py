@@ -75,6 +75,28 @@ def offered(objective: nn.Module, name: str) -> Any:
     return getattr(objective, name, _DEFAULTS[name])
 
 
+def calibrate_from(objective: nn.Module, class_pixels: Callable[[], Tensor] | None) -> None:
+    """Calibrate an objective that has a method ``calibrate`` with the pixel counts of the training labels.
+
+    Args:
+        objective: The objective.
+        class_pixels: Counts the pixels, ``(C,)``; None if the data module cannot.
+
+    Raises:
+        RuntimeError: The objective needs to be calibrated, and there are no counts.
+    """
+    calibrate = offered(objective, "calibrate")
+    if calibrate is None:
+        return
+    if class_pixels is not None:
+        calibrate(class_pixels())
+    elif not offered(objective, "is_calibrated"):
+        raise RuntimeError(
+            "the objective is not calibrated and the data module has no class_pixels(); call "
+            "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before fit"
+        )
+
+
 def check_inputs(logits: Tensor, target: Tensor, least_classes: int = 1, upsampling: Upsampling | None = None) -> None:
     """Check the dtypes and shapes of logits and target.
 

@@ -18,19 +18,21 @@ from mcseg.networks.coplenet import COPLENet
 
 
 class SegmentationNetwork(nn.Module):
-    """Network from RGB images of any size to logits of that size, either an SMP architecture or COPLE-Net.
+    """Network from images of any size to logits of that size, either an SMP architecture or COPLE-Net.
 
     SMP is segmentation_models_pytorch.
 
     Normalisation and padding are part of the network, so that they always match its weights. Images are scaled to [0, 1],
-    normalised with the encoder's mean and standard deviation, and padded at the right and bottom to a multiple of the
-    output stride. The logits of the padding are cropped.
+    normalised with the mean and standard deviation of each band (the encoder's for RGB), and padded at the right and bottom
+    to a multiple of the output stride. The logits of the padding are cropped.
 
     Args:
         arch: SMP architecture, for example ``unet``, ``deeplabv3plus``, ``segformer``; or ``coplenet`` for
             :class:`~mcseg.networks.COPLENet`.
         encoder: SMP or timm (``tu-...``) encoder; not used by COPLE-Net.
         num_classes: number of classes C.
+        in_channels: number of bands of the images, B. Other than 3, set their mean and standard deviation with
+            :meth:`set_normalization`; pretrained weights of the first convolution are adapted as SMP does.
         options: further arguments of the architecture, for example ``{"decoder_channels": [64, 32, 16]}``; for COPLE-Net
             ``feature_channels`` and ``dropout``.
         channels_last: whether to use the channels-last memory format, which makes convolutions faster on CPUs and, with
@@ -58,6 +60,7 @@ class SegmentationNetwork(nn.Module):
         encoder: str,
         num_classes: int,
         *,
+        in_channels: int = 3,
         options: dict[str, Any] | None = None,
         channels_last: bool = True,
         checkpointing: bool = False,
@@ -65,6 +68,12 @@ class SegmentationNetwork(nn.Module):
         aux_channels: int | None = None,
     ) -> None:
         super().__init__()
+        for name in ("in_channels", "in_chans"):
+            if name in (options or {}):
+                raise ValueError(
+                    f"network_options: found {name}, which is given by the bands of the data (data.bands); remove it"
+                )
+        options = {**(options or {}), "in_channels": in_channels}
         self.model = _build(arch, encoder, num_classes, None, options)
         self.arch = arch.lower()
         self._encoder, self._options = encoder, options
@@ -86,8 +95,9 @@ class SegmentationNetwork(nn.Module):
                     parameter.requires_grad_(False)
             self.train()
         # those of ImageNet, until pretrained weights replace them; buffers, because they belong to the weights
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        mean, std = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]) if in_channels == 3 else ([0.5], [0.25])
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1).repeat(1, in_channels // len(mean), 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1).repeat(1, in_channels // len(std), 1, 1))
 
     @property
     def output_stride(self) -> int:
@@ -99,7 +109,7 @@ class SegmentationNetwork(nn.Module):
         """Compute logits.
 
         Args:
-            image: (N,3,H,W) RGB: uint8 0..255, or floating point 0..1.
+            image: (N,B,H,W), RGB for 3 bands: uint8 0..255, or floating point 0..1.
 
         Returns:
             (N,C,H,W) logits.
@@ -111,7 +121,7 @@ class SegmentationNetwork(nn.Module):
         """Compute logits without the final upsampling.
 
         Args:
-            image: (N,3,H,W) RGB: uint8 0..255, or floating point 0..1.
+            image: (N,B,H,W), RGB for 3 bands: uint8 0..255, or floating point 0..1.
 
         Returns:
             (N,C,h,w) logits, and height, width and align_corners of the final bilinear upsampling; :meth:`forward` returns
@@ -128,7 +138,7 @@ class SegmentationNetwork(nn.Module):
         """Compute logits and, in training mode, those of the auxiliary head in the same pass of the encoder.
 
         Args:
-            image: (N,3,H,W) RGB: uint8 0..255, or floating point 0..1.
+            image: (N,B,H,W), RGB for 3 bands: uint8 0..255, or floating point 0..1.
 
         Returns:
             (N,C,H,W) logits of :meth:`forward`, and (N,C,H,W) logits of the auxiliary head after bilinear resizing, or None
@@ -174,8 +184,13 @@ class SegmentationNetwork(nn.Module):
             image = F.pad(image, padding, mode="replicate")
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
 
+    def set_normalization(self, mean: Tensor, std: Tensor) -> None:
+        """Set the mean and standard deviation, (B,) each, of the bands of images in [0, 1]."""
+        self.mean.copy_(mean.view(1, -1, 1, 1))
+        self.std.copy_(std.clamp(min=1e-3).view(1, -1, 1, 1))  # a constant band would be divided by 0
+
     def load_pretrained_encoder(self, weights: str) -> None:
-        """Load pretrained encoder weights and the mean and standard deviation of their training.
+        """Load pretrained encoder weights and, for 3 bands, the mean and standard deviation of their training.
 
         SMP downloads both if they are not in the local cache.
 
@@ -204,8 +219,9 @@ class SegmentationNetwork(nn.Module):
             ) from None
         self.model.encoder.load_state_dict(source.encoder.state_dict())
         high = (preprocessing["input_range"] or [0, 1])[1]  # some encoders are trained on 0..255
-        self.mean.copy_(torch.tensor(preprocessing["mean"]).view(1, 3, 1, 1) / high)
-        self.std.copy_(torch.tensor(preprocessing["std"]).view(1, 3, 1, 1) / high)
+        if self.mean.shape[1] == 3:
+            self.mean.copy_(torch.tensor(preprocessing["mean"]).view(1, 3, 1, 1) / high)
+            self.std.copy_(torch.tensor(preprocessing["std"]).view(1, 3, 1, 1) / high)
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

@@ -94,8 +94,9 @@ class SegmentationCLI(CheckpointSettingsCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Link the number of classes and add mcseg's callbacks, each under its own key."""
+        """Link the numbers of classes and bands, and add mcseg's callbacks, each under its own key."""
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.bands", "model.in_channels", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.objective.init_args.num_classes", apply_on="instantiate")
         for callback, key in (
             (JaccardCallback, "jaccard"),

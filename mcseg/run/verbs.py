@@ -101,7 +101,7 @@ def bound(recipe: str, args: Sequence[str]) -> None:
 
 
 def stats(recipe: str, args: Sequence[str]) -> None:
-    """Count the training labels; print and draw class shares and the objective's class constants."""
+    """Print pixels per class, the objective's class constants, and mean and deviation per band; draw the class shares."""
     config, data = _data(recipe, args)
     pixels = data.class_pixels()
     share = pixels.double() / pixels.sum()
@@ -111,6 +111,10 @@ def stats(recipe: str, args: Sequence[str]) -> None:
     for index in share.argsort(descending=True).tolist():
         derived = "".join(f"  {float(values[index]):>{max(17, len(title))}.4g}" for title, values in constants.items())
         print(f"{data.class_names[index]:<{width}}  {int(pixels[index]):>14,}  {100 * float(share[index]):>8.3f}{derived}")
+    mean, std = data.band_statistics()
+    print(f"\n{'band':<{width}}  {'mean':>14}  {'deviation':>9}  (of values in 0..1)")
+    for number, (average, deviation) in enumerate(zip(mean.tolist(), std.tolist(), strict=True), 1):
+        print(f"{number:<{width}}  {average:>14.4f}  {deviation:>9.4f}")
     from mcseg.pictures import save_class_shares
 
     path = Path(config.trainer.default_root_dir or Path("runs") / recipe) / "class_shares.png"

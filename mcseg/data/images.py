@@ -1,0 +1,503 @@
+"""Read images of any number of bands as tensors: headers, whole images, or windows of them."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, ImageOps
+from torch import Tensor
+
+from mcseg.data.labels import DataError, MissingFileError
+
+_ORIENTATION = 0x0112  # EXIF tag
+_TRANSPOSING = (5, 6, 7, 8)  # orientations that swap height and width
+# Formats of 8- or 16-bit images. Pillow reads more, but some of them run other programs (EPS) or contain other data.
+_FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "BMP", "DIB", "GIF", "PPM", "JPEG2000", "AVIF", "TGA")
+_TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes of a TIFF file; the last two of BigTIFF
+_UINT8: np.dtype[Any] = np.dtype(np.uint8)
+_NPY = b"\x93NU"
+MAX_PIXELS = 2 * 89_478_485  # limit of Pillow
+
+
+class Window(NamedTuple):
+    """Part of an image: rows ``top`` to ``bottom - 1``, columns ``left`` to ``right - 1``."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    def cut(self, pixels: Tensor) -> Tensor:
+        """Cut this part out of ``pixels``, (...,H,W)."""
+        return pixels[..., self.top : self.bottom, self.left : self.right]
+
+
+class Header(NamedTuple):
+    """Size and type of a stored image.
+
+    Args:
+        height: Rows of the image as displayed.
+        width: Columns of the image as displayed.
+        bands: Number of bands in the file, with alpha; colours of a palette are three bands.
+        dtype: Type of the stored values; uint8 for files of fewer bits.
+        alpha: Whether the last band is alpha (opacity).
+    """
+
+    height: int
+    width: int
+    bands: int
+    dtype: np.dtype[Any]
+    alpha: bool
+
+
+class Source(Protocol):
+    """An open image file."""
+
+    header: Header
+    nodata: float | None  # stored value of pixels without data, as in GDAL's tag of a TIFF file
+    windowed: bool  # whether a window is read without decoding the rest of the file
+    tags: dict[int, Any]  # georeferencing tags of a TIFF file
+
+    def values(self, window: Window | None) -> NDArray[Any]:
+        """Read the stored values of all bands, (bands,h,w)."""
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """Bands and values of the images of a data set.
+
+    An image is read as (bands,H,W): uint8 for files of 8 bits, otherwise float32 in [0, 1], where 0 and 1 are the ends of
+    ``value_range``. Values outside of the range become 0 or 1; pixels without data (NaN, or GDAL's no-data value of a TIFF
+    file) become 0.
+
+    Args:
+        bands: Number of bands. A grey file is repeated for 3 bands. A palette file has 3 bands. An alpha band that is
+            opaque everywhere is left out if the bands before it are as many as expected.
+        value_range: Stored values that become 0 and 1. None is 0..255 for uint8, 0..65535 for uint16 and 0..1 for
+            floating point; other types need a range.
+        max_pixels: Largest number of pixels of an image.
+
+    Raises:
+        DataError: A setting is out of range.
+    """
+
+    bands: int = 3
+    value_range: tuple[float, float] | None = None
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        for name, value in {"bands": self.bands, "max_pixels": self.max_pixels}.items():
+            if value < 1:
+                raise DataError(f"data.{name}: found {value}, expected a positive number")
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise DataError(
+                f"data.value_range: found {list(self.value_range)}, expected [smallest, largest], such as [0, 4095]"
+            )
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator["OpenImage"]:
+        """Open an image and check its header.
+
+        Raises:
+            DataError: The file cannot be read, or has other bands or values; also raised while the image is open.
+        """
+        with open_source(path, self.bands) as source:
+            self.check(path, source.header)
+            yield OpenImage(path, source, self)
+
+    def read(self, path: Path) -> Tensor:
+        """Read a whole image, (bands,H,W) uint8, or float32 in [0, 1].
+
+        Raises:
+            DataError: The file cannot be read, or has other bands or values.
+        """
+        with self.open(path) as image:
+            return image.read()
+
+    def header(self, path: Path) -> Header:
+        """Read and check a header. Raises DataError like `open`."""
+        with open_source(path, self.bands) as source:
+            self.check(path, source.header)
+            return source.header
+
+    def check(self, path: Path, header: Header) -> None:
+        """Raise DataError if an image of this header cannot be read with these settings."""
+        check_pixels(path, (header.height, header.width), self.max_pixels)
+        colors = header.bands - header.alpha
+        if self.bands not in (header.bands, colors) and (self.bands, colors) != (3, 1):
+            kind = "bands" if colors != 1 else "band"
+            alpha = " and alpha" if header.alpha else ""
+            raise DataError(
+                f"{path}: has {colors} {kind}{alpha}, expected {self.bands} (data.bands) in every image; set data.bands to "
+                f"{header.bands}, or convert the images"
+            )
+        if self.value_range is None:
+            if header.dtype.kind != "f" and header.dtype not in (np.uint8, np.uint16):
+                raise DataError(
+                    f"{path}: an image of {_type_name(header.dtype)}, which may have any range of values; expected 8 or 16 "
+                    "bits; set data.value_range to the smallest and largest value of all images"
+                )
+        elif header.dtype.kind in "iu" and np.iinfo(header.dtype).max < self.value_range[1]:
+            raise DataError(
+                f"{path}: an image of {_type_name(header.dtype)}, whose largest value is {np.iinfo(header.dtype).max}, but "
+                f"data.value_range is {list(self.value_range)}, so it would be too dark; convert it to the type of the "
+                "other images, or set data.value_range to null"
+            )
+
+
+class OpenImage:
+    """An open image whose header was checked.
+
+    Args:
+        path: The file, for messages.
+        source: The stored values.
+        settings: Expected bands and values.
+    """
+
+    def __init__(self, path: Path, source: Source, settings: ImageFormat) -> None:
+        self._path, self._source, self._settings = path, source, settings
+        self.size = (source.header.height, source.header.width)
+        self.windowed = source.windowed
+        self.tags = source.tags
+
+    def read(self, window: Window | None = None) -> Tensor:
+        """Read the image or a window of it, (bands,h,w) uint8, or float32 in [0, 1]."""
+        header, bands = self._source.header, self._settings.bands
+        values = self._source.values(window)
+        if bands != header.bands and header.alpha:
+            self._refuse_transparency(values[-1])
+            values = values[:-1]
+        pixels = self._scaled(values)
+        return pixels.expand(3, -1, -1) if len(pixels) != bands else pixels  # a grey image
+
+    def _refuse_transparency(self, alpha: NDArray[Any]) -> None:
+        opaque = np.iinfo(alpha.dtype).max if alpha.dtype.kind in "iu" else 1
+        if (alpha != opaque).any():
+            raise DataError(
+                f"{self._path}: has transparent pixels (alpha from {alpha.min()} to {alpha.max()}, {opaque} is opaque), "
+                f"which {self._settings.bands} bands leave out; set data.bands to {self._source.header.bands} if it is a "
+                "band of its own, or save the images without alpha"
+            )
+
+    def _scaled(self, values: NDArray[Any]) -> Tensor:
+        """Map the value range to 0..1, unless the values are those of an 8-bit image."""
+        value_range, nodata = self._settings.value_range, self._source.nodata
+        if nodata is not None and values.dtype.kind in "iu":
+            lowest = values.dtype.type(0 if value_range is None else value_range[0])
+            values = np.where(values == nodata, lowest, values)
+        if values.dtype == np.uint8 and value_range in (None, (0, 255)):
+            return torch.from_numpy(values)
+        low, high = value_range or (0, 65535 if values.dtype == np.uint16 else 1)
+        scaled = values.astype(np.float32)
+        if values.dtype.kind == "f":
+            unknown = ~np.isfinite(scaled)
+            if nodata is not None:
+                unknown |= scaled == np.float32(nodata)
+            if unknown.any():
+                scaled[unknown] = low
+        # The default range of integers is that of their type
+        is_certain = value_range is None and values.dtype.kind != "f"
+        if not is_certain and (found := self._wrong_range(scaled, high)) is not None:
+            raise DataError(
+                f"{self._path}: has values from {found[0]:.6g} to {found[1]:.6g}, which do not fit the range {low:g} to "
+                f"{high:g} (data.value_range); set it to the smallest and largest value of all images"
+            )
+        scaled -= low
+        scaled *= 1 / (high - low)
+        return torch.from_numpy(scaled.clip(0, 1, out=scaled))
+
+    def _wrong_range(self, values: NDArray[np.float32], high: float) -> tuple[float, float] | None:
+        """Return the smallest and largest value if the range is wrong: most values above, or no numbers around 0..1."""
+        smallest, largest = float(values.min()), float(values.max())
+        if self._settings.value_range is None:  # reflectances from 0 to 1 may exceed them a little
+            return (smallest, largest) if smallest < -1 or largest > 2 else None
+        if largest <= high or (values > high).mean() <= 0.5:
+            return None
+        return smallest, largest
+
+
+class UsedValues:
+    """Largest stored values of images, to find a range that is far below that of the type, such as 12 bits in 16.
+
+    Args:
+        settings: How the images are read; with a value range, nothing is ever reported.
+    """
+
+    def __init__(self, settings: ImageFormat) -> None:
+        self._settings = settings
+        self._found: dict[np.dtype[Any], tuple[int, int, Path]] = {}  # type -> largest value, number of images, brightest
+
+    def add(self, path: Path, dtype: np.dtype[Any], pixels: Tensor) -> None:
+        """Add an image that was read as ``pixels`` from a file of this type."""
+        if self._settings.value_range is None and dtype in (np.uint8, np.uint16):
+            # NumPy, because torch takes ten times as long for uint8 pixels that are stored interleaved
+            largest = float(pixels.numpy().max())
+            self.add_largest(path, dtype, round(largest * 65535) if pixels.is_floating_point() else int(largest))
+
+    def add_largest(self, path: Path, dtype: np.dtype[Any], largest: int) -> None:
+        """Add an image by its largest value."""
+        known, number, brightest = self._found.get(dtype, (-1, 0, path))
+        self._found[dtype] = (largest, number + 1, path) if largest > known else (known, number + 1, brightest)
+
+    @property
+    def are_wide(self) -> bool:
+        """Whether the images use the range of their type."""
+        return not self.problems()
+
+    def problems(self) -> list[str]:
+        """Describe each type whose range is hardly used, one line each."""
+        lines = []
+        for dtype, (largest, number, path) in self._found.items():
+            bits, limit = (16, 1 << 14) if dtype == np.uint16 else (8, 1 << 5)
+            if 0 < largest < limit:
+                images = "1 image" if number == 1 else f"{number} images"
+                lines.append(
+                    f"{path}: {largest} is the largest value in {images} of {bits} bits, which would be nearly black; "
+                    f"set data.value_range to [0, {(1 << largest.bit_length()) - 1}], or to [0, {(1 << bits) - 1}] to read "
+                    "them as they are"
+                )
+        return lines
+
+
+def check_pixels(path: Path, size: tuple[int, int], limit: int) -> None:
+    """Raise DataError if an image of (height, width) has more pixels than the limit."""
+    pixels = size[0] * size[1]
+    if pixels > limit:
+        raise DataError(
+            f"{path}: has {pixels:,} pixels ({size[1]}x{size[0]}), expected at most {limit:,} (data.max_pixels), as a small "
+            f"file may fill the memory; if you trust it, set data.max_pixels to {pixels}"
+        )
+
+
+def _type_name(dtype: np.dtype[Any]) -> str:
+    kind = {"f": "floating-point values", "i": "signed integers", "u": "integers"}.get(dtype.kind, str(dtype))
+    return f"{8 * dtype.itemsize}-bit {kind}"
+
+
+@contextmanager
+def open_source(path: Path, bands: int = 3) -> Iterator[Source]:
+    """Open an image file; any error while it is open becomes a DataError of one line that names the file.
+
+    Args:
+        path: A file that tifffile, Pillow or NumPy reads.
+        bands: Number of bands, which tells rows from bands in an array file.
+    """
+    start = _first_bytes(path)
+    if start in _TIFF:
+        from mcseg.data.tiff import open_tiff  # imported at first use, as few data sets need it
+
+        with _errors_of(path), open_tiff(path, bands) as source:
+            if source is not None:  # otherwise colours that Pillow converts, such as CMYK
+                yield source
+                return
+    if start.startswith(_NPY):
+        with _errors_of(path):
+            yield ArraySource(path, bands)
+        return
+    with _open(path) as file:
+        yield PillowSource(path, file)
+
+
+def _first_bytes(path: Path) -> bytes:
+    if not path.is_file():  # opening a pipe would block; opening the image gives the error
+        return b""
+    try:
+        with path.open("rb") as file:
+            return file.read(4)
+    except OSError:
+        return b""
+
+
+class PillowSource:
+    """Image that Pillow decodes; RGB PNG files of 16 bits, which Pillow cuts to 8, are decoded by imagecodecs."""
+
+    nodata: float | None = None
+    windowed = False
+
+    def __init__(self, path: Path, file: ImageFile.ImageFile) -> None:
+        self.tags: dict[int, Any] = {}
+        self._path, self._picture = path, file
+        self._orientation = file.getexif().get(_ORIENTATION, 1) if "exif" in file.info else 1
+        mode, dtype = file.mode, _UINT8
+        stored, _, bits = str(file.tile[0][3] if file.tile else "").partition(";")
+        self._decodes = file.format == "PNG" and bits.startswith("16") and mode in ("LA", "RGB", "RGBA")
+        # Some versions of Pillow open 16-bit grey images in mode I.
+        if mode.startswith("I;16") or (mode == "I" and file.format in ("PNG", "PPM")):
+            mode, dtype = "L", np.dtype(np.uint16)
+        elif mode in ("I", "F"):
+            mode, dtype = "L", np.dtype(np.int32 if mode == "I" else np.float32)
+        elif self._decodes:
+            mode, dtype = stored, np.dtype(np.uint16)  # Pillow opens grey and alpha of 16 bits in mode RGBA
+        transparent_palette = mode == "P" and "transparency" in file.info
+        alpha = mode in ("LA", "La", "PA", "RGBA", "RGBa") or transparent_palette
+        colors = 1 if mode in ("1", "L", "LA", "La") else 3
+        self._mode = ("L" if colors == 1 else "RGB") + "A" * alpha
+        height, width = image_size_of(file)
+        self.header = Header(height, width, colors + alpha, dtype, alpha)
+
+    def values(self, window: Window | None) -> NDArray[Any]:
+        """Read the stored values, (bands,h,w)."""
+        if self._decodes:
+            import imagecodecs
+
+            return _bands_first(_cut(upright(imagecodecs.png_decode(self._path.read_bytes()), self._orientation), window))
+        if self._orientation != 1:
+            ImageOps.exif_transpose(self._picture, in_place=True)
+        picture: Image.Image = self._picture
+        # Pillow cuts, because converting a whole photo to a tensor takes a third as long as decoding it.
+        if window is not None:
+            picture = picture.crop((window.left, window.top, window.right, window.bottom))
+        if self.header.dtype != np.uint8:
+            return np.array(picture).astype(self.header.dtype, copy=False)[None]
+        if picture.mode == "P" and self._mode == "RGB" and "transparency" in picture.info:
+            picture = picture.convert("RGBA")  # otherwise Pillow warns about some palettes with transparency
+        if picture.mode == "PA" or (picture.mode == "P" and self._mode == "RGBA"):
+            picture = picture.convert("RGBA")
+        return _bands_first(np.array(picture if picture.mode == self._mode else picture.convert(self._mode)))
+
+
+class ArraySource:
+    """Array in an NPY file: (H,W), (H,W,bands) or (bands,H,W)."""
+
+    nodata: float | None = None
+    windowed = True
+
+    def __init__(self, path: Path, bands: int) -> None:
+        self.tags: dict[int, Any] = {}
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+        if values.ndim == 2:
+            values = values[..., None]
+        if values.ndim != 3 or 0 in values.shape or values.dtype.kind not in "biuf":
+            raise DataError(
+                f"{path}: an array of {values.dtype} with shape {values.shape}, expected numbers of shape (H,W), "
+                "(H,W,bands) or (bands,H,W); save the image in this form"
+            )
+        if not bands_are_last(values.shape, bands):
+            values = np.moveaxis(values, 0, -1)
+        self._values = values
+        height, width, found = values.shape
+        dtype = np.dtype(np.uint8) if values.dtype == np.bool_ else values.dtype.newbyteorder("=")
+        self.header = Header(height, width, found, dtype, alpha=False)
+
+    def values(self, window: Window | None) -> NDArray[Any]:
+        """Read the stored values, (bands,h,w)."""
+        values = np.array(_cut(self._values, window))
+        if values.dtype == np.bool_:
+            values = values.astype(np.uint8) * np.uint8(255)  # as Pillow reads files of 1 bit
+        return _bands_first(values.astype(self.header.dtype, copy=False))
+
+
+def bands_are_last(shape: tuple[int, ...], bands: int) -> bool:
+    """Whether an array of three axes is (H,W,bands), not (bands,H,W); of other bands, the shorter axis is theirs."""
+    return shape[-1] == bands or (shape[0] != bands and shape[-1] <= shape[0])
+
+
+def _cut(values: NDArray[Any], window: Window | None) -> NDArray[Any]:
+    return values if window is None else values[window.top : window.bottom, window.left : window.right]
+
+
+def _bands_first(values: NDArray[Any]) -> NDArray[Any]:
+    """Return (H,W) or (H,W,bands) as (bands,H,W)."""
+    return values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+
+
+def upright(values: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """Turn (H,W,...) as EXIF's or TIFF's orientation tag says."""
+    if orientation in _TRANSPOSING:
+        values = values.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    return np.ascontiguousarray(values)
+
+
+@contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Turn any error of a decoder into a DataError of one line that names the file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # on a broken file the decoders of tifffile and imagecodecs can raise any exception
+        detail = " ".join(str(getattr(error, "strerror", None) or error).split()).replace(f" '{path}'", "")
+        raise DataError(f"{path}: cannot be read ({detail or type(error).__name__}); replace or remove the file") from None
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[ImageFile.ImageFile]:
+    """Open a file with Pillow; any error while it is open becomes a DataError of one line that names the file."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # check_pixels checks the size
+    try:
+        if not path.is_file() and path.exists():  # opening a pipe would block
+            raise DataError(f"{path}: is not a file; expected an image; remove or rename it")
+        # str, because Pillow before 11 resolves a Path, which raises another type of error for a link to itself.
+        with Image.open(str(path), formats=_readable_formats()) as file:
+            images = getattr(file, "n_frames", 1)
+            if images > 1 and file.format != "MPO":  # MPO: a photo with previews or other views of itself
+                raise DataError(f"{path}: contains {images} images; expected one; save each in a separate file")
+            yield file
+    except FileNotFoundError:
+        raise MissingFileError(f"{path}: no such file") from None
+    except DataError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        detail = " ".join(str(getattr(error, "strerror", None) or error).split()).replace(f" '{path}'", "")
+        raise DataError(f"{path}: cannot be read ({detail or type(error).__name__}); replace or remove the file") from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+@functools.cache
+def _readable_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # this build of Pillow may lack some
+
+
+@functools.cache
+def image_extensions() -> frozenset[str]:
+    """Return the extensions of the readable image formats, such as ``.png``, in lower case."""
+    formats = _readable_formats()
+    known = (extension for extension, name in Image.registered_extensions().items() if name in formats)
+    return frozenset(known) | {".npy"}
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Read (height, width) as displayed from the header. Raises DataError if the header cannot be read."""
+    with open_source(path) as source:
+        return source.header.height, source.header.width
+
+
+def image_size_of(file: ImageFile.ImageFile) -> tuple[int, int]:
+    """Return (height, width) as displayed of a file that Pillow opened."""
+    transposed = "exif" in file.info and file.getexif().get(_ORIENTATION) in _TRANSPOSING
+    return (file.width, file.height) if transposed else (file.height, file.width)
+
+
+def image_mode(path: Path) -> str:
+    """Read Pillow's mode of an image, such as ``RGB``, from the header. Raises DataError if the header cannot be read."""
+    if _first_bytes(path).startswith(_NPY):
+        with open_source(path) as source:
+            return "RGB" if source.header.bands == 3 else "L"
+    with _open(path) as file:
+        return file.mode
+
+
+@contextmanager
+def open_upright(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[ImageFile.ImageFile]:
+    """Open a file with Pillow and apply its EXIF orientation.
+
+    Raises:
+        DataError: The file cannot be read, or has too many pixels; also raised while it is open.
+    """
+    with _open(path) as file:
+        check_pixels(path, image_size_of(file), max_pixels)
+        if "exif" in file.info:
+            ImageOps.exif_transpose(file, in_place=True)
+        yield file
