@@ -5,13 +5,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mcseg.data.datamodule import SPLITS, SegmentationData
-from mcseg.data.files import Reader, Sample
+from mcseg.data.files import FileReader, Reader, Sample
+from mcseg.data.images import UsedValues, largest_value
 from mcseg.data.labels import DataError
 from mcseg.data.statistics import absent_classes
 
@@ -38,7 +40,8 @@ class Report:
 def check(data: SegmentationData, progress: bool = True) -> Report:
     """Decode every image and mask of all splits.
 
-    Problems are unreadable files, masks of another size than their image, masks with unknown values, images without a
+    Problems are unreadable files, images of other bands than ``data.bands``, with transparency or with a range of values far
+    below that of their type, masks of another size than their image, masks with unknown values, images without a
     mask, an empty training or validation split, classes without a pixel in the training labels, and the data set's
     ``remarks``. Classes that are absent only from the validation labels are a warning.
 
@@ -49,6 +52,7 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
     images: dict[str, int] = {}
     pixels: dict[str, Tensor] = {}
     problems: list[str] = []
+    used = UsedValues(data.images)
     sound: dict[str, int] = dict.fromkeys(SPLITS, 0)  # number of samples without a problem
     for split in SPLITS:
         images[split] = 0
@@ -66,11 +70,13 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
         loader = DataLoader(checked, batch_size=None, num_workers=min(data.num_workers, len(samples)))
         split_problems: list[tuple[Sample, str]] = []
         results = tqdm(loader, f"Checking {split}", unit=" images", disable=not progress, leave=False)
-        for sample, (sample_problems, counts) in zip(samples, results, strict=True):
+        for sample, (sample_problems, counts, dtype, largest) in zip(samples, results, strict=True):
+            used.add(sample.image, np.dtype(dtype), largest)
             pixels[split] += counts
             sound[split] += not sample_problems
             split_problems += [(sample, problem) for problem in sample_problems]
         problems += _grouped(split_problems)
+    problems += used.problems()
     warnings: list[str] = []
     if sound["train"]:
         problems.append(absent_classes(data.class_names, pixels["train"], "training", hint=not problems))
@@ -100,8 +106,8 @@ def _grouped(problems: Sequence[tuple[Sample, str]]) -> list[str]:
     return lines
 
 
-class _CheckedSamples(Dataset[tuple[list[str], Tensor]]):
-    """Problems and pixel counts (C,) of each sample; the counts are 0 if there is a problem."""
+class _CheckedSamples(Dataset[tuple[list[str], Tensor, str, int | None]]):
+    """Problems, pixel counts (C,), type and largest value of each sample; the counts are 0 if there is a problem."""
 
     def __init__(self, reader: Reader, samples: Sequence[Sample], masks: bool) -> None:
         self.reader = reader
@@ -111,19 +117,28 @@ class _CheckedSamples(Dataset[tuple[list[str], Tensor]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[list[str], Tensor]:
+    def __getitem__(self, index: int) -> tuple[list[str], Tensor, str, int | None]:
         sample = self.samples[index]
         counts = torch.zeros(self.reader.table.num_classes, dtype=torch.int64)
+        dtype, largest = np.dtype(np.uint8), None
+
+        def look() -> None:
+            nonlocal dtype, largest
+            image = self.reader.image(sample)
+            if isinstance(self.reader, FileReader):
+                if image.is_floating_point():
+                    dtype = self.reader.images.header(sample.image).dtype
+                largest = largest_value(image, dtype)
 
         def count() -> None:
             counts.copy_(self.reader.counts(sample))
 
         # Image, mask and sizes are checked separately, so that all problems of a pair are listed.
-        steps = [lambda: self.reader.image(sample), lambda: self.reader.verify(sample, self.masks)]
+        steps = [look, lambda: self.reader.verify(sample, self.masks)]
         if self.masks:
             steps.insert(1, count)
         problems = list(dict.fromkeys(problem for step in steps if (problem := _problem(step))))
-        return problems, torch.zeros_like(counts) if problems else counts
+        return problems, torch.zeros_like(counts) if problems else counts, str(dtype), largest
 
 
 def _problem(step: Callable[[], object]) -> str:

@@ -19,13 +19,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from mcseg.data.batches import Batch, TrainingCrops, TrainingOrder, WholeImages, WideningLoader, collate, warn_skipped
 from mcseg.data.files import FileReader, Reader, Sample, images_below, prepare_worker
-from mcseg.data.images import MAX_PIXELS, ImageFormat
+from mcseg.data.images import MAX_PIXELS, ImageFormat, UsedValues
 from mcseg.data.labels import DataError, LabelTable, MissingFileError
 from mcseg.data.statistics import absent_classes, band_statistics, count_class_pixels, default_cache_dir
 from mcseg.data.transforms import TrainingTransform
 from mcseg.palette import Color
 
 SPLITS = ("train", "val", "test")
+_LOOKS = 8  # images of a split that are decoded at most before training
 
 
 class SegmentationData(pl.LightningDataModule):
@@ -166,6 +167,7 @@ class SegmentationData(pl.LightningDataModule):
         self.skips = on_error == "skip"
         self._skipped: dict[str, str] = {}  # sample's name -> reason
         self._splits: dict[str, list[Sample]] = {}
+        self._looked_at: set[str] = set()  # splits
         self._class_pixels: Tensor | None = None
 
     @property
@@ -223,6 +225,8 @@ class SegmentationData(pl.LightningDataModule):
         splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
         for split in splits:
             self._prepared(split)
+        if stage == "fit":
+            self._look_at_images("train")
 
     def _prepared(self, split: str) -> list[Sample]:
         """Return the samples of a split, listed and verified at the first call."""
@@ -268,6 +272,30 @@ class SegmentationData(pl.LightningDataModule):
                 self._record_skipped({sample.name: str(error)})
             return False
         return True
+
+    def _look_at_images(self, split: str) -> None:
+        """Decode some images of a split: raise DataError if bands would be dropped or all pixels be nearly black.
+
+        It ends at the first image with the usual range of values and nothing to drop. `setup` cannot do this for a network
+        from a checkpoint, which may give the range of values.
+        """
+        samples = self._prepared(split)
+        if split in self._looked_at or not isinstance(self.reader, FileReader):
+            return
+        used = UsedValues(self.images)
+        for sample in samples[:: -(-len(samples) // _LOOKS)]:
+            try:
+                header, largest = self.images.look(sample.image)
+            except DataError as error:
+                if self.skips:
+                    continue
+                raise DataError(f"{error}; {self.check_command} lists all problems") from None
+            used.add(sample.image, header.dtype, largest)
+            if not used.problems() and not header.alpha:
+                break
+        if problems := used.problems():
+            raise DataError("; ".join([*problems, f"{self.check_command} lists all problems"]))
+        self._looked_at.add(split)
 
     def _record_skipped(self, skipped: Mapping[str, str]) -> None:
         """Record skipped samples and warn once about each."""
@@ -353,6 +381,7 @@ class SegmentationData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Load shuffled, augmented crops; a smaller last batch is dropped (batch norm fails for a single image)."""
+        self._look_at_images("train")
         if self.train_transform.rare_crop_share:
             pixels = self.class_pixels().double()
             self.train_transform.class_weights = torch.where(pixels > 0, 1 / pixels.clamp(min=1), 0.0)
@@ -396,6 +425,7 @@ class SegmentationData(pl.LightningDataModule):
         return self._loader(self._whole_images(self.reader, split), self.eval_batch_size)
 
     def _whole_images(self, reader: Reader, split: str, masks: bool = True) -> WholeImages:
+        self._look_at_images(split)
         samples = self._prepared(split)
         return WholeImages(reader, samples, self.image_scale, max_side=self.max_side, masks=masks, skip=self.skips)
 

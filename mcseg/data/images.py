@@ -22,6 +22,7 @@ _FORMATS = ("JPEG", "MPO", "PNG", "TIFF", "WEBP", "BMP", "DIB", "GIF", "PPM", "J
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # first bytes of a TIFF file; the last two of BigTIFF
 _UINT8: np.dtype[Any] = np.dtype(np.uint8)
 _NPY = b"\x93NU"
+_MANY_PIXELS = 1 << 24
 MAX_PIXELS = 2 * 89_478_485  # limit of Pillow
 
 
@@ -120,6 +121,16 @@ class ImageFormat:
         with self.open(path) as image:
             return image.read()
 
+    def look(self, path: Path) -> tuple[Header, int | None]:
+        """Read an image, or the middle of a large one; return its header and largest value, see `largest_value`."""
+        with self.open(path) as image:
+            height, width = image.size
+            window = None
+            if image.windowed and height * width > _MANY_PIXELS:
+                top, left = max(0, height // 2 - 512), max(0, width // 2 - 512)
+                window = Window(top, left, min(height, top + 1024), min(width, left + 1024))
+            return image.header, largest_value(image.read(window), image.header.dtype)
+
     def header(self, path: Path) -> Header:
         """Read and check a header. Raises DataError like `open`."""
         with open_source(path, self.bands) as source:
@@ -162,17 +173,23 @@ class OpenImage:
 
     def __init__(self, path: Path, source: Source, settings: ImageFormat) -> None:
         self._path, self._source, self._settings = path, source, settings
+        self.header = source.header
         self.size = (source.header.height, source.header.width)
         self.windowed = source.windowed
         self.tags = source.tags
 
     def read(self, window: Window | None = None) -> Tensor:
         """Read the image or a window of it, (bands,h,w) uint8, or float32 in [0, 1]."""
-        header, bands = self._source.header, self._settings.bands
-        values = self._source.values(window)
-        if bands != header.bands and header.alpha:
+        header, bands = self.header, self._settings.bands
+        leaves_alpha_out = header.alpha and bands != header.bands
+        # Transparent pixels anywhere are refused, not only those of the window, except in images of windows for their size
+        whole = leaves_alpha_out and not (self.windowed and header.height * header.width > _MANY_PIXELS)
+        values = self._source.values(None if whole else window)
+        if leaves_alpha_out:
             self._refuse_transparency(values[-1])
             values = values[:-1]
+            if whole and window is not None:
+                values = values[:, window.top : window.bottom, window.left : window.right]
         pixels = self._scaled(values)
         return pixels.expand(3, -1, -1) if len(pixels) != bands else pixels  # a grey image
 
@@ -222,6 +239,19 @@ class OpenImage:
         return smallest, largest
 
 
+def largest_value(pixels: Tensor, dtype: np.dtype[Any]) -> int | None:
+    """Return the largest stored value of an image of 8- or 16-bit integers that was read without a value range.
+
+    Args:
+        pixels: The image as read.
+        dtype: Type of the file.
+    """
+    if dtype not in (np.uint8, np.uint16):
+        return None
+    largest = float(pixels.numpy().max())  # torch takes ten times as long for pixels stored interleaved
+    return round(largest * np.iinfo(dtype).max) if pixels.is_floating_point() else int(largest)
+
+
 class UsedValues:
     """Largest stored values of images, to find a range that is far below that of the type, such as 12 bits in 16.
 
@@ -233,22 +263,11 @@ class UsedValues:
         self._settings = settings
         self._found: dict[np.dtype[Any], tuple[int, int, Path]] = {}  # type -> largest value, number of images, brightest
 
-    def add(self, path: Path, dtype: np.dtype[Any], pixels: Tensor) -> None:
-        """Add an image that was read as ``pixels`` from a file of this type."""
-        if self._settings.value_range is None and dtype in (np.uint8, np.uint16):
-            # NumPy, because torch takes ten times as long for uint8 pixels that are stored interleaved
-            largest = float(pixels.numpy().max())
-            self.add_largest(path, dtype, round(largest * 65535) if pixels.is_floating_point() else int(largest))
-
-    def add_largest(self, path: Path, dtype: np.dtype[Any], largest: int) -> None:
-        """Add an image by its largest value."""
-        known, number, brightest = self._found.get(dtype, (-1, 0, path))
-        self._found[dtype] = (largest, number + 1, path) if largest > known else (known, number + 1, brightest)
-
-    @property
-    def are_wide(self) -> bool:
-        """Whether the images use the range of their type."""
-        return not self.problems()
+    def add(self, path: Path, dtype: np.dtype[Any], largest: int | None) -> None:
+        """Add an image by the type of its file and its largest value, see `largest_value`."""
+        if largest is not None and self._settings.value_range is None:
+            known, number, brightest = self._found.get(dtype, (-1, 0, path))
+            self._found[dtype] = (largest, number + 1, path) if largest > known else (known, number + 1, brightest)
 
     def problems(self) -> list[str]:
         """Describe each type whose range is hardly used, one line each."""
