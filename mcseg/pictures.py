@@ -28,6 +28,7 @@ _SHEET_WIDTH = 300  # width in pixels of an image in a contact sheet
 _COLUMN_WIDTH = 360  # width in pixels to which the images of a panel are resized
 _BAR_WIDTH = 240  # length in pixels of the bar of the largest value
 _FONT_SIZE = 15
+_PERCENTILE_PIXELS = 100_000
 LEGEND_CLASSES = 30  # a legend of more classes takes more space than the pictures
 
 
@@ -46,23 +47,65 @@ def palette_image(mask: Tensor, palette: Palette) -> Image.Image:
     return picture
 
 
+def save_tiff_mask(mask: Tensor, palette: Palette, tags: Mapping[int, tuple[int, int, Any]], path: Path) -> None:
+    """Write train ids (H,W) uint8 as a TIFF palette file with tags of its image, such as its georeference.
+
+    Args:
+        mask: Train ids, 0..C-1 and void 255; the pixel values of the file.
+        palette: RGB colour of each class.
+        tags: Code of a tag -> its type in TIFF, number of values and value.
+        path: The file.
+    """
+    import tifffile  # at first use, as few runs need it
+
+    colors = np.array(palette_image(mask[:1, :1], palette).getpalette("RGB"), dtype=np.uint16).reshape(256, 3)
+
+    def write(temporary: Path) -> None:
+        tifffile.imwrite(
+            temporary,
+            mask.to(torch.uint8).numpy(),
+            photometric="palette",
+            colormap=257 * colors.T,
+            tile=(512, 512) if max(mask.shape) > 4096 else None,
+            compression="zlib",
+            metadata=None,
+            software="mcseg",
+            extratags=[(code, kind, count, value, True) for code, (kind, count, value) in tags.items()],
+        )
+
+    write_atomically(path, write)
+
+
 def grey_image(values: Tensor) -> Image.Image:
     """Turn values (H,W) uint8 into an 8-bit grey image."""
     return Image.fromarray(values.numpy())
 
 
 def image_picture(image: Tensor) -> Image.Image:
-    """Turn an RGB image (3,H,W), uint8 or floating point in [0, 1], into a picture."""
+    """Turn an image into an RGB picture.
+
+    Args:
+        image: (3,H,W) RGB or (1,H,W) grey. uint8 is shown as it is; each band of floating point is stretched from its 2nd
+            to its 98th percentile, because the values of a photo of 12 bits or of reflectances fill a small part of [0, 1].
+    """
     if image.is_floating_point():
-        image = (image * 255).round().clamp(0, 255)
-    return Image.fromarray(image.to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+        image = torch.stack([_stretched(band) for band in image.float()])
+    return Image.fromarray(image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+
+
+def _stretched(band: Tensor) -> Tensor:
+    """Map the 2nd to the 98th percentile of (H,W) to 0..255, uint8."""
+    step = max(1, math.isqrt(band.numel() // _PERCENTILE_PIXELS))  # a grid of pixels is enough
+    low, high = np.percentile(band[::step, ::step].numpy(), (2, 98))
+    stretched: Tensor = (band - float(low)) * (255 / max(float(high - low), 1e-6))
+    return stretched.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def overlay(image: Tensor, mask: Tensor, palette: Palette, opacity: float = 0.35) -> Image.Image:
     """Blend the coloured mask over the image.
 
     Args:
-        image: (3,h,w) uint8, or floating point in [0, 1]; resized to the size of the mask.
+        image: (3,h,w) or (1,h,w), see `image_picture`; resized to the size of the mask.
         mask: (H,W) train ids, 0..C-1 and void 255.
         palette: RGB colour of each class.
         opacity: weight of the mask's colour, 0 to 1.
@@ -82,8 +125,8 @@ def panel(rows: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str], p
     30 classes, the legend shows only the classes that occur in the pictures.
 
     Args:
-        rows: image (3,h,w), target (H,W) and prediction (H,W) of each row; both label maps hold train ids, 0..C-1 and
-            void 255.
+        rows: image (3,h,w) or (1,h,w), target (H,W) and prediction (H,W) of each row; both label maps hold train ids,
+            0..C-1 and void 255.
         names: class names.
         palette: RGB colour of each class.
 
@@ -136,8 +179,8 @@ def contact_sheet(samples: Iterable[tuple[str, Tensor, Tensor]], names: Sequence
     The legend gives each class's share of the labelled pixels and starts with the most frequent class.
 
     Args:
-        samples: name, image (3,H,W) and labels (H,W) of each sample; labels hold train ids, 0..C-1 and void 255. The
-            samples are read one at a time and only small copies are kept, so an iterator saves memory.
+        samples: name, image (3,H,W) or (1,H,W) and labels (H,W) of each sample; labels hold train ids, 0..C-1 and void 255.
+            The samples are read one at a time and only small copies are kept, so an iterator saves memory.
         names: class names.
         palette: RGB colour of each class.
 

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from mcseg.data import DataError, FolderData, SyntheticData
 from mcseg.data.batches import collate
 from mcseg.data.check import check
+from mcseg.data.files import read_mask
 from mcseg.data.images import ImageFormat, UsedValues, Window, image_size, open_source
 from mcseg.data.transforms import TrainingTransform
 from mcseg.module import SegmentationModule
@@ -346,8 +348,8 @@ def test_a_folder_of_four_bands_trains_and_predicts(tiles, tmp_path, capsys):
         assert np.array_equal(file.asarray(), expected)
         for code, tag in GEOREFERENCE.items():
             assert file.pages[0].tags[code].value == tag[2]
-    assert np.array_equal(np.array(Image.open("out/masks/tile3.tif")), expected)  # readers of masks see the same ids
-    assert Image.open("out/overlays/tile3.jpg").size == (48, 40)
+    assert np.array_equal(read_mask(Path("out/masks/tile3.tif")), expected)  # readers of masks see the same ids
+    assert image_size(Path("out/overlays/tile3.jpg")) == (40, 48)
 
     with pytest.raises(SystemExit):
         run("predict", tiles, *weights, "--data.predict_root", str(tiles / "images"))

@@ -287,7 +287,7 @@ def test_settings_out_of_range_are_refused(options, message):
 
 
 def test_wrong_shapes_are_refused():
-    with pytest.raises(ValueError, match=r"image: found shape \(3, 4, 4\), expected \(N, 3, H, W\)"):
+    with pytest.raises(ValueError, match=r"image: found shape \(3, 4, 4\), expected \(N, B, H, W\)"):
         Inference()(convolution(), torch.rand(3, 4, 4), (4, 4))
     with pytest.raises(ValueError, match=r"size: found \(0, 4\)"):
         Inference()(convolution(), torch.rand(1, 3, 4, 4), (0, 4))

@@ -11,7 +11,7 @@ from torch import Tensor
 from mcseg import pictures
 from mcseg.callbacks.base import EvaluationCallback
 from mcseg.callbacks.scores import JaccardCallback
-from mcseg.callbacks.trackers import class_names, class_palette, log_picture
+from mcseg.callbacks.trackers import class_names, class_palette, log_picture, shown_bands
 
 
 def _pictures_due(trainer: pl.Trainer, every_n_epochs: int) -> bool:
@@ -95,7 +95,7 @@ class PredictionPanel(EvaluationCallback):
         count = min(math.ceil(self.images / batches), self.images - len(self._rows), len(batch["image"]))
         for index in range(count):
             image, target, preds = batch["image"][index], outputs["target"][index], outputs["preds"][index]
-            self._rows.append((image.cpu(), target.cpu(), preds.cpu()))
+            self._rows.append((shown_bands(trainer, image.cpu()), target.cpu(), preds.cpu()))
 
     def finish(self, trainer: pl.Trainer, module: pl.LightningModule, split: str) -> None:
         """Draw and log the panel."""

@@ -11,15 +11,18 @@ from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.utilities import rank_zero_info
 
 from mcseg import pictures
-from mcseg.callbacks.trackers import class_names, class_palette
+from mcseg.callbacks.trackers import class_names, class_palette, shown_bands
 
+_OVERLAY_SIDE = 4096  # largest side in pixels of the overlay of an image that is read in windows
 Format = Literal["cityscapes", "bdd100k", "sceneparse150", "pascal_voc", "mapillary_vistas"]
 
 
 class PredictionWriter(BasePredictionWriter):
     """Write each prediction at the image's size as palette PNG (pixel value = train id) and as overlay on its image.
 
-    Files are named after the images, with their subfolders: ``masks/<name>.png`` and ``overlays/<name>.jpg``.
+    Files are named after the images, with their subfolders: ``masks/<name>.png`` and ``overlays/<name>.jpg``. The mask of a
+    georeferenced TIFF image is ``masks/<name>.tif``, with the same georeference (not with the image's no-data value, which
+    would be a class). Overlays of images that are read in windows for their size are reduced to 4096 pixels.
 
     Args:
         output_dir: Folder of the files; None is the run folder.
@@ -77,15 +80,23 @@ class PredictionWriter(BasePredictionWriter):
         folder = self._folder(trainer)
         palette = class_palette(trainer, len(class_names(trainer)))
         submission = None if self.format is None else self._submission(trainer)
-        for name, image, preds in zip(batch["name"], batch["image"], prediction, strict=True):
-            if submission is None:
+        all_tags = batch.get("tags") or [{}] * len(batch["name"])
+        for name, image, preds, tags in zip(batch["name"], batch["image"], prediction, all_tags, strict=True):
+            if submission is None and tags:
+                pictures.save_tiff_mask(preds.cpu(), palette, tags, folder / "masks" / f"{name}.tif")
+            elif submission is None:
                 pictures.save(pictures.palette_image(preds.cpu(), palette), folder / "masks" / f"{name}.png")
             else:
                 values = torch.tensor(submission.values, dtype=torch.uint8)[preds.cpu().long()]
                 picture = pictures.palette_image(values, palette) if submission.palette else pictures.grey_image(values)
                 pictures.save(picture, folder / "submission" / submission.file.format(name=name))
             if self.overlays:
-                pictures.save(pictures.overlay(image.cpu(), preds.cpu(), palette), folder / "overlays" / f"{name}.jpg")
+                shown, labels = image, preds
+                if not isinstance(image, torch.Tensor):  # read in windows
+                    step = -(-max(preds.shape) // _OVERLAY_SIDE)
+                    shown, labels = image.reduced(step), preds[::step, ::step]
+                overlay = pictures.overlay(shown_bands(trainer, shown.cpu()), labels.cpu(), palette)
+                pictures.save(overlay, folder / "overlays" / f"{name}.jpg")
             self._written += 1
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from PIL import Image
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from torch import Tensor
 
 from mcseg import pictures
 from mcseg.palette import Palette, distinct_colors
@@ -23,6 +24,13 @@ def class_palette(trainer: pl.Trainer, classes: int) -> Palette:
     """Return the class colours: the data module's, or distinct ones."""
     palette = getattr(getattr(trainer, "datamodule", None), "palette", None)
     return tuple(palette) if palette else distinct_colors(classes)
+
+
+def shown_bands(trainer: pl.Trainer, image: Tensor) -> Tensor:
+    """Return the bands of an image (bands,H,W) that pictures show: the data module's, or the first three, or the first."""
+    default = (1, 2, 3) if len(image) >= 3 else (1,)
+    chosen = getattr(getattr(trainer, "datamodule", None), "show_bands", None) or default
+    return image[[band - 1 for band in chosen]]
 
 
 def log_picture(trainer: pl.Trainer, key: str, picture: Image.Image, file: str) -> None:

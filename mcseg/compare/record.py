@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mcseg import pictures
 from mcseg.callbacks.base import EvaluationCallback
+from mcseg.callbacks.trackers import shown_bands
 from mcseg.data import IGNORE_INDEX, SegmentationData
 from mcseg.evaluation.inference import labels_at
 from mcseg.evaluation.metrics import image_counts
@@ -169,13 +170,13 @@ class EvaluationRecord(EvaluationCallback):
             if picture is not None:
                 masks = {"target": target[index], "prediction": preds[index]}
                 masks |= {} if shifted is None else {"shifted": shifted[index]}
-                self._draw(picture, batch["image"][index], masks, data.palette)
+                self._draw(picture, shown_bands(trainer, batch["image"][index].cpu()), masks, data.palette)
 
     def _draw(self, index: int, image: Tensor, masks: dict[str, Tensor], palette: Palette) -> None:
         height, width = masks["target"].shape
         scale = min(1.0, _SIDE / max(height, width))
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        picture = pictures.image_picture(image.cpu()).resize(size, Image.Resampling.BILINEAR)
+        picture = pictures.image_picture(image).resize(size, Image.Resampling.BILINEAR)
         pictures.save(picture, self._folder / f"{index}-image.jpg")
         for name, mask in masks.items():
             small = pictures.palette_image(mask.cpu(), palette).resize(size, Image.Resampling.NEAREST)

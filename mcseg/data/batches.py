@@ -10,8 +10,8 @@ from pytorch_lightning import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
-from mcseg.data.files import Reader, Sample
-from mcseg.data.images import Window
+from mcseg.data.files import FileReader, Reader, Sample
+from mcseg.data.images import LargeImage, Window
 from mcseg.data.labels import DataError
 from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
 from mcseg.lightning_internals import training_position
@@ -58,6 +58,7 @@ class TrainingOrder(DistributedSampler[Any]):
 
 
 Batch = dict[str, Any]
+_WINDOWED_PIXELS = 1 << 26  # an image of more pixels is read in windows for prediction, if its file allows it
 _EMPTY_SIZE = (32, 32)  # height and width of a batch without images; it still passes through the network
 
 
@@ -152,6 +153,11 @@ class WholeImages(Dataset[Batch]):
         if self.masks:
             image, item["mask"] = self.reader.pair(sample)
         else:
+            if isinstance(self.reader, FileReader):
+                size, item["tags"], windowed = self.reader.images.layout(sample.image)
+                unscaled = self.image_scale * shrinking(size, self.max_side) == 1
+                if windowed and unscaled and size[0] * size[1] > _WINDOWED_PIXELS:
+                    return item | {"size": size, "image": LargeImage(sample.image, self.reader.images)}
             image = self.reader.image(sample)
             item["size"] = (image.shape[1], image.shape[2])
         item["image"] = resize_image(image, self.image_scale * shrinking(image.shape[1:], self.max_side))
@@ -202,18 +208,20 @@ def collate(items: Sequence[Batch], bands: int = 3) -> Batch:
     if not items:
         height, width = _EMPTY_SIZE
         image, mask = (torch.zeros(0, *size, dtype=torch.uint8) for size in ((bands, height, width), (height, width)))
-        return {"image": image, "mask": mask, "name": [], "size": []} | report
+        return {"image": image, "mask": mask, "name": [], "size": [], "tags": []} | report
     sizes = sorted({tuple(item["mask" if "mask" in item else "image"].shape[-2:]) for item in items})
     if len(sizes) > 1:
         raise DataError(
             f"found images of {sizes[0][1]}x{sizes[0][0]} and {sizes[1][1]}x{sizes[1][0]} pixels in one batch, expected "
             "equal sizes; set data.eval_batch_size to 1"
         )
+    if isinstance(large := items[0]["image"], LargeImage):  # in prediction, one per batch
+        return {"image": large} | {key: [items[0][key]] for key in ("name", "size", "tags")} | report
     if len({item["image"].dtype for item in items}) > 1:  # files of 8 and of 16 bits
         items = [item | {"image": _in_unit_range(item["image"])} for item in items]
     # default_collate stacks in shared memory, so that the main process need not copy
     stacked = {key: default_collate([item[key] for item in items]) for key in ("image", "mask") if key in items[0]}
-    return stacked | {key: [item[key] for item in items] for key in ("name", "size") if key in items[0]} | report
+    return stacked | {key: [item[key] for item in items] for key in ("name", "size", "tags") if key in items[0]} | report
 
 
 def _in_unit_range(image: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -137,6 +137,11 @@ class ImageFormat:
             self.check(path, source.header)
             return source.header
 
+    def layout(self, path: Path) -> tuple[tuple[int, int], dict[int, Any], bool]:
+        """Return (height, width), the georeferencing tags, and whether windows are read without decoding the whole file."""
+        with self.open(path) as image:
+            return image.size, image.tags, image.windowed
+
     def check(self, path: Path, header: Header) -> None:
         """Raise DataError if an image of this header cannot be read with these settings."""
         check_pixels(path, (header.height, header.width), self.max_pixels)
@@ -237,6 +242,63 @@ class OpenImage:
         if largest <= high or (values > high).mean() <= 0.5:
             return None
         return smallest, largest
+
+
+class LargeImage:
+    """Image (1,bands,H,W) of which only the requested windows are read from the file.
+
+    Like a tensor, it is indexed by slices, moved to a device and iterated over; it can be sent to another process.
+
+    Args:
+        path: A file whose windows can be read, see `ImageFormat.layout`.
+        settings: How the image is read.
+        device: Device of the windows.
+    """
+
+    def __init__(self, path: Path, settings: ImageFormat, device: torch.device | str = "cpu") -> None:
+        self._path, self._settings, self.device = path, settings, torch.device(device)
+        header = settings.header(path)
+        self.shape = torch.Size((1, settings.bands, header.height, header.width))
+        self.ndim = 4
+        self._files = ExitStack()
+        self._image: OpenImage | None = None
+
+    def to(self, device: torch.device | str, **_options: Any) -> "LargeImage":
+        """Return the image on another device."""
+        return LargeImage(self._path, self._settings, device)
+
+    def __len__(self) -> int:
+        return 1
+
+    def __iter__(self) -> Iterator["LargeImage"]:
+        yield self
+
+    def __getitem__(self, key: slice | tuple[slice, slice, slice, slice]) -> Any:
+        """Return itself for a slice of the images, or the tensor of a window, (1,bands,h,w)."""
+        if isinstance(key, slice):
+            return self
+        (top, bottom, _), (left, right, _) = key[2].indices(self.shape[2]), key[3].indices(self.shape[3])
+        return self._read(Window(top, left, bottom, right))[None].to(self.device)
+
+    def reduced(self, step: int) -> Tensor:
+        """Return every step-th row and column, (bands,h,w), on the CPU."""
+        height, width = self.shape[2:]
+        rows = max(1, 1024 // step) * step
+        parts = []
+        for top in range(0, height, rows):
+            parts.append(self._read(Window(top, 0, min(top + rows, height), width))[:, ::step, ::step].clone())
+        return torch.cat(parts, 1)
+
+    def _read(self, window: Window) -> Tensor:
+        if self._image is None:
+            self._image = self._files.enter_context(self._settings.open(self._path))
+        return self._image.read(window)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": ExitStack(), "_image": None}
+
+    def __del__(self) -> None:
+        self._files.close()
 
 
 def largest_value(pixels: Tensor, dtype: np.dtype[Any]) -> int | None:

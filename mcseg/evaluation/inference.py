@@ -28,7 +28,7 @@ class Inference:
 
     Memory: rows of windows are computed from top to bottom. For each scale s, the buffer contains only the rows of
     probabilities that are incomplete or not yet converted to labels, at most h + 34 rows for windows of h rows. For images
-    ``(N, 3, H, W)`` and C classes, it takes::
+    ``(N, B, H, W)`` and C classes, it takes::
 
         4 N C (h + 34) s min(W, 4096) bytes
 
@@ -77,9 +77,10 @@ class Inference:
         """Predict the labels of images. The caller sets evaluation mode and disables gradients.
 
         Args:
-            network: Callable from images ``(N, 3, h, w)`` to logits ``(N, C, h', w')`` of any floating-point dtype, C at
+            network: Callable from images ``(N, B, h, w)`` to logits ``(N, C, h', w')`` of any floating-point dtype, C at
                 most 256.
-            image: ``(N, 3, H, W)``, uint8 0..255 or floating point 0..1.
+            image: ``(N, B, H, W)``, uint8 0..255 or floating point 0..1: a tensor, or an object with ``shape``, ``ndim``,
+                ``device`` and ``[:, :, rows, columns]``, which reads windows when they are needed.
             size: ``(height, width)`` of the labels.
 
         Returns:
@@ -89,14 +90,14 @@ class Inference:
             ValueError: The image or the size is empty, or there are more than 256 classes, which do not fit into uint8.
         """
         if image.ndim != 4 or min(image.shape) < 1:
-            raise ValueError(f"image: found shape {tuple(image.shape)}, expected (N, 3, H, W) without an empty dimension")
+            raise ValueError(f"image: found shape {tuple(image.shape)}, expected (N, B, H, W) without an empty dimension")
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f"size: found {tuple(size)}, expected (height, width), each at least 1")
         height, width = size
         scaled = [_rescale(image, scale) for scale in self.scales]
         tiles = [self._tile(part.shape[-2:]) for part in scaled]
         if len(scaled) == 1 and not self.flip and tiles[0] == tuple(scaled[0].shape[-2:]):  # nothing to average
-            return labels_at(network(scaled[0]), size).to(image.device)
+            return labels_at(network(scaled[0][:, :, :, :]), size).to(image.device)
 
         # each band of output rows spans at most _ROWS rows at any scale, which limits the buffers
         step = max(1, _ROWS * height // max(height, *(part.shape[2] for part in scaled)))
@@ -135,7 +136,7 @@ class _Rows:
     Args:
         settings: Settings, read for overlap, mirroring and batch.
         network: See `Inference.__call__`.
-        image: ``(N, 3, H, W)`` scaled images.
+        image: ``(N, B, H, W)`` scaled images.
         tile: ``(height, width)`` of the windows.
         bands: Output rows of each request, from top to bottom.
         columns: Neighbouring columns of the strip's labels, see `_neighbours`.
@@ -359,10 +360,11 @@ def _window_weights(length: int, window: int, starts: list[int]) -> Tensor:
 
 
 def _rescale(image: Tensor, scale: float) -> Tensor:
-    """Resize images ``(N, 3, H, W)`` by a factor, to at least one pixel per side; uint8 stays uint8."""
+    """Resize images ``(N, B, H, W)`` by a factor, to at least one pixel per side; uint8 stays uint8."""
     size = tuple(max(1, round(side * scale)) for side in image.shape[-2:])
     if size == tuple(image.shape[-2:]):
         return image
+    image = image[:, :, :, :]  # reads an image that is read in windows
     if image.dtype != torch.uint8 or image.device.type == "cpu":
         if size[1] == 1:  # torch 2.15 raises or gives wrong values for planar uint8 images that become one pixel wide
             image = image.contiguous(memory_format=torch.channels_last)

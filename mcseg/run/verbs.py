@@ -71,8 +71,10 @@ def _shown(data: SegmentationData, sample: Sample, split: str) -> tuple[torch.Te
     """Return image and labels; all labels void if the split's labels are not public."""
     if split in data.withheld:
         image = data.reader.image(sample)
-        return image, torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
-    return data.reader.pair(sample)
+        labels = torch.full(image.shape[1:], IGNORE_INDEX, dtype=torch.uint8)
+    else:
+        image, labels = data.reader.pair(sample)
+    return image[[band - 1 for band in data.show_bands]], labels
 
 
 class BoundCLI(SegmentationCLI):
