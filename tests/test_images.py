@@ -4,6 +4,7 @@ import csv
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,12 +13,15 @@ import torch
 from conftest import write_png
 from PIL import Image
 
+from mcseg import pictures
+from mcseg.callbacks.trackers import shown_bands
 from mcseg.data import DataError, FolderData, SyntheticData
 from mcseg.data.batches import collate
 from mcseg.data.check import check
 from mcseg.data.files import read_mask
-from mcseg.data.images import ImageFormat, UsedValues, Window, image_size, open_source
+from mcseg.data.images import ImageFormat, LargeImage, UsedValues, Window, image_size, open_source
 from mcseg.data.transforms import TrainingTransform
+from mcseg.evaluation import Inference
 from mcseg.module import SegmentationModule
 from mcseg.run.main import main
 
@@ -303,6 +307,51 @@ def test_the_network_takes_the_bands():
     assert module(torch.rand(1, 6, 40, 50)).shape == (1, 3, 40, 50)
     with pytest.raises(ValueError, match=r"network_options: found in_channels, which is given by the bands of the data"):
         SegmentationModule("unet", ENCODER, num_classes=3, network_options={"in_channels": 4})
+
+
+def test_a_large_image_is_read_in_windows(tiles, monkeypatch):
+    """The labels of an image that is read in windows are those of the same image in memory."""
+    monkeypatch.setattr("mcseg.data.batches._WINDOWED_PIXELS", 1000)
+    options = {"bands": 4, "value_range": (0, 4095), "predict_root": tiles / "images/tile3.tif"}
+    data = folder(tiles, **options)
+    data.setup("predict")
+    batch = next(iter(data.predict_dataloader()))
+    assert isinstance(batch["image"], LargeImage)
+    assert batch["size"] == [(40, 48)]
+    pixels = torch.from_numpy(tifffile.imread(tiles / "images/tile3.tif") / np.float32(4095)).permute(2, 0, 1)[None]
+    assert torch.allclose(batch["image"][:, :, 5:33, 7:40], pixels[:, :, 5:33, 7:40])
+    assert torch.allclose(batch["image"].reduced(3), pixels[0, :, ::3, ::3])
+    network = torch.nn.Conv2d(4, 5, 3, padding=1)
+    for settings in ({"window": (16, 24)}, {"window": (16, 24), "scales": (1.0, 0.5), "flip": True}, {}):
+        labels = [Inference(**settings)(network, image, (40, 48)) for image in (batch["image"], pixels)]
+        assert (labels[0] != labels[1]).float().mean() < 1e-3
+        assert len(labels[0].unique()) > 1
+    assert not isinstance(next(iter(folder(tiles, **options, max_side=20).predict_dataloader()))["image"], LargeImage)
+
+
+def test_images_of_many_pixels_need_a_setting(tmp_path):
+    write_png(tmp_path / "i.png", np.zeros((30, 40), np.uint8))
+    expected = (
+        r"i\.png: has 1,200 pixels \(40x30\), expected at most 1,000 \(data.max_pixels\).*; .* set data.max_pixels to 1200"
+    )
+    with pytest.raises(DataError, match=expected):
+        ImageFormat(max_pixels=1000).read(tmp_path / "i.png")
+    with pytest.raises(DataError, match=expected):
+        read_mask(tmp_path / "i.png", max_pixels=1000)
+    assert ImageFormat(max_pixels=1200).read(tmp_path / "i.png").shape == (3, 30, 40)
+
+
+def test_pictures_show_the_chosen_bands_stretched(tiles):
+    data = folder(tiles, bands=4, value_range=(0, 4095), show_bands=[4, 2, 1])
+    image = data.reader.image(data.samples("train")[0])
+    picture = np.asarray(pictures.image_picture(shown_bands(SimpleNamespace(datamodule=data), image)))
+    for channel, band in enumerate([3, 1, 0]):
+        low, high = np.percentile(image[band], (2, 98))
+        expected = np.clip((image[band].numpy() - low) / (high - low) * 255, 0, 255)
+        assert np.abs(picture[..., channel] - expected).max() <= 1
+    assert len(shown_bands(SimpleNamespace(datamodule=None), image[:2])) == 1
+    with pytest.raises(DataError, match=r"data\.show_bands: found \[5\], expected one or three numbers from 1 to 4"):
+        folder(tiles, bands=4, show_bands=[5])
 
 
 def run(verb, root, *settings):

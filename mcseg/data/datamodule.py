@@ -283,18 +283,19 @@ class SegmentationData(pl.LightningDataModule):
         if split in self._looked_at or not isinstance(self.reader, FileReader):
             return
         used = UsedValues(self.images)
+        advice = f"; {self.check_command} lists all problems" if split != "predict" else ""
         for sample in samples[:: -(-len(samples) // _LOOKS)]:
             try:
                 header, largest = self.images.look(sample.image)
             except DataError as error:
                 if self.skips:
                     continue
-                raise DataError(f"{error}; {self.check_command} lists all problems") from None
+                raise DataError(f"{error}{advice}") from None
             used.add(sample.image, header.dtype, largest)
             if not used.problems() and not header.alpha:
                 break
         if problems := used.problems():
-            raise DataError("; ".join([*problems, f"{self.check_command} lists all problems"]))
+            raise DataError("; ".join(problems) + advice)
         self._looked_at.add(split)
 
     def _record_skipped(self, skipped: Mapping[str, str]) -> None:
