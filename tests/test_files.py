@@ -11,8 +11,8 @@ from PIL import Image
 from mcseg.atomic import write_atomically
 from mcseg.data.classlist import table_from_names
 from mcseg.data.files import FileReader, Sample, read_image, read_mask
-from mcseg.data.images import image_size
 from mcseg.data.labels import DataError, LabelTable
+from mcseg.data.sources import image_size
 from mcseg.messages import one_line
 
 

@@ -19,7 +19,8 @@ from mcseg.data import DataError, FolderData, SyntheticData
 from mcseg.data.batches import collate
 from mcseg.data.check import check
 from mcseg.data.files import read_mask
-from mcseg.data.images import ImageFormat, LargeImage, UsedValues, Window, image_size, open_source
+from mcseg.data.images import ImageFormat, LargeImage, UsedValues
+from mcseg.data.sources import Window, image_size, open_source
 from mcseg.data.transforms import TrainingTransform
 from mcseg.evaluation import Inference
 from mcseg.module import SegmentationModule

@@ -5,7 +5,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
-from mcseg.data.images import Window
+from mcseg.data.sources import Window
 from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from mcseg.data.files import FileReader, Reader, Sample
-from mcseg.data.images import LargeImage, Window
+from mcseg.data.images import LargeImage
 from mcseg.data.labels import DataError
+from mcseg.data.sources import Window
 from mcseg.data.transforms import TrainingTransform, resize_image, shrinking
 from mcseg.lightning_internals import training_position
 from mcseg.seeds import seed_of, seeded

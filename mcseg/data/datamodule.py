@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from mcseg.data.batches import Batch, TrainingCrops, TrainingOrder, WholeImages, WideningLoader, collate, warn_skipped
 from mcseg.data.files import FileReader, Reader, Sample, images_below, prepare_worker
-from mcseg.data.images import MAX_PIXELS, ImageFormat, UsedValues
+from mcseg.data.images import ImageFormat, UsedValues
 from mcseg.data.labels import DataError, LabelTable, MissingFileError
+from mcseg.data.sources import MAX_PIXELS
 from mcseg.data.statistics import absent_classes, band_statistics, count_class_pixels, default_cache_dir
 from mcseg.data.transforms import TrainingTransform
 from mcseg.palette import Color

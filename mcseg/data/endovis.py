@@ -12,9 +12,9 @@ from torch import Tensor
 from mcseg.data.benchmark import BenchmarkData, Listing, benchmark_facts, check_choice
 from mcseg.data.classlist import table_from_toml
 from mcseg.data.files import Choice, FileReader, Sample, count_labels, mask_path
-from mcseg.data.images import Window, image_size
 from mcseg.data.labels import DataError, LabelTable
 from mcseg.data.layout import find, fixed_folder
+from mcseg.data.sources import Window, image_size
 
 _FRAME_SIZE = (1080, 1920)  # height and width of an uncropped frame
 

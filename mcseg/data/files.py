@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mcseg.data.images import MAX_PIXELS, ImageFormat, Window, check_pixels, image_extensions, image_size, open_upright
+from mcseg.data.images import ImageFormat
 from mcseg.data.labels import IGNORE_INDEX, DataError, LabelTable
+from mcseg.data.sources import MAX_PIXELS, Window, check_pixels, image_extensions, image_size, open_upright
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from mcseg.data.classlist import table_from_file, table_from_names
 from mcseg.data.datamodule import SegmentationData
 from mcseg.data.files import Sample, image_files
-from mcseg.data.images import image_mode
 from mcseg.data.labels import DataError, LabelTable
+from mcseg.data.sources import image_mode
 
 Split = Literal["auto", "folder", "list", "fraction"]
 

@@ -10,8 +10,8 @@ import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
-from mcseg.data.images import Header, Window, bands_are_last, upright
 from mcseg.data.labels import DataError
+from mcseg.data.sources import Header, Window, bands_are_last, upright
 
 # ModelPixelScale, ModelTiepoint, ModelTransformation, GeoKeyDirectory, GeoDoubleParams, GeoAsciiParams
 _GEOREFERENCE = (33550, 33922, 34264, 34735, 34736, 34737)

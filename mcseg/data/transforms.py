@@ -8,8 +8,8 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from mcseg.data.images import Window
 from mcseg.data.labels import IGNORE_INDEX
+from mcseg.data.sources import Window
 
 _TRIES = 10  # number of windows drawn at most for max_class_share; the last one is accepted in any case
 _PROBE = 32  # class shares of a window are estimated on a grid of about 32x32 pixels

@@ -75,19 +75,20 @@ def offered(objective: nn.Module, name: str) -> Any:
     return getattr(objective, name, _DEFAULTS[name])
 
 
-def calibrate_from(objective: nn.Module, class_pixels: Callable[[], Tensor] | None) -> None:
-    """Calibrate an objective that has a method ``calibrate`` with the pixel counts of the training labels.
+def calibrate_from_data(objective: nn.Module, datamodule: Any) -> None:
+    """Calibrate an objective that needs it with the pixel counts of the training labels.
 
     Args:
-        objective: The objective.
-        class_pixels: Counts the pixels, ``(C,)``; None if the data module cannot.
+        objective: Objective, see `ObjectiveProtocol`.
+        datamodule: Object with a method ``class_pixels`` that returns ``(C,)`` counts, or without it, or None.
 
     Raises:
-        RuntimeError: The objective needs to be calibrated, and there are no counts.
+        RuntimeError: There are no counts, and the objective is not calibrated yet.
     """
     calibrate = offered(objective, "calibrate")
     if calibrate is None:
         return
+    class_pixels = getattr(datamodule, "class_pixels", None)
     if class_pixels is not None:
         calibrate(class_pixels())
     elif not offered(objective, "is_calibrated"):
