@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from mcseg.data.datamodule import SPLITS, SegmentationData
 from mcseg.data.files import FileReader, Reader, Sample
-from mcseg.data.images import UsedValues, largest_value
+from mcseg.data.images import USUAL_VALUES, UsedValues, largest_value
 from mcseg.data.labels import DataError
 from mcseg.data.statistics import absent_classes
 
@@ -113,6 +114,7 @@ class _CheckedSamples(Dataset[tuple[list[str], Tensor, str, int | None]]):
         self.reader = reader
         self.samples = samples
         self.masks = masks
+        self._usual: set[np.dtype[Any]] = set()  # types with an image that uses the range of the type
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -128,7 +130,10 @@ class _CheckedSamples(Dataset[tuple[list[str], Tensor, str, int | None]]):
             if isinstance(self.reader, FileReader):
                 if image.is_floating_point():
                     dtype = self.reader.images.header(sample.image).dtype
-                largest = largest_value(image, dtype)
+                if dtype not in self._usual:  # one image decides, which saves the time for the others
+                    largest = largest_value(image, dtype)
+                if largest is not None and largest >= USUAL_VALUES[dtype]:
+                    self._usual.add(dtype)
 
         def count() -> None:
             counts.copy_(self.reader.counts(sample))

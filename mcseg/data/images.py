@@ -262,6 +262,10 @@ def largest_value(pixels: Tensor, dtype: np.dtype[Any]) -> int | None:
     return round(largest * np.iinfo(dtype).max) if pixels.is_floating_point() else int(largest)
 
 
+# A largest value of all images below these is far below that of the type
+USUAL_VALUES: dict[np.dtype[Any], int] = {np.dtype(np.uint8): 1 << 5, np.dtype(np.uint16): 1 << 14}
+
+
 class UsedValues:
     """Largest stored values of images, to find a range that is far below that of the type, such as 12 bits in 16.
 
@@ -283,8 +287,8 @@ class UsedValues:
         """Describe each type whose range is hardly used, one line each."""
         lines = []
         for dtype, (largest, number, path) in self._found.items():
-            bits, limit = (16, 1 << 14) if dtype == np.uint16 else (8, 1 << 5)
-            if 0 < largest < limit:
+            bits = 8 * dtype.itemsize
+            if 0 < largest < USUAL_VALUES[dtype]:
                 images = "1 image" if number == 1 else f"{number} images"
                 lines.append(
                     f"{path}: {largest} is the largest value in {images} of {bits} bits, which would be nearly black; "
