@@ -1,23 +1,19 @@
 """Networks by name, from segmentation_models_pytorch (SMP) or COPLE-Net, with normalisation and padding inside."""
 
-import contextlib
 import functools
 import inspect
 import math
 import warnings
-from collections import Counter
-from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torch.utils.hooks import RemovableHandle
 
 from mcseg.messages import one_line
 from mcseg.networks.coplenet import COPLENet
-from mcseg.networks.probe import Sizes, accepted_sizes, remove_unused
+from mcseg.networks.probe import Sizes, accepted_sizes, keep_second_to_last, native_sizes, probe, remove_unused
+from mcseg.networks.recompute import recompute_blocks
 
 
 class SegmentationNetwork(nn.Module):
@@ -30,8 +26,8 @@ class SegmentationNetwork(nn.Module):
     output stride. The logits of the padding are cropped. Padding is part of a traced or exported network as well.
 
     Parts of the architecture that the logits do not use, for example the last stages of an encoder whose decoder starts
-    earlier, are not part of the network; old weights with them still load. A transformer of timm that takes a single image size
-    is built to take any size where timm can.
+    earlier, are not part of the network; old weights with them still load. A transformer that takes a single image size is
+    built to take any size where timm can.
 
     Args:
         arch: SMP architecture, for example ``unet``, ``deeplabv3plus``, ``segformer``; or ``coplenet`` for
@@ -81,7 +77,7 @@ class SegmentationNetwork(nn.Module):
         self._encoder, self._options = encoder, options
         with torch.inference_mode(mode=False), torch.enable_grad():
             self.model, self._sizes = _build_for_any_size(arch, encoder, num_classes, options)
-            run = functools.partial(_probe, self.model.eval(), with_aux=aux_channels is not None)
+            run = functools.partial(probe, self.model.eval(), with_aux=aux_channels is not None)
             # the forward methods upsample instead of the model; None if the logits have the size of the image
             self._align_corners = _remove_upsampling(self.model)
             if self._align_corners is None and run(*self._sizes.minimum)[0].shape[-2:] != self._sizes.minimum:
@@ -91,7 +87,7 @@ class SegmentationNetwork(nn.Module):
                 for name, is_parameter in remove_unused(self.model, run, self._sizes.minimum).items()
             }
             self.model.train()
-        self.register_load_state_dict_pre_hook(_ignore_removed)
+        self.register_load_state_dict_pre_hook(_ignore_removed)  # type: ignore[no-untyped-call]
         self.channels_last = channels_last
         self.frozen_batch_norm = frozen_batch_norm
         self._handles_single_values = False
@@ -102,7 +98,7 @@ class SegmentationNetwork(nn.Module):
             for part in self.children():
                 part.to(memory_format=torch.channels_last)
         if checkpointing:
-            _recompute_blocks(self.model.encoder, encoder)
+            recompute_blocks(self.model.encoder, encoder)
         if frozen_batch_norm:
             for norm in self._batch_norms():
                 for parameter in norm.parameters(recurse=False):
@@ -148,7 +144,7 @@ class SegmentationNetwork(nn.Module):
             self._handle_single_values()
         logits = self.model(prepared)
         if self._align_corners is None:
-            return logits[..., : image.shape[-2], : image.shape[-1]], None
+            return _crop(logits, image.shape[-2:]), None
         return logits, (prepared.shape[-2], prepared.shape[-1], self._align_corners)
 
     def forward_with_aux(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -169,7 +165,7 @@ class SegmentationNetwork(nn.Module):
         if not self.training:
             return self(image), None
         features: list[Tensor] = []
-        hook = _keep_second_to_last(self.model.encoder, features)
+        hook = keep_second_to_last(self.model.encoder, features)
         try:
             logits = self(image)
         finally:
@@ -206,7 +202,7 @@ class SegmentationNetwork(nn.Module):
         image = (image - self.mean) / self.std
         height, width = image.shape[-2:]
         rows, columns = self._sizes.padded(height, width)
-        # a traced network pads images of other sizes than that of the example as well; otherwise save the copy of the image
+        # a traced network pads images of other sizes than the example's as well; otherwise padding by 0 would be a copy
         if _is_traced() or (rows, columns) != (height, width):
             image = F.pad(image, (0, columns - width, 0, rows - height), mode="replicate")
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
@@ -251,26 +247,14 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 def _is_traced() -> bool:
-    return torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return bool(tracing or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export())
 
 
 def _ignore_removed(network: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
     """Ignore weights of older checkpoints for the parts that are not in the network."""
     for name in network.removed:  # type: ignore[union-attr]
         state.pop(prefix + name, None)
-
-
-def _keep_second_to_last(encoder: nn.Module, features: list[Tensor]) -> RemovableHandle:
-    """Append the second-to-last feature map of each pass of an encoder to a list.
-
-    SMP models pass the features to their decoder internally; a hook reads them without a second pass.
-    """
-
-    def keep(encoder: nn.Module, args: Any, outputs: Any) -> None:
-        maps = outputs[0] if isinstance(outputs, tuple) else outputs  # those for DPT come with prefix tokens
-        features.append(maps[-2])
-
-    return encoder.register_forward_hook(keep)
 
 
 def _begin_single_value(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -288,20 +272,6 @@ def _end_single_value(norm: nn.Module, args: Any, output: Any) -> None:
     if getattr(norm, "_single_value", False):
         norm._single_value = False  # type: ignore[assignment]
         norm.train()
-
-
-def _probe(model: nn.Module, height: int, width: int, *, with_aux: bool = False) -> list[Tensor]:
-    """Compute the logits of an image of a given size, and with ``with_aux`` the feature map of an auxiliary head."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 3, height, width, generator=generator, device="cpu").to(next(model.parameters()))
-    features: list[Tensor] = []
-    hook = _keep_second_to_last(model.encoder, features) if with_aux else None
-    try:
-        logits = model(image)
-    finally:
-        if hook is not None:
-            hook.remove()
-    return [logits, *features]
 
 
 def _remove_upsampling(model: nn.Module) -> bool | None:
@@ -327,7 +297,17 @@ def _upsample(coarse: Tensor, upsampling: tuple[int, int, bool], size: torch.Siz
     """Upsample logits (N,C,h,w) bilinearly and crop them to the first rows and columns, ``size`` (H,W)."""
     height, width, align_corners = upsampling
     full = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=align_corners)
-    return full[..., : size[0], : size[1]]
+    return _crop(full, size)
+
+
+def _crop(logits: Tensor, size: torch.Size) -> Tensor:
+    """Return the first rows and columns, ``size`` (H,W), of logits (N,C,h,w)."""
+    if not _is_traced():
+        return logits[..., : size[0], : size[1]]
+    # torch.export would fix whether a slice is the whole tensor
+    for axis in (-2, -1):
+        logits = logits.index_select(axis, torch.arange(size[axis], device=logits.device))
+    return logits
 
 
 # Arguments of SMP and timm that other arguments of the network give -> those
@@ -367,20 +347,23 @@ _ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False})
 def _build_for_any_size(arch: str, encoder: str, num_classes: int, options: dict[str, Any] | None) -> tuple[Any, Sizes]:
     """Build a model that takes any image size, if there is one; arguments as for :class:`SegmentationNetwork`."""
     model = _build(arch, encoder, num_classes, None, options)
-    sizes = _sizes(model, arch, encoder)
-    if not sizes.fixed and sizes.step == (stride := _stride(model, arch), stride):
+    run = functools.partial(probe, model.eval())
+    if sizes := accepted_sizes(run, _stride(model, arch)):
         return model, sizes
     for more in _ANY_SIZE:
-        if more.keys() & (options or {}).keys():
-            continue
         try:
-            other = _build(arch, encoder, num_classes, None, {**(options or {}), **more})
-            other_sizes = _sizes(other, arch, encoder)
+            other = _build(arch, encoder, num_classes, None, {**more, **(options or {})})
         except ValueError:  # an option of other encoders
             continue
-        if not other_sizes.fixed:
-            return other, other_sizes
-    return model, sizes
+        if sizes := accepted_sizes(functools.partial(probe, other.eval()), _stride(other, arch)):
+            return other, sizes
+    try:
+        return model, native_sizes(model, run)
+    except ValueError as error:
+        raise ValueError(
+            f"network {arch} with encoder {encoder}: they do not fit together ({error}); choose another encoder or other "
+            "network_options"
+        ) from None
 
 
 def _stride(model: Any, arch: str) -> int:
@@ -388,18 +371,13 @@ def _stride(model: Any, arch: str) -> int:
     stride = int(model.encoder.output_stride)
     if arch.lower() != "dpt":
         return stride
+    if stride & (stride - 1):
+        raise ValueError(
+            f"network dpt: found an encoder with patches of {stride} pixels, expected a power of two, as dpt computes 1/4, 1/8, "
+            "1/16 and 1/32 of the image; choose another encoder, for example one with patch16 in its name"
+        )
     # DPT halves the grid of patches once more; its coarsest scale is 1/4 for depth 1, 1/8 for depth 2, ...
     return math.lcm(2 * stride, 2 ** (len(model.encoder.out_channels) + 1))
-
-
-def _sizes(model: Any, arch: str, encoder: str) -> Sizes:
-    try:
-        return accepted_sizes(model, functools.partial(_probe, model.eval()), _stride(model, arch))
-    except ValueError as error:
-        raise ValueError(
-            f"network {arch} with encoder {encoder}: they do not fit together ({error}); choose another encoder or other "
-            "network_options"
-        ) from None
 
 
 def _build(arch: str, encoder: str, num_classes: int, weights: str | bool | None, options: dict[str, Any] | None) -> Any:
@@ -437,79 +415,3 @@ def _aux_head(in_channels: int, channels: int, num_classes: int) -> nn.Sequentia
         nn.Dropout(0.1),
         nn.Conv2d(channels, num_classes, 1),
     )
-
-
-def _recompute_blocks(encoder: nn.Module, name: str) -> None:
-    """Make each block of an encoder store only its input for the backward pass.
-
-    timm's ``set_grad_checkpointing`` would update the batch-norm statistics twice.
-    """
-    blocks = _find_blocks(encoder)
-    if not blocks:
-        raise ValueError(f"checkpointing: the encoder {name} is not made of blocks; set checkpointing to false")
-    for block in blocks:
-        # set on the instance, which keeps the names in the state_dict; a partial is copied and pickled with its block
-        block.forward = functools.partial(_run_checkpointed, block)
-
-
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-def _find_blocks(module: nn.Module) -> list[nn.Module]:
-    """Find the blocks of a module: submodules made of layers that are neither containers nor stages of blocks."""
-    blocks: list[nn.Module] = []
-    for child in module.children():
-        if not _has_layers(child):
-            continue
-        if isinstance(child, _CONTAINERS) or _has_repeated_blocks(child):
-            blocks += _find_blocks(child)
-        else:
-            blocks.append(child)
-    return blocks
-
-
-def _has_layers(module: nn.Module) -> bool:
-    return any(next(child.parameters(), None) is not None for child in module.children())
-
-
-def _has_repeated_blocks(module: nn.Module) -> bool:
-    for container in module.modules():
-        if isinstance(container, _CONTAINERS):
-            types = Counter(type(c) for c in container.children() if _has_layers(c) and not isinstance(c, _CONTAINERS))
-            if any(count > 1 for count in types.values()):
-                return True
-    return False
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile does not support context_fn
-def _run_checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a block's forward and store only its arguments for the backward pass."""
-    forward = functools.partial(type(block).forward, block)
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    # DenseNet appends to the list of features that it passes to its layers; the second run needs the original list
-    arguments = [list(value) if isinstance(value, list) else value for value in args]
-    return checkpoint(
-        forward,
-        *arguments,
-        use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _preserve_statistics(block)),
-        **kwargs,
-    )
-
-
-@contextlib.contextmanager
-def _preserve_statistics(block: nn.Module) -> Iterator[None]:
-    """Make norms in training mode update copies of their running statistics, and discard the copies."""
-    norms = [module for module in block.modules() if module.training and getattr(module, "track_running_stats", False)]
-    originals = [dict(norm.named_buffers(recurse=False)) for norm in norms]
-    try:
-        for norm, buffers in zip(norms, originals, strict=True):
-            # copies, not None: the second run must save as many tensors, of the same shapes, as the first
-            for name, value in buffers.items():
-                setattr(norm, name, value.clone())
-        yield
-    finally:
-        for norm, buffers in zip(norms, originals, strict=True):
-            for name, value in buffers.items():
-                setattr(norm, name, value)

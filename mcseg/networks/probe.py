@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 from mcseg.messages import one_line
 
@@ -38,10 +39,10 @@ class Sizes(NamedTuple):
         if self.fixed and (height > self.step[0] or width > self.step[1]):
             accepted = "x".join(map(str, self.step))
             raise ValueError(
-                f"found an image of {int(height)}x{int(width)} pixels, but the encoder takes images of at most {accepted}; set "
+                f"found an image of {int(height)}x{int(width)} pixels, but the encoder takes at most {accepted}; set "
                 f"data.crop_size and inference.window to [{self.step[0]},{self.step[1]}], or choose another encoder"
             )
-        return tuple(  # type: ignore[return-value]
+        return tuple(
             _at_least((size + step - 1) // step * step, minimum, step)
             for size, step, minimum in zip((height, width), self.step, self.minimum, strict=True)
         )
@@ -53,44 +54,46 @@ def _at_least(size: Any, minimum: int, step: int) -> Any:
     return size.clamp(min=minimum) if isinstance(size, Tensor) else torch.sym_max(size, minimum)
 
 
-def accepted_sizes(model: nn.Module, run: Run, stride: int) -> Sizes:
-    """Find the image sizes that a model accepts.
+def accepted_sizes(run: Run, stride: int) -> Sizes | None:
+    """Find the multiples of its output stride, in pixels, that a network accepts; None if it takes at most one size."""
+    for factor in (1, 2, 4, 8):  # pyramids of poolings need more than one pixel, windows and parallel scales larger steps
+        size = factor * stride
+        if _failure(run, size, size):
+            continue
+        if factor == 1 or not _failure(run, size + stride, size + 2 * stride):
+            return Sizes((stride, stride), (size, size))
+        if not _failure(run, 2 * size, size):
+            return Sizes((size, size), (size, size))
+    return None
+
+
+def native_sizes(model: nn.Module, run: Run) -> Sizes:
+    """Find the sizes that a network accepts, if it does not take any multiple of its output stride.
 
     Args:
-        model: an SMP model or COPLE-Net in evaluation mode.
+        model: an SMP model.
         run: computes the model's outputs for an image of given height and width.
-        stride: output stride of the model, in pixels.
 
     Raises:
-        ValueError: The model takes neither images of multiples of its stride nor those of its native size; the message is the
-            reason.
+        ValueError: The model does not even take the size for which its encoder was built; the message is the reason.
     """
-    reason = ""
-
-    def works(height: int, width: int) -> bool:
-        nonlocal reason
-        try:
-            with torch.no_grad():
-                run(height, width)
-        except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            reason = one_line(error, limit=200)
-            return False
-        return True
-
-    for factor in (1, 2, 4, 8):  # a pyramid of poolings may need more than one pixel in the last feature map
-        smallest = factor * stride
-        if works(smallest, smallest):
-            # a single size may be the only one
-            if factor == 1 or works(smallest + stride, smallest + 2 * stride):
-                return Sizes((stride, stride), (smallest, smallest))
-            break
-    native = _native_size(model)
-    if native is None or not works(*native):
+    size = _native_size(model)
+    if reason := _failure(run, *size):
         raise ValueError(reason)
-    return Sizes(native, native, fixed=not works(2 * native[0], 3 * native[1]))
+    return Sizes(size, size, fixed=bool(_failure(run, 2 * size[0], size[1])))
 
 
-def _native_size(model: nn.Module) -> tuple[int, int] | None:
+def _failure(run: Run, height: int, width: int) -> str:
+    """Return why a network does not take an image size; empty if it does."""
+    try:
+        with torch.no_grad():
+            run(height, width)
+    except (AssertionError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        return one_line(error, limit=200) or type(error).__name__
+    return ""
+
+
+def _native_size(model: nn.Module) -> tuple[int, int]:
     """Return the image size for which a timm encoder was built."""
     for module in model.modules():
         size = getattr(getattr(module, "patch_embed", module), "img_size", None)
@@ -100,7 +103,7 @@ def _native_size(model: nn.Module) -> tuple[int, int] | None:
         size = (getattr(module, "pretrained_cfg", None) or {}).get("input_size")
         if size is not None:
             return int(size[-2]), int(size[-1])
-    return None
+    return 224, 224
 
 
 class Unused(nn.Module):
@@ -112,10 +115,10 @@ class Unused(nn.Module):
 
 
 def remove_unused(model: nn.Module, run: Run, size: tuple[int, int]) -> dict[str, bool]:
-    """Remove the parts of a model whose parameters have no gradient of its outputs, so that each parameter left is trained.
+    """Remove the parts of a model whose parameters have no gradient of its outputs, so that each parameter is trained.
 
-    Parts whose removal would change the outputs stay, with parameters that are not trained. A whole network is built first, so
-    that its initial weights do not depend on what is removed.
+    Parts whose removal would change the outputs stay, with parameters that are not trained. Initial weights do not depend on
+    what is removed, as the whole model was built first.
 
     Args:
         model: in evaluation mode; modified.
@@ -168,7 +171,7 @@ def _without_gradient(model: nn.Module, outputs: list[Tensor]) -> set[nn.Paramet
 
 
 def _parts(module: nn.Module, unused: set[nn.Parameter]) -> Iterator[tuple[nn.Module, str]]:
-    """Find the largest submodules that have no other parameters; each as the module that it belongs to and its name there."""
+    """Find the largest submodules without other parameters: the module to which each belongs, and its name there."""
     for name, child in module.named_children():
         parameters = list(child.parameters())
         if parameters and all(parameter in unused for parameter in parameters):
@@ -178,9 +181,35 @@ def _parts(module: nn.Module, unused: set[nn.Parameter]) -> Iterator[tuple[nn.Mo
 
 
 def _computes(outputs: list[Tensor], run: Run, size: tuple[int, int]) -> bool:
-    """Return whether a run gives these outputs, bit by bit."""
+    """Return whether a run gives these outputs, bit by bit; with gradients, as kernels of attention differ without."""
     try:
-        with torch.no_grad():
-            return all(torch.equal(one, other) for one, other in zip(outputs, run(*size), strict=True))
+        return all(torch.equal(one, other) for one, other in zip(outputs, run(*size), strict=True))
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         return False
+
+
+def keep_second_to_last(encoder: nn.Module, features: list[Tensor]) -> RemovableHandle:
+    """Append the second-to-last feature map of each pass of an encoder to a list.
+
+    SMP models pass the features to their decoder internally; a hook reads them without a second pass.
+    """
+
+    def keep(encoder: nn.Module, args: Any, outputs: Any) -> None:
+        maps = outputs[0] if isinstance(outputs, tuple) else outputs  # those for DPT come with prefix tokens
+        features.append(maps[-2])
+
+    return encoder.register_forward_hook(keep)
+
+
+def probe(model: Any, height: int, width: int, *, with_aux: bool = False) -> list[Tensor]:
+    """Compute the logits of an image of a given size, and with ``with_aux`` the feature map of an auxiliary head."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, height, width, generator=generator, device="cpu").to(next(model.parameters()))
+    features: list[Tensor] = []
+    hook = keep_second_to_last(model.encoder, features) if with_aux else None
+    try:
+        logits = model(image)
+    finally:
+        if hook is not None:
+            hook.remove()
+    return [logits, *features]
