@@ -373,8 +373,8 @@ def _stride(model: Any, arch: str) -> int:
         return stride
     if stride & (stride - 1):
         raise ValueError(
-            f"network dpt: found an encoder with patches of {stride} pixels, expected a power of two, as dpt computes 1/4, 1/8, "
-            "1/16 and 1/32 of the image; choose another encoder, for example one with patch16 in its name"
+            f"network dpt: found an encoder with patches of {stride} pixels, expected a power of two, as dpt computes 1/4, "
+            "1/8, 1/16 and 1/32 of the image; choose another encoder, for example one with patch16 in its name"
         )
     # DPT halves the grid of patches once more; its coarsest scale is 1/4 for depth 1, 1/8 for depth 2, ...
     return math.lcm(2 * stride, 2 ** (len(model.encoder.out_channels) + 1))
