@@ -8,7 +8,12 @@ from typing import Any, Self
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import FSDPStrategy
 
-from mcseg.checkpoints.compatibility import check_network, check_num_classes, warn_of_other_classes
+from mcseg.checkpoints.compatibility import (
+    check_network,
+    check_num_classes,
+    drop_removed_parameters,
+    warn_of_other_classes,
+)
 from mcseg.checkpoints.files import VERSION
 from mcseg.checkpoints.hyperparameters import changed_arguments, plain_hyperparameters
 from mcseg.checkpoints.translate import drop_unused_offsets
@@ -25,6 +30,8 @@ class CheckpointModule(pl.LightningModule):
         has_weights: Whether the weights are trained, or loaded from a checkpoint; test and predict raise an error for
             random weights.
     """
+
+    network: Any  # a `mcseg.networks.SegmentationNetwork`, which this package does not import
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +123,8 @@ class CheckpointModule(pl.LightningModule):
         drop_unused_offsets(checkpoint.get("state_dict", {}), self.state_dict())
         trainer = self._attached_trainer
         if trainer is None or not isinstance(trainer.strategy, FSDPStrategy):  # FSDP gives the tensors other names
-            check_network(checkpoint, self.state_dict())
+            check_network(checkpoint, self.state_dict(), self.network.removed)
+            drop_removed_parameters(checkpoint, self.network)
         self.has_weights = True
         self._resumed = trainer is not None and trainer.state.fn == "fit"
         for name in self._not_plain:  # an object that the instantiator created from the checkpoint's plain argument
