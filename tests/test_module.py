@@ -19,7 +19,7 @@ from mcseg.callbacks.scores import JaccardCallback
 from mcseg.checkpoints.compatibility import initialize_network
 from mcseg.data import SyntheticData
 from mcseg.evaluation.inference import Inference, labels_at
-from mcseg.losses import MarginCalibrationLoss
+from mcseg.losses import CrossEntropyLoss, MarginCalibrationLoss
 from mcseg.margins import margin_offsets
 from mcseg.module import SegmentationModule
 from mcseg.nonfinite import LossGuard
@@ -134,10 +134,12 @@ def test_without_counts_an_uncalibrated_objective_is_refused(tmp_path):
         None,
         MarginCalibrationLoss(8, scheme="miou", max_margin=2.0),
         nn.CrossEntropyLoss(ignore_index=255),
+        nn.CrossEntropyLoss(torch.arange(1.0, 9.0), ignore_index=255),
+        CrossEntropyLoss(weight=range(1, 9)),
         partial(smp.losses.LovaszLoss, mode="multiclass", ignore_index=255),
         KeepsItsArguments(0.5),
     ],
-    ids=["default", "miou", "cross entropy", "lovasz", "user"],
+    ids=["default", "miou", "cross entropy", "weight", "list of weights", "lovasz", "user"],
 )
 def test_checkpoint_round_trip_from_python(tmp_path, objective):
     module = SegmentationModule(
@@ -156,7 +158,8 @@ def test_checkpoint_round_trip_from_python(tmp_path, objective):
     assert same_weights(module, loaded)
     assert type(loaded.objective) is type(module.objective)
     for name in ("tau", "scheme", "max_margin", "weight", "ignore_index"):
-        assert getattr(loaded.objective, name, None) == getattr(module.objective, name, None)
+        here, there = (getattr(objective, name, None) for objective in (module.objective, loaded.objective))
+        assert torch.equal(here, there) if isinstance(here, torch.Tensor) else here == there
     image = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(image), module.eval()(image))
@@ -303,6 +306,10 @@ def test_resuming_keeps_the_offsets_and_the_schedule(tmp_path):
     assert not torch.equal(fresh.objective.offsets.background, whole.objective.offsets.background)
 
 
+def defined_in(module, base=nn.CrossEntropyLoss):
+    return type("Foreign", (base,), {"__module__": module})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -315,6 +322,11 @@ def test_resuming_keeps_the_offsets_and_the_schedule(tmp_path):
             "optimizer: found <function .*lambda.*cannot be recreated from a checkpoint",
         ),
         ({"scheduler": partial(lambda o: o)}, "cannot be imported by name"),
+        ({"objective": defined_in("__main__")}, r"__main__\.Foreign, which cannot be imported.*move it to a file"),
+        ({"objective": partial(defined_in("__main__"))}, r"__main__\.Foreign, which cannot be imported"),
+        ({"objective": defined_in("no_such_module")}, r"no_such_module\.Foreign, which cannot be imported"),
+        ({"optimizer": defined_in("__main__", torch.optim.SGD)}, r"optimizer: found __main__\.Foreign"),
+        ({"objective": KeepsItsArguments(torch.ones(2))}, r"objective\.weight: found a tensor"),
     ],
 )
 def test_arguments_that_a_checkpoint_cannot_rebuild_are_refused_before_training(tmp_path, arguments, message):
@@ -322,6 +334,12 @@ def test_arguments_that_a_checkpoint_cannot_rebuild_are_refused_before_training(
     with pytest.raises(ValueError, match=message) as error:
         trainer(tmp_path).fit(module, data())
     assert "\n" not in str(error.value)
+
+
+def test_a_tensor_in_a_partial_is_stored_as_a_list():
+    objective = partial(nn.CrossEntropyLoss, weight=torch.tensor([1.0, 0.5, 2.0]), ignore_index=255)
+    stored = SegmentationModule(**TINY, num_classes=3, objective=objective).hparams["objective"]
+    assert stored["init_args"] == {"weight": [1.0, 0.5, 2.0], "ignore_index": 255}
 
 
 def test_test_and_predict_refuse_random_weights(tmp_path):

@@ -40,7 +40,9 @@ OBJECTIVES = {
     "cross_entropy_smooth": partial(CrossEntropyLoss, label_smoothing=0.1),
     **{f"cross_entropy_{w}": partial(CrossEntropyLoss, C, w, beta=0.999) for w in WEIGHTINGS},
     "cross_entropy_enet_smooth": partial(CrossEntropyLoss, C, "enet", label_smoothing=0.1),
+    "cross_entropy_given_weights": partial(CrossEntropyLoss, weight=ALPHA, label_smoothing=0.1),
     "focal": FocalLoss,
+    "focal_given_weights": partial(FocalLoss, weight=ALPHA),
     "focal_root": partial(FocalLoss, gamma=0.5, alpha=ALPHA),
     "logit_adjustment": partial(LogitAdjustmentLoss, C, tau=1.5),
     "balanced_softmax": partial(BalancedSoftmaxLoss, C),
@@ -375,6 +377,15 @@ def test_objectives_without_counts_have_no_calibrate():
         (partial(CrossEntropyLoss, label_smoothing=math.nan), "label_smoothing: found nan"),
         (partial(FocalLoss, gamma=-1.0), "gamma: found -1.0, expected a finite number >= 0"),
         (partial(FocalLoss, alpha=[1.0, math.inf]), "alpha: found inf"),
+        (partial(CrossEntropyLoss, weight=[1.0, -2.0]), "weight: found -2.0, expected a finite number >= 0"),
+        (partial(CrossEntropyLoss, weight=torch.tensor([1.0, math.nan])), "weight: found nan"),
+        (partial(CrossEntropyLoss, weight=[0, 0]), "weight: found only zeros"),
+        (partial(CrossEntropyLoss, weight=[[1.0, 2.0]]), r"weight: found shape \(1, 2\)"),
+        (partial(CrossEntropyLoss, 3, weight=[1.0, 2.0]), "weight: found 2 weights, expected 3, one per class"),
+        (partial(CrossEntropyLoss, 2, "enet", weight=[1.0, 2.0]), "found weight and weighting 'enet'"),
+        (partial(CrossEntropyLoss, torch.ones(3)), "num_classes: found .* give class weights as weight="),
+        (partial(FocalLoss, weight=[1.0, math.inf]), "weight: found inf"),
+        (partial(FocalLoss, alpha=[1.0, 2.0], weight=[1.0, 2.0]), "found alpha and weight"),
         (partial(LogitAdjustmentLoss, C, tau=-0.1), "tau: found -0.1"),
         (partial(LDAMLoss, C, max_margin=0.0), "max_margin: found 0.0, expected a finite number > 0"),
         (partial(LDAMLoss, C, scale=0.0), "scale: found 0.0"),
@@ -394,9 +405,10 @@ def test_settings_are_checked_when_built(make, message):
     assert "\n" not in str(caught.value)
 
 
-def test_alpha_with_the_wrong_number_of_classes_is_refused():
-    with pytest.raises(ValueError, match="alpha: found 2 weights, expected 4"):
-        FocalLoss(alpha=[1.0, 2.0])(*case())
+@pytest.mark.parametrize(("make", "name"), [(FocalLoss, "alpha"), (FocalLoss, "weight"), (CrossEntropyLoss, "weight")])
+def test_weights_for_another_number_of_classes_are_refused(make, name):
+    with pytest.raises(ValueError, match=f"{name}: found 2 weights, expected 4, one per class"):
+        make(**{name: [1.0, 2.0]})(*case())
 
 
 # Values: loops in double precision, from the formulas
@@ -684,6 +696,29 @@ def test_equal_counts_give_the_unweighted_loss(weighting):
 def test_weighted_cross_entropy_equals_that_of_torch():
     loss = ready("cross_entropy_inverse", label_smoothing=0.1)
     same(loss, nn.CrossEntropyLoss(loss.class_terms, ignore_index=255, label_smoothing=0.1))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weight", [ALPHA, tuple(ALPHA), torch.tensor(ALPHA), [0, 2, 1, 1]])
+def test_given_class_weights_are_those_of_torch(weight, smoothing):
+    expected = nn.CrossEntropyLoss(torch.as_tensor(weight, dtype=torch.float64), ignore_index=255, label_smoothing=smoothing)
+    loss = CrossEntropyLoss(weight=weight, label_smoothing=smoothing)
+    same(loss, expected)
+    assert loss.class_constants["weight"].tolist() == pytest.approx(list(map(float, weight)))
+    if not smoothing:
+        same(FocalLoss(gamma=0.0, weight=weight), expected)
+
+
+def test_weighted_focal_against_a_loop():
+    def loop(images):
+        total = norm = 0.0
+        for z, y in (pixel for image in images for pixel in image):
+            p = softmax(z)[y]
+            total -= ALPHA[y] * (1 - p) ** 2 * math.log(p)
+            norm += ALPHA[y]
+        return total / norm
+
+    check(FocalLoss(2.0, weight=ALPHA), loop)
 
 
 @per_set
