@@ -14,7 +14,9 @@ from mcseg.checkpoints.module import CheckpointModule
 from mcseg.evaluation.inference import Inference, labels_at, resize_labels
 from mcseg.evaluation.metrics import is_repeated
 from mcseg.kernels import predicted_classes
-from mcseg.losses import CrossEntropyLoss, Upsampling, default_objective, offered
+from mcseg.losses import CrossEntropyLoss, Upsampling, offered
+from mcseg.losses.base import calibrate_objective
+from mcseg.losses.probe import build_objective, check_objective
 from mcseg.networks import SegmentationNetwork
 from mcseg.nonfinite import LossGuard, OnNonFinite
 from mcseg.schedules import WarmupPolynomialLR, lightning_schedule, set_length, step_plateau
@@ -68,7 +70,7 @@ class SegmentationModule(CheckpointModule):
 
     Raises:
         ValueError: Unknown architecture or encoder; when training starts, an objective, optimiser or scheduler that a
-            checkpoint could not rebuild.
+            checkpoint could not rebuild, or an objective that `mcseg.losses.probe.check_objective` refuses.
 
     Example:
         >>> import torch
@@ -115,7 +117,7 @@ class SegmentationModule(CheckpointModule):
             frozen_batch_norm=frozen_batch_norm,
             aux_channels=aux_channels if aux_weight else None,
         )
-        self.objective = objective if isinstance(objective, nn.Module) else (objective or default_objective)()
+        self.objective = build_objective(objective)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.inference = Inference()
@@ -235,29 +237,20 @@ class SegmentationModule(CheckpointModule):
             self.network.to(memory_format=torch.contiguous_format)
 
     def on_fit_start(self) -> None:
-        """Load the weights to start from, and calibrate the objective from the training labels.
+        """Load the weights to start from, calibrate the objective from the training labels, and try it on a small batch.
 
         A resumed run has both from its checkpoint. A new run from loaded weights is calibrated again, as its training labels
         may differ.
         """
         resumed, self._resumed = self._resumed, False
-        if resumed:
-            return
-        if self.hparams["init_from"] and not self.has_weights:
-            initialize_network(self.network, self.hparams["init_from"])
-        elif self.hparams["encoder_weights"] and not self.has_weights:
-            self.network.load_pretrained_encoder(self.hparams["encoder_weights"])
-        calibrate = offered(self.objective, "calibrate")
-        if calibrate is None:
-            return
-        class_pixels = getattr(getattr(self.trainer, "datamodule", None), "class_pixels", None)
-        if class_pixels is not None:
-            calibrate(class_pixels())
-        elif not offered(self.objective, "is_calibrated"):
-            raise RuntimeError(
-                "the objective is not calibrated and the data module has no class_pixels(); call "
-                "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before fit"
-            )
+        if not resumed:
+            if self.hparams["init_from"] and not self.has_weights:
+                initialize_network(self.network, self.hparams["init_from"])
+            elif self.hparams["encoder_weights"] and not self.has_weights:
+                self.network.load_pretrained_encoder(self.hparams["encoder_weights"])
+            datamodule = getattr(self._attached_trainer, "datamodule", None)
+            calibrate_objective(self.objective, getattr(datamodule, "class_pixels", None))
+        check_objective(self.objective, self.hparams["num_classes"], self.device)
 
     def on_train_start(self) -> None:
         """Give the schedule the length of the run."""

@@ -210,7 +210,7 @@ def _argument(cls: Callable[..., Any], key: str, value: Any, name: str) -> Any:
 
 def _declares_tensor(cls: Callable[..., Any], key: str) -> bool:
     try:
-        hint = get_type_hints(cls.__init__).get(key)  # type: ignore[misc]  # a class, not an instance
+        hint = get_type_hints(cls.__init__).get(key)
     except Exception:  # an annotation of the user's class that cannot be evaluated
         return False
     return Tensor in (hint, *get_args(hint))

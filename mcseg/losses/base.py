@@ -75,6 +75,28 @@ def offered(objective: nn.Module, name: str) -> Any:
     return getattr(objective, name, _DEFAULTS[name])
 
 
+def calibrate_objective(objective: nn.Module, class_pixels: Callable[[], Tensor] | None) -> None:
+    """Calibrate an objective that has a method ``calibrate``; other objectives are unchanged, and nothing is counted.
+
+    Args:
+        objective: The objective.
+        class_pixels: Function that counts the pixels ``(C,)`` of the training labels; None if the data have no counts.
+
+    Raises:
+        RuntimeError: The objective needs counts, and there are none.
+    """
+    calibrate = offered(objective, "calibrate")
+    if calibrate is None:
+        return
+    if class_pixels is not None:
+        calibrate(class_pixels())
+    elif not offered(objective, "is_calibrated"):
+        raise RuntimeError(
+            "the objective is not calibrated and the data module has no class_pixels(); call "
+            "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before fit"
+        )
+
+
 def check_inputs(logits: Tensor, target: Tensor, least_classes: int = 1, upsampling: Upsampling | None = None) -> None:
     """Check the dtypes and shapes of logits and target.
 
