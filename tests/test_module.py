@@ -1,8 +1,11 @@
 """SegmentationModule: it learns, ignores void, rebuilds from checkpoints, and handles losses that are NaN or infinite."""
 
 import csv
+import importlib
 import json
+import logging
 import math
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -340,6 +343,80 @@ def test_a_tensor_in_a_partial_is_stored_as_a_list():
     objective = partial(nn.CrossEntropyLoss, weight=torch.tensor([1.0, 0.5, 2.0]), ignore_index=255)
     stored = SegmentationModule(**TINY, num_classes=3, objective=objective).hparams["objective"]
     assert stored["init_args"] == {"weight": [1.0, 0.5, 2.0], "ignore_index": 255}
+
+
+FOREIGN = """
+import torch
+
+class Loss(torch.nn.Module):
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("scale", torch.ones(8))
+
+    def forward(self, logits, target):
+        return self.weight * torch.nn.functional.cross_entropy(logits, target, self.scale, ignore_index=255)
+
+class Optimizer(torch.optim.SGD):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+"""
+
+
+@pytest.fixture
+def checkpoint_of_foreign_classes(tmp_path, monkeypatch):
+    """Write a checkpoint whose objective and optimiser are classes of a file; return its path, the file and the module."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "foreign_classes.py"
+    file.write_text(FOREIGN)
+    foreign = importlib.import_module("foreign_classes")
+    module = SegmentationModule(**TINY, num_classes=8, objective=foreign.Loss(2.0), optimizer=foreign.Optimizer)
+    path = tmp_path / "foreign.ckpt"
+    content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    torch.save(content | {"pytorch-lightning_version": "2.6.6"}, path)
+    monkeypatch.delitem(sys.modules, "foreign_classes")
+    return path, file, module
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda file: file.unlink(), "ModuleNotFoundError: No module named 'foreign_classes'"),
+        (lambda file: file.write_text("class Other: pass"), "AttributeError"),
+        (lambda file: file.write_text("class Loss(:"), "SyntaxError"),
+        (lambda file: file.write_text(FOREIGN.replace("weight=1.0", "alpha")), "missing a required argument: 'alpha'"),
+    ],
+    ids=["no file", "no class", "not Python", "other arguments"],
+)
+def test_labelling_needs_no_class_of_the_objective(checkpoint_of_foreign_classes, tmp_path, caplog, change, reason):
+    path, file, module = checkpoint_of_foreign_classes
+    change(file)
+    importlib.invalidate_caches()
+    with caplog.at_level(logging.INFO):
+        loaded = SegmentationModule.load_from_checkpoint(path)
+    sys.modules.pop("foreign_classes", None)
+    [note] = [line for line in caplog.messages if "objective foreign_classes.Loss cannot be built" in line]
+    assert reason in note
+    assert "only training needs it; val/loss and test/loss are not computed" in note
+    for name, value in loaded.network.state_dict().items():
+        assert torch.equal(value, module.network.state_dict()[name])
+    scores = trainer(tmp_path).validate(loaded, data(), verbose=False)[0]
+    assert "val/miou" in scores
+    assert "val/loss" not in scores
+    with pytest.raises(ValueError, match="objective: the checkpoint's foreign_classes.Loss cannot be built") as caught:
+        trainer(tmp_path).fit(loaded, data())
+    assert "\n" not in str(caught.value)
+
+
+def test_training_needs_the_class_of_the_optimizer(checkpoint_of_foreign_classes, tmp_path):
+    path, file, _ = checkpoint_of_foreign_classes
+    file.write_text(FOREIGN.replace("class Optimizer", "class Former"))
+    importlib.invalidate_caches()
+    loaded = SegmentationModule.load_from_checkpoint(path)
+    assert type(loaded.objective).__name__ == "Loss"
+    with pytest.raises(RuntimeError, match="optimizer: the checkpoint's foreign_classes.Optimizer cannot be built"):
+        trainer(tmp_path).fit(loaded, data())
+    sys.modules.pop("foreign_classes", None)
 
 
 def test_test_and_predict_refuse_random_weights(tmp_path):

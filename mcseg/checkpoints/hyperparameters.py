@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mcseg.checkpoints.files import read_checkpoint, written_by
-from mcseg.checkpoints.translate import translate_hyperparameters
+from mcseg.checkpoints.unavailable import labelling_hyperparameters
 from mcseg.lightning_internals import CLASS_PATH_KEY, INSTANTIATOR, INSTANTIATOR_KEY, argument_keys, as_settings
 from mcseg.messages import one_line
 
@@ -58,6 +58,7 @@ def plain_hyperparameters(arguments: dict[str, Any]) -> tuple[dict[str, Any], di
 def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a checkpoint's module that an earlier version stored differently, translated.
 
+    An objective, optimiser or scheduler that cannot be built is replaced by a placeholder, which only training refuses.
     Reports each change in a line, and checks all stored arguments with `refuse_calls`.
 
     Args:
@@ -74,7 +75,7 @@ def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[s
     checkpoint = read_checkpoint(source)
     stored = {name: value for key in argument_keys(kind) for name, value in checkpoint.get(key, {}).items()}
     try:
-        arguments, remarks = translate_hyperparameters({name: value for name, value in stored.items() if name not in given})
+        arguments, remarks = labelling_hyperparameters({name: value for name, value in stored.items() if name not in given})
         refuse_calls(kind, arguments, given)
     except ValueError as error:
         raise ValueError(f"{source} ({written_by(checkpoint)}): {error}") from None
