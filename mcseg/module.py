@@ -70,7 +70,7 @@ class SegmentationModule(CheckpointModule):
 
     Raises:
         ValueError: Unknown architecture or encoder; when training starts, an objective, optimiser or scheduler that a
-            checkpoint could not rebuild, or an objective that `mcseg.losses.probe.check_objective` refuses.
+            checkpoint could not rebuild, or an objective that fails on a small batch or does not leave out void pixels.
 
     Example:
         >>> import torch

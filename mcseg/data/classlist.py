@@ -38,7 +38,7 @@ def table_from_file(path: Path, by_color: bool) -> LabelTable:
 
     An optional top-level list ``void`` names further values, or colours, that are void. The value 255 is always void unless
     a class has it. If all classes have different colours, palette files are read by colour, as programs write palettes in
-    any order, and so are colour files; see `~mcseg.data.labels.LabelTable.palette_ids`.
+    any order, and so are colour files.
 
     Any other file is a text file with one class per line, ``name`` or ``name R G B``. Empty lines and lines that begin
     with ``#`` are skipped.
