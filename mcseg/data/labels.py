@@ -69,7 +69,7 @@ class LabelTable:
     by_color: bool = False
     unlisted: int | None = None
     colors: Mapping[int, int] = field(default_factory=dict)
-    _keys: NDArray[np.int64] = field(init=False, repr=False, compare=False)
+    _keys: NDArray[np.int32] = field(init=False, repr=False, compare=False)
     _color_ids: NDArray[np.uint8] = field(init=False, repr=False, compare=False)
     _values: NDArray[np.uint8] = field(init=False, repr=False, compare=False)
 
@@ -88,7 +88,7 @@ class LabelTable:
                     f"mask value {raw} is mapped to train id {train}; expected 0 to {count - 1}, or 255 for void"
                 )
         colors = self.raw_ids if self.by_color else self.colors
-        keys = np.array(sorted(colors), dtype=np.int64)
+        keys = np.array(sorted(colors), dtype=np.int32)
         color_ids = np.array([colors[int(key)] for key in keys], dtype=np.uint8)
         values = np.empty(0, dtype=np.uint8)
         if not self.by_color:
@@ -129,8 +129,12 @@ class LabelTable:
                 a value has no entry, or palette and table contradict each other.
         """
         if palette is not None and len(self._keys):
-            mapped = self.palette_ids(palette, np.bincount(raw.ravel(), minlength=256), where)
-            return np.frombuffer(bytearray(raw.astype(np.uint8)).translate(mapped.tobytes()), np.uint8).reshape(raw.shape)
+            indices = bytearray(raw.astype(np.uint8))
+            translated = indices.translate(self._palette_colors(palette)[1].tobytes())
+            if _UNKNOWN in translated:  # only then count the indices
+                ids = self.palette_ids(palette, np.bincount(raw.ravel(), minlength=256), where)
+                translated = indices.translate(ids.tobytes())
+            return np.frombuffer(translated, np.uint8).reshape(raw.shape)
         if raw.ndim == 3 and not self.by_color:
             if len(self._keys):
                 mapped = self._by_color(raw, np.uint8(_UNKNOWN))
@@ -179,9 +183,7 @@ class LabelTable:
             DataError: A used colour has no entry, or palette and table contradict each other.
         """
         used = histogram > 0
-        packed = np.full(256, -1, dtype=np.int64)
-        packed[: len(palette)] = _packed(palette)
-        by_color = self._colors_to_ids(packed, np.uint8(_UNKNOWN))
+        packed, by_color = self._palette_colors(palette)
         known = by_color != _UNKNOWN
         if known[used].all():
             return by_color
@@ -233,11 +235,17 @@ class LabelTable:
     def _by_color(self, raw: NDArray[np.integer[Any]], fallback: np.uint8) -> NDArray[np.uint8]:
         return self._colors_to_ids(_packed(raw), fallback)
 
-    def _colors_to_ids(self, packed: NDArray[np.int64], fallback: np.uint8) -> NDArray[np.uint8]:
+    def _colors_to_ids(self, packed: NDArray[np.int32], fallback: np.uint8) -> NDArray[np.uint8]:
         if not len(self._keys):
             return np.full(packed.shape, fallback, dtype=np.uint8)
         position = np.searchsorted(self._keys, packed).clip(max=len(self._keys) - 1)
         return np.where(self._keys[position] == packed, self._color_ids[position], fallback)
+
+    def _palette_colors(self, palette: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Return the packed colours (256,) of a palette, -1 beyond its end, and their train ids, 254 without an entry."""
+        packed = np.full(256, -1, dtype=np.int32)
+        packed[: len(palette)] = _packed(palette)
+        return packed, self._colors_to_ids(packed, np.uint8(_UNKNOWN))
 
     def _unknown_values(self, found: NDArray[np.integer[Any]], raw: NDArray[np.integer[Any]], where: Path | str) -> str:
         values = np.unique(found)
@@ -258,7 +266,7 @@ class LabelTable:
             f"expected {known}; {advice}"
         )
 
-    def _unknown_colors(self, packed: NDArray[np.int64], where: Path | str) -> str:
+    def _unknown_colors(self, packed: NDArray[np.int32], where: Path | str) -> str:
         colors, numbers = np.unique(packed, return_counts=True)
         order = np.argsort(-numbers, kind="stable")
         shown = _listed(
@@ -277,17 +285,20 @@ class LabelTable:
         )
 
 
-def _packed(colors: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+def _packed(colors: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
     """Pack colours (...,3) as `pack_color` does."""
-    r, g, b = (colors[..., channel].astype(np.int64) for channel in range(3))
-    return (r << 16) | (g << 8) | b
+    packed = colors[..., 0].astype(np.int32)
+    for channel in (1, 2):
+        packed <<= 8
+        packed |= colors[..., channel]
+    return packed
 
 
-def _unpacked(packed: NDArray[np.int64]) -> NDArray[np.float64]:
+def _unpacked(packed: NDArray[np.int32]) -> NDArray[np.float64]:
     return np.stack([packed >> 16, (packed >> 8) & 255, packed & 255], axis=-1).astype(np.float64)
 
 
-def _are_mixtures(colors: NDArray[np.int64], listed: NDArray[np.int64]) -> bool:
+def _are_mixtures(colors: NDArray[np.int32], listed: NDArray[np.int32]) -> bool:
     """Whether most colours are close to a line between two colours of the list, or to one of them."""
     points = _unpacked(colors[:: -(-len(colors) // 256)])[:, None]  # at most 256 of them
     ends = _unpacked(listed)
