@@ -44,6 +44,20 @@ def check_network(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) ->
         )
 
 
+def load_initial_weights(network: Any, init_from: str | None, encoder_weights: str | None) -> None:
+    """Load the weights that a run starts from, if it names any.
+
+    Args:
+        network: The network of a `mcseg.module.SegmentationModule`; modified.
+        init_from: Checkpoint of another run, see `initialize_network`.
+        encoder_weights: Pretrained weights of the encoder; not used with ``init_from``.
+    """
+    if init_from:
+        initialize_network(network, init_from)
+    elif encoder_weights:
+        network.load_pretrained_encoder(encoder_weights)
+
+
 def initialize_network(network: nn.Module, path: str) -> None:
     """Copy the network of another run's checkpoint into ``network``.
 

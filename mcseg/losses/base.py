@@ -75,19 +75,20 @@ def offered(objective: nn.Module, name: str) -> Any:
     return getattr(objective, name, _DEFAULTS[name])
 
 
-def calibrate_objective(objective: nn.Module, class_pixels: Callable[[], Tensor] | None) -> None:
-    """Calibrate an objective that has a method ``calibrate``; other objectives are unchanged, and nothing is counted.
+def calibrate_from_data(objective: nn.Module, datamodule: Any) -> None:
+    """Calibrate an objective that needs it with the pixel counts of the training labels.
 
     Args:
-        objective: The objective.
-        class_pixels: Function that counts the pixels ``(C,)`` of the training labels; None if the data have no counts.
+        objective: Objective, see `ObjectiveProtocol`.
+        datamodule: Object with a method ``class_pixels`` that returns ``(C,)`` counts, or without it, or None.
 
     Raises:
-        RuntimeError: The objective needs counts, and there are none.
+        RuntimeError: There are no counts, and the objective is not calibrated yet.
     """
     calibrate = offered(objective, "calibrate")
     if calibrate is None:
         return
+    class_pixels = getattr(datamodule, "class_pixels", None)
     if class_pixels is not None:
         calibrate(class_pixels())
     elif not offered(objective, "is_calibrated"):
