@@ -9,13 +9,14 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 
-from mcseg.checkpoints.compatibility import initialize_network
+from mcseg.checkpoints.compatibility import load_initial_weights
 from mcseg.checkpoints.module import CheckpointModule
 from mcseg.evaluation.inference import Inference, labels_at, resize_labels
 from mcseg.evaluation.metrics import is_repeated
 from mcseg.kernels import fuses_upsampling, predicted_classes
 from mcseg.lightning_internals import logs_step
-from mcseg.losses import CrossEntropyLoss, Upsampling, calibrate_from_data, default_objective, offered
+from mcseg.losses import CrossEntropyLoss, Upsampling, calibrate_from_data, offered
+from mcseg.losses.probe import build_objective, check_objective
 from mcseg.networks import SegmentationNetwork
 from mcseg.nonfinite import LossGuard, OnNonFinite
 from mcseg.schedules import WarmupPolynomialLR, lightning_schedule, set_length, step_plateau
@@ -72,7 +73,7 @@ class SegmentationModule(CheckpointModule):
 
     Raises:
         ValueError: Unknown architecture or encoder; when training starts, an objective, optimiser or scheduler that a
-            checkpoint could not rebuild.
+            checkpoint could not rebuild, or an objective that fails on a small batch or does not leave out void pixels.
 
     Example:
         >>> import torch
@@ -120,7 +121,7 @@ class SegmentationModule(CheckpointModule):
             frozen_batch_norm=frozen_batch_norm,
             aux_channels=aux_channels if aux_weight else None,
         )
-        self.objective = objective if isinstance(objective, nn.Module) else (objective or default_objective)()
+        self.objective = build_objective(objective)
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.inference = Inference()
@@ -250,19 +251,16 @@ class SegmentationModule(CheckpointModule):
             self.network.to(memory_format=torch.contiguous_format)
 
     def on_fit_start(self) -> None:
-        """Load the weights to start from, and calibrate the objective from the training labels.
+        """Load the weights to start from, calibrate the objective from the training labels, and try it on a small batch.
 
-        A resumed run has both from its checkpoint. A new run from loaded weights is calibrated again, as its training labels
-        may differ.
+        A resumed run has both from its checkpoint. A new run from loaded weights is calibrated again, for its own labels.
         """
         resumed, self._resumed = self._resumed, False
-        if resumed:
-            return
-        if self.hparams["init_from"] and not self.has_weights:
-            initialize_network(self.network, self.hparams["init_from"])
-        elif self.hparams["encoder_weights"] and not self.has_weights:
-            self.network.load_pretrained_encoder(self.hparams["encoder_weights"])
-        calibrate_from_data(self.objective, getattr(self.trainer, "datamodule", None))
+        if not resumed:
+            if not self.has_weights:
+                load_initial_weights(self.network, self.hparams["init_from"], self.hparams["encoder_weights"])
+            calibrate_from_data(self.objective, getattr(self._attached_trainer, "datamodule", None))
+        check_objective(self.objective, self.hparams["num_classes"], self.device)
 
     def on_train_start(self) -> None:
         """Give the schedule the length of the run."""
@@ -271,10 +269,9 @@ class SegmentationModule(CheckpointModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradient, before it is clipped, in steps that go to the loggers."""
-        if not logs_step(self.trainer):
-            return
-        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        if logs_step(self.trainer):
+            gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
     def on_train_epoch_end(self) -> None:
         """Check the last loss before a checkpoint is written."""

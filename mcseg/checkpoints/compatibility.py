@@ -70,6 +70,20 @@ def drop_removed_parameters(checkpoint: Mapping[str, Any], network: Any) -> None
             optimizer["state"] = {new: state[number] for new, number in enumerate(old) if number in state}
 
 
+def load_initial_weights(network: Any, init_from: str | None, encoder_weights: str | None) -> None:
+    """Load the weights that a run starts from, if it names any.
+
+    Args:
+        network: The network of a `mcseg.module.SegmentationModule`; modified.
+        init_from: Checkpoint of another run, see `initialize_network`.
+        encoder_weights: Pretrained weights of the encoder; not used with ``init_from``.
+    """
+    if init_from:
+        initialize_network(network, init_from)
+    elif encoder_weights:
+        network.load_pretrained_encoder(encoder_weights)
+
+
 def initialize_network(network: Any, path: str) -> None:
     """Copy the network of another run's checkpoint into ``network``.
 

@@ -17,6 +17,7 @@ from mcseg.checkpoints.compatibility import (
 from mcseg.checkpoints.files import VERSION
 from mcseg.checkpoints.hyperparameters import changed_arguments, plain_hyperparameters
 from mcseg.checkpoints.translate import drop_unused_offsets
+from mcseg.checkpoints.unavailable import UnavailableObjective
 from mcseg.lightning_internals import classmethod_of_the_class
 from mcseg.version import __version__
 
@@ -65,6 +66,7 @@ class CheckpointModule(pl.LightningModule):
 
         The checkpoint names the classes of its objective, optimiser and scheduler, which are imported and instantiated.
         Any other class or function raises ValueError before it is called, as do objects other than tensors and plain types.
+        If one of the three classes no longer exists, the module labels images nevertheless, and ``fit`` raises ValueError.
 
         Args:
             checkpoint_path: Path, URL or open file.
@@ -93,6 +95,8 @@ class CheckpointModule(pl.LightningModule):
         """Raise ValueError before training if checkpoints could not rebuild the module."""
         if stage == "fit" and self._not_plain:
             raise ValueError("; ".join(self._not_plain.values()))
+        if stage == "fit" and isinstance(self.objective, UnavailableObjective):
+            raise ValueError(self.objective.message)
 
     def on_train_start(self) -> None:
         """Set ``has_weights``: checkpoints contain trained weights from here on."""

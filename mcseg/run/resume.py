@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
 
 from mcseg.lightning_internals import set_csv_columns
 
@@ -145,6 +147,8 @@ def changed_settings(run: Namespace, given: Namespace) -> dict[str, tuple[Any, A
 def _is_same(key: str, old: Any, new: Any) -> bool:
     if key.endswith(".class_path") and old and new:  # a class may have several paths
         return pkgutil.resolve_name(old) is pkgutil.resolve_name(new)
+    if isinstance(old, Tensor) and isinstance(new, Tensor):  # class weights of a loss of torch
+        return torch.equal(old, new)
     return bool(old == new)
 
 
