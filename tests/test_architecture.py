@@ -31,7 +31,17 @@ MAY_IMPORT = {
     "losses": {"margins", "kernels"},
     "evaluation": {"kernels", "margins"},
     "checkpoints": {"atomic", "lightning_internals", "messages", "version"},
-    "module": {"checkpoints", "evaluation", "kernels", "lightning_internals", "losses", "networks", "nonfinite", "schedules", "seeds"},
+    "module": {
+        "checkpoints",
+        "evaluation",
+        "kernels",
+        "lightning_internals",
+        "losses",
+        "networks",
+        "nonfinite",
+        "schedules",
+        "seeds",
+    },
     "callbacks": {"atomic", "evaluation", "palette", "pictures"},
 }
 LAZY_LIBRARIES = {"triton", "wandb", "matplotlib", "scipy", "pandas", "segmentation_models_pytorch", "timm"}
