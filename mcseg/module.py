@@ -15,9 +15,10 @@ from mcseg.evaluation.inference import Inference, labels_at, resize_labels
 from mcseg.evaluation.metrics import is_repeated
 from mcseg.kernels import predicted_classes
 from mcseg.losses import CrossEntropyLoss, Upsampling, default_objective, offered
+from mcseg.monitors import follow_scores
 from mcseg.networks import SegmentationNetwork
 from mcseg.nonfinite import LossGuard, OnNonFinite
-from mcseg.schedules import WarmupPolynomialLR, lightning_schedule, set_length, step_plateau
+from mcseg.schedules import WarmupPolynomialLR, optimizer_and_schedule, set_length, step_plateau
 from mcseg.seeds import seed_of, seeded
 
 
@@ -160,8 +161,7 @@ class SegmentationModule(CheckpointModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser and its schedule."""
-        optimizer = self.optimizer(self.network.parameters())
-        return {"optimizer": optimizer, "lr_scheduler": lightning_schedule(self.scheduler(optimizer), self.trainer)}
+        return optimizer_and_schedule(self)
 
     def _training_loss(self, image: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss, with that of the auxiliary head if there is one, and its terms to log."""
@@ -229,8 +229,10 @@ class SegmentationModule(CheckpointModule):
             self.log(f"{split}/loss", total / number)
 
     def setup(self, stage: str) -> None:
-        """Prepare the network for FSDP, which shards only contiguous weights."""
+        """Check what follows a score; prepare the network for FSDP, which shards only contiguous weights."""
         super().setup(stage)
+        if stage == "fit":
+            follow_scores(self.trainer, self)
         if isinstance(self.trainer.strategy, FSDPStrategy):
             self.network.to(memory_format=torch.contiguous_format)
 

@@ -1,5 +1,7 @@
 """Learning-rate schedules: polynomial decay with a warm-up, and the stepping of a schedule by a Lightning Trainer."""
 
+import functools
+import inspect
 import math
 import sys
 from collections.abc import Mapping
@@ -9,6 +11,8 @@ import pytorch_lightning as pl
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from mcseg.monitors import plateau_monitor, require_score
 
 _SETTINGS = ("total_steps", "power", "warmup_steps")
 
@@ -77,22 +81,46 @@ class WarmupPolynomialLR(LRScheduler):
         return {name: value for name, value in super().state_dict().items() if name not in _SETTINGS}
 
 
-def lightning_schedule(schedule: LRScheduler | ReduceLROnPlateau, trainer: pl.Trainer) -> dict[str, Any]:
+def optimizer_and_schedule(module: Any) -> dict[str, Any]:
+    """Build the optimiser and the schedule of a :class:`~mcseg.module.SegmentationModule` with a Trainer.
+
+    Returns:
+        The value of ``configure_optimizers``.
+
+    Raises:
+        ValueError: see :func:`lightning_schedule`.
+    """
+    optimizer = module.optimizer(module.network.parameters())
+    factory = module.scheduler
+    chosen = factory.keywords if isinstance(factory, functools.partial) and inspect.isclass(factory.func) else {}
+    return {"optimizer": optimizer, "lr_scheduler": lightning_schedule(factory(optimizer), module.trainer, given=chosen)}
+
+
+def lightning_schedule(
+    schedule: LRScheduler | ReduceLROnPlateau, trainer: pl.Trainer, *, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Configure Lightning to step a schedule after each optimiser step, and a ``ReduceLROnPlateau`` never.
 
     :func:`step_plateau` steps the latter.
+
+    Args:
+        schedule: the schedule; the mode of a ``ReduceLROnPlateau`` is set from its score.
+        trainer: Trainer that steps it.
+        given: the arguments of the schedule that the user chose, if they are known.
 
     Returns:
         The value of ``lr_scheduler`` for ``configure_optimizers``.
 
     Raises:
         ValueError: a polynomial schedule without ``total_steps`` in a run without limit, or a ``ReduceLROnPlateau`` that
-            would lower the rate when its score improves.
+            follows an unknown score, or a score in the wrong direction.
     """
     settings: dict[str, Any] = {"scheduler": schedule, "interval": "step"}
     if isinstance(schedule, ReduceLROnPlateau):
+        monitor = plateau_monitor(schedule, given=(given or {}).get("mode"))
+        require_score("model.scheduler: ReduceLROnPlateau", monitor, trainer, trainer.lightning_module)
         # Lightning would step it after writing the epoch's checkpoint, and a run resumed from that would miss the step
-        settings |= {"interval": "epoch", "frequency": sys.maxsize, "monitor": _monitor(schedule)}
+        settings |= {"interval": "epoch", "frequency": sys.maxsize, "monitor": monitor}
     unknown = isinstance(schedule, WarmupPolynomialLR) and schedule.total_steps is None
     if unknown and trainer.max_epochs == -1 and trainer.max_steps == -1:
         raise ValueError(
@@ -123,19 +151,7 @@ def step_plateau(schedule: Any, scores: Mapping[str, Any]) -> None:
         ValueError: the monitored score is not logged.
     """
     if isinstance(schedule, ReduceLROnPlateau):
-        monitor = _monitor(schedule)
+        monitor = plateau_monitor(schedule)
         if monitor not in scores:
             raise ValueError(f"model.scheduler: no score {monitor}; expected one of {', '.join(scores)}")
         schedule.step(scores[monitor])
-
-
-def _monitor(plateau: ReduceLROnPlateau) -> str:
-    """Return the name of the score that a schedule monitors: its attribute ``monitor``, or ``val/miou``."""
-    monitor = str(getattr(plateau, "monitor", "val/miou"))
-    mode = "min" if monitor == "val/loss" else "max"
-    if monitor.startswith("val/") and plateau.mode != mode:
-        raise ValueError(
-            f"model.scheduler: found ReduceLROnPlateau in mode {plateau.mode} for {monitor}, expected mode {mode}; set "
-            f"model.scheduler.init_args.mode to {mode}"
-        )
-    return monitor

@@ -21,7 +21,8 @@ MAY_IMPORT = {
     "seeds": set(),
     "lightning_internals": set(),
     "nonfinite": set(),
-    "schedules": set(),
+    "monitors": {"evaluation"},
+    "schedules": {"monitors"},
     "palette": set(),
     "pictures": {"atomic", "palette"},
     "margins": set(),
@@ -31,8 +32,8 @@ MAY_IMPORT = {
     "losses": {"margins", "kernels"},
     "evaluation": {"kernels", "margins"},
     "checkpoints": {"atomic", "lightning_internals", "messages", "version"},
-    "module": {"checkpoints", "evaluation", "kernels", "losses", "networks", "nonfinite", "schedules", "seeds"},
-    "callbacks": {"atomic", "evaluation", "palette", "pictures"},
+    "module": {"checkpoints", "evaluation", "kernels", "losses", "monitors", "networks", "nonfinite", "schedules", "seeds"},
+    "callbacks": {"atomic", "evaluation", "monitors", "palette", "pictures"},
 }
 LAZY_LIBRARIES = {"triton", "wandb", "matplotlib", "scipy", "pandas", "segmentation_models_pytorch", "timm"}
 

@@ -4,9 +4,26 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pytorch_lightning.cli import ReduceLROnPlateau as PlateauOfLightning
 from torch.optim.lr_scheduler import LambdaLR, PolynomialLR, ReduceLROnPlateau
 
+from mcseg.callbacks import JaccardCallback
+from mcseg.module import SegmentationModule
 from mcseg.schedules import WarmupPolynomialLR, lightning_schedule, set_length, step_plateau
+
+
+def trainer_of(enable_validation=True):
+    """Stand in for a Trainer of mcseg's module and scores."""
+    module = SegmentationModule.__new__(SegmentationModule)
+    data = SimpleNamespace(class_names=("a", "b"))
+    limits = {"max_epochs": 1, "max_steps": -1}
+    return SimpleNamespace(
+        callbacks=[JaccardCallback()],
+        lightning_module=module,
+        enable_validation=enable_validation,
+        datamodule=data,
+        **limits,
+    )
 
 
 def sgd(*rates):
@@ -90,11 +107,37 @@ def test_a_resumed_run_keeps_its_own_settings():
 
 
 def test_a_plateau_follows_its_score():
-    plateau = ReduceLROnPlateau(sgd(0.1), mode="max", patience=0, factor=0.5)
+    """The mode comes from the score; the best score so far is the worst of that mode."""
+    plateau = ReduceLROnPlateau(sgd(0.1), patience=0, factor=0.5)
+    assert lightning_schedule(plateau, trainer_of())["monitor"] == "val/miou"
+    assert (plateau.mode, plateau.best) == ("max", float("-inf"))
     for score in (0.3, 0.2):
         step_plateau(plateau, {"val/miou": score})
     assert plateau.get_last_lr() == [0.05]
     with pytest.raises(ValueError, match="no score val/miou; expected one of val/loss"):
         step_plateau(plateau, {"val/loss": 1.0})
-    with pytest.raises(ValueError, match="mode min for val/miou, expected mode max"):
-        lightning_schedule(ReduceLROnPlateau(sgd(0.1)), SimpleNamespace(max_epochs=1, max_steps=-1))
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "expected"), [("val/loss", "min", "min"), ("val/loss", "max", None), ("val/miou", "max", "max")]
+)
+def test_the_mode_of_a_plateau(monitor, mode, expected):
+    plateau = PlateauOfLightning(sgd(0.1), monitor=monitor, mode=mode)
+    if expected:
+        assert lightning_schedule(plateau, trainer_of())["monitor"] == monitor
+        assert plateau.mode == expected
+    else:
+        with pytest.raises(ValueError, match=r"mode max for val/loss, but a lower val/loss is better; set mode to min"):
+            lightning_schedule(plateau, trainer_of())
+
+
+def test_a_mode_that_the_user_chose_is_not_replaced():
+    with pytest.raises(ValueError, match="mode min for val/miou, but a higher val/miou is better"):
+        lightning_schedule(ReduceLROnPlateau(sgd(0.1)), trainer_of(), given={"mode": "min"})
+
+
+def test_a_plateau_needs_a_score_that_is_logged():
+    with pytest.raises(ValueError, match="ReduceLROnPlateau: no score val/x; expected one of val/loss, val/miou"):
+        lightning_schedule(PlateauOfLightning(sgd(0.1), monitor="val/x"), trainer_of())
+    with pytest.raises(ValueError, match="no score val/miou, because the run has no validation"):
+        lightning_schedule(ReduceLROnPlateau(sgd(0.1)), trainer_of(enable_validation=False))

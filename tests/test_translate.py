@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from mcseg import SegmentationModule
-from mcseg.checkpoints.translate import translate_config, translate_hyperparameters
+from mcseg.callbacks import BestCheckpoint, LastCheckpoint
+from mcseg.checkpoints.translate import translate_config, translate_hyperparameters, rename_checkpoint_callbacks
 from mcseg.losses import CrossEntropyLoss, DiceLoss, IoUWeightedLoss, JaccardLoss, MarginCalibrationLoss, SumLoss
 from mcseg.run.main import main
 
@@ -271,3 +272,21 @@ def test_a_config_file_whose_objective_has_no_successor_is_named(tmp_path, capsy
     with pytest.raises(SystemExit):
         main(["fit", "synthetic", "--config", str(path)])
     assert f"--config {path}: objective: MarginCalibrationLoss" in capsys.readouterr().err
+
+
+def test_states_of_the_checkpoint_callbacks_of_an_earlier_version():
+    """The keys are those that Lightning 2.6 wrote; the best score of the run so far must survive."""
+    best = "ModelCheckpoint{'monitor': 'val/miou', 'mode': 'max', 'every_n_train_steps': 0, 'every_n_epochs': 1, 'train_time_interval': None}"
+    last = best.replace("'val/miou'", "None").replace("max", "min")
+    wanted = {best.replace("Model", "Best", 1), last.replace("Model", "Last", 1)}
+    states = {best: {"best_model_score": 0.5}, last: {"best_model_score": None}, "TrainingCurves": {}}
+    rename_checkpoint_callbacks(states, wanted)
+    assert states.keys() == wanted | {"TrainingCurves"}
+    assert states[best.replace("Model", "Best", 1)]["best_model_score"] == 0.5
+    assert {best.replace("Model", "Best", 1), last.replace("Model", "Last", 1)} == {
+        BestCheckpoint("folder").state_key,
+        LastCheckpoint("folder").state_key,
+    }
+    own = {best: {"best_model_score": 0.5}}
+    rename_checkpoint_callbacks(own, {best, *wanted})  # a ModelCheckpoint of a user's own script
+    assert own.keys() == {best}

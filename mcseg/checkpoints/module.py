@@ -11,7 +11,7 @@ from pytorch_lightning.strategies import FSDPStrategy
 from mcseg.checkpoints.compatibility import check_network, check_num_classes, warn_of_other_classes
 from mcseg.checkpoints.files import VERSION
 from mcseg.checkpoints.hyperparameters import changed_arguments, plain_hyperparameters
-from mcseg.checkpoints.translate import drop_unused_offsets
+from mcseg.checkpoints.translate import drop_unused_offsets, rename_checkpoint_callbacks
 from mcseg.lightning_internals import classmethod_of_the_class
 from mcseg.version import __version__
 
@@ -117,6 +117,9 @@ class CheckpointModule(pl.LightningModule):
         trainer = self._attached_trainer
         if trainer is None or not isinstance(trainer.strategy, FSDPStrategy):  # FSDP gives the tensors other names
             check_network(checkpoint, self.state_dict())
+        if trainer is not None:
+            keys = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+            rename_checkpoint_callbacks(checkpoint.get("callbacks", {}), keys)
         self.has_weights = True
         self._resumed = trainer is not None and trainer.state.fn == "fit"
         for name in self._not_plain:  # an object that the instantiator created from the checkpoint's plain argument

@@ -1,6 +1,6 @@
 """Translate the settings in checkpoints and config files of earlier versions."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -74,6 +74,20 @@ def drop_unused_offsets(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> 
     for name in list(state):
         if name.startswith("objective.") and name.endswith(("foreground_offsets", "background_offsets")) and name not in own:
             del state[name]
+
+
+def rename_checkpoint_callbacks(states: dict[str, Any], wanted: Collection[str]) -> None:
+    """Rename the states of the command's two checkpoint callbacks, which were plain ``ModelCheckpoint``s.
+
+    Args:
+        states: State of each callback by its key; modified.
+        wanted: Keys of the callbacks that will load their states.
+    """
+    for key in [key for key in states if key.startswith("ModelCheckpoint{") and key not in wanted]:
+        for kind in ("BestCheckpoint", "LastCheckpoint"):
+            if (new := kind + key.removeprefix("ModelCheckpoint")) in wanted and new not in states:
+                states[new] = states.pop(key)
+                break
 
 
 def _schedule(arguments: dict[str, Any], remarks: list[str]) -> None:
