@@ -10,7 +10,7 @@ import yaml
 
 from mcseg import SegmentationModule
 from mcseg.callbacks import BestCheckpoint, LastCheckpoint
-from mcseg.checkpoints.translate import translate_config, translate_hyperparameters, rename_checkpoint_callbacks
+from mcseg.checkpoints.translate import rename_checkpoint_callbacks, translate_config, translate_hyperparameters
 from mcseg.losses import CrossEntropyLoss, DiceLoss, IoUWeightedLoss, JaccardLoss, MarginCalibrationLoss, SumLoss
 from mcseg.run.main import main
 
