@@ -93,6 +93,40 @@ def restart_validation(trainer: pl.Trainer) -> None:
     progress.current.reset()
 
 
+def may_stop(trainer: pl.Trainer) -> bool:
+    """Whether the least numbers of epochs and steps are done, so that ``trainer.should_stop`` counts. Lightning 2.6.6."""
+    return bool(trainer.fit_loop._can_stop_early)
+
+
+def validate_after_batch(trainer: pl.Trainer) -> tuple[int | None, Any]:
+    """Make the Trainer validate after the current training batch, whatever its settings.
+
+    Returns:
+        The former ``check_val_every_n_epoch`` and ``val_check_batch``, to be restored when the validation starts. Lightning
+        2.6.6.
+    """
+    former = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    trainer.check_val_every_n_epoch, trainer.val_check_batch = None, 1  # every training batch, counted over all epochs
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        trainer._last_val_time = -float("inf")
+    return former
+
+
+def validation_was_interrupted(trainer: pl.Trainer) -> bool:
+    """Whether a resumed run begins in the middle of a validation. For use in ``on_train_start``. Lightning 2.6.6."""
+    return bool(trainer.fit_loop.epoch_loop.val_loop.restarted_mid_evaluation)
+
+
+def run_validation(trainer: pl.Trainer) -> None:
+    """Validate after the last epoch of a training; the scores are logged at its last step. Lightning 2.6.6."""
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped -= 1  # Lightning counts on before `on_train_end`
+    trainer.validating = True
+    loop.val_loop.run()
+    trainer.training = True
+    loop._batches_that_stepped += 1
+
+
 def training_position(trainer: pl.Trainer) -> tuple[int, int]:
     """Return the epoch of the next training batch, and the number of that epoch's batches that a resumed run has done.
 

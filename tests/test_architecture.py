@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "evaluation": {"kernels", "margins"},
     "checkpoints": {"atomic", "lightning_internals", "messages", "version"},
     "module": {"checkpoints", "evaluation", "kernels", "losses", "monitors", "networks", "nonfinite", "schedules", "seeds"},
-    "callbacks": {"atomic", "evaluation", "monitors", "palette", "pictures"},
+    "callbacks": {"atomic", "evaluation", "lightning_internals", "monitors", "palette", "pictures"},
 }
 LAZY_LIBRARIES = {"triton", "wandb", "matplotlib", "scipy", "pandas", "segmentation_models_pytorch", "timm"}
 

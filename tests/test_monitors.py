@@ -5,7 +5,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 
-from mcseg.callbacks import BestCheckpoint, JaccardCallback
+from mcseg.callbacks import BestCheckpoint, ConfusionPicture, JaccardCallback, LastValidation
 from mcseg.data import SyntheticData
 from mcseg.evaluation.directions import better_mode
 from mcseg.module import SegmentationModule
@@ -147,3 +147,62 @@ def test_a_resumed_run_keeps_its_best_also_in_another_folder(before, after, kept
     assert {epoch_of(path) for path in moved.glob("*.ckpt") if path.name != "last.ckpt"} == kept
     trainer(moved, Fixed(val_miou=scores), again, epochs=4).fit(module(), data(2), ckpt_path=moved / "last.ckpt")
     assert epoch_of(moved / "best.ckpt") == 3
+
+
+class Steps(pl.Callback):
+    """Notes the steps at which the run validates."""
+
+    def __init__(self, stop_at=None):
+        self.steps, self.stop_at = [], stop_at
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.steps.append(trainer.global_step)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.should_stop = trainer.should_stop or trainer.current_epoch + 1 == self.stop_at
+
+
+# three batches an epoch -> steps at which the run validates, and a part of the line before the run begins
+LAST = {
+    "ordinary": ({"max_epochs": 2}, [3, 6], ""),
+    "epochs below the interval": ({"max_epochs": 2, "check_val_every_n_epoch": 10}, [6], "every_n_epoch 10 is above trainer.max_epochs 2"),
+    "odd epochs": ({"max_epochs": 3, "check_val_every_n_epoch": 2}, [6, 9], "in epoch 3, which is no multiple of trainer.check_val_every"),
+    "even epochs": ({"max_epochs": 2, "check_val_every_n_epoch": 2}, [6], ""),
+    "part of an epoch": ({"max_epochs": 2, "val_check_interval": 2}, [2, 5, 6], "the last validation would be 1 batches before"),
+    "half an epoch": ({"max_epochs": 1, "val_check_interval": 0.5}, [1, 2, 3], ""),
+    "steps within an epoch": ({"max_steps": 5}, [3, 5], "the run ends after 5 batches, and the last validation would be 2"),
+    "steps, no limit of epochs": ({"max_epochs": -1, "max_steps": 6}, [3, 6], ""),
+    "steps and accumulation": ({"max_steps": 3, "accumulate_grad_batches": 2}, [2, 3], "after 5 batches"),
+    "iterations": ({"max_epochs": -1, "max_steps": 7, "check_val_every_n_epoch": None, "val_check_interval": 4}, [4, 7], "no multiple of trainer.val_check_interval 4"),
+    "iterations that divide": ({"max_epochs": -1, "max_steps": 8, "check_val_every_n_epoch": None, "val_check_interval": 4}, [4, 8], ""),
+    "time": ({"max_epochs": 2, "val_check_interval": "00:01:00:00"}, [6], ""),
+    "stopped by a callback": ({"max_epochs": 9, "check_val_every_n_epoch": 5, "stop_at": 2}, [6], "in epoch 9, which is no multiple"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAST)
+def test_a_run_validates_after_its_last_step(case, tmp_path, caplog):
+    settings, expected, note = LAST[case]
+    options = {"max_epochs": None, "num_sanity_val_steps": 0, **settings}
+    steps = Steps(options.pop("stop_at", None))
+    best = BestCheckpoint(tmp_path, monitor="val/loss")
+    with caplog.at_level("INFO"):
+        run = trainer(tmp_path, steps, JaccardCallback(), ConfusionPicture(), best, LastValidation(), **options)
+        run.fit(module(), data(6))
+    assert steps.steps == expected
+    assert (tmp_path / "best.ckpt").exists()
+    assert len(list((tmp_path / "confusion").iterdir())) == 1
+    assert "val: mIoU" in caplog.text
+    notes = [record.message for record in caplog.records if "a validation after the last step is added" in record.message]
+    assert len(notes) == bool(note)
+    assert all(note in line for line in notes)
+    assert run.check_val_every_n_epoch == options.get("check_val_every_n_epoch", 1)
+
+
+def test_a_run_without_validation_says_so_and_keeps_the_last_epoch(tmp_path):
+    best = BestCheckpoint(tmp_path)
+    run = trainer(tmp_path, JaccardCallback(), best, LastValidation(), epochs=2, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="the run has no validation, as trainer.limit_val_batches is 0"):
+        run.fit(module(), data(2))
+    assert epoch_of(tmp_path / "best.ckpt") == 1

@@ -3,6 +3,7 @@
 from mcseg.callbacks.base import EvaluationCallback
 from mcseg.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from mcseg.callbacks.held_out import HeldOutBounds
+from mcseg.callbacks.last_validation import LastValidation
 from mcseg.callbacks.objective_monitor import ObjectiveMonitor
 from mcseg.callbacks.panels import ConfusionPicture, PredictionPanel, TrainingCurves
 from mcseg.callbacks.prediction_writer import PredictionWriter
@@ -15,6 +16,7 @@ __all__ = [
     "HeldOutBounds",
     "JaccardCallback",
     "LastCheckpoint",
+    "LastValidation",
     "ObjectiveMonitor",
     "PredictionPanel",
     "PredictionWriter",

@@ -21,6 +21,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from mcseg.atomic import write_atomically
 from mcseg.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from mcseg.callbacks.last_validation import LastValidation
 from mcseg.callbacks.objective_monitor import ObjectiveMonitor
 from mcseg.callbacks.panels import ConfusionPicture, PredictionPanel, TrainingCurves
 from mcseg.callbacks.prediction_writer import PredictionWriter
@@ -280,7 +281,7 @@ class SegmentationCLI(CheckpointSettingsCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = Path(self.verb_config.checkpoint.dirpath) / "last.ckpt" if saves else None
-            trainer.callbacks.append(CheckpointOnSignal(path))  # type: ignore[attr-defined]
+            trainer.callbacks += [LastValidation(), CheckpointOnSignal(path)]  # type: ignore[attr-defined]
             if trainer.loggers:
                 trainer.callbacks.insert(0, LearningRateMonitor("step"))  # type: ignore[attr-defined]
         return trainer
