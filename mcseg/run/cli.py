@@ -5,7 +5,7 @@ import json
 import logging
 import pkgutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,10 @@ from mcseg.run.folder import exclusive_lock, run_folder
 from mcseg.run.recipes import default_objective
 from mcseg.run.resume import changed_settings, describe_changes, refuse_model_settings, resume_logger
 from mcseg.run.signals import CheckpointOnSignal
+
+
+# Arguments that tell callbacks of one class apart, as in Lightning's `ModelCheckpoint.state_key`
+_KEY_OF_CALLBACK = ("monitor", "every_n_train_steps", "every_n_epochs", "train_time_interval")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -141,10 +145,17 @@ class SegmentationCLI(CheckpointSettingsCLI):
         objects: Namespace = self.config_init[self.subcommand] if self.subcommand else self.config_init
         return objects
 
+    @property
+    def _parsed(self) -> Namespace:
+        """The settings of the subcommand, already while they are parsed."""
+        config: Namespace = self.config[self.config.subcommand] if self.config.get("subcommand") else self.config
+        return config
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, then check ``--ckpt_path``, which validate, test and predict need, and the changes of a resumed run."""
         super().parse_arguments(parser, args)
         self._set_modes(parser, args)
+        _replace_callbacks(self._parsed)
         if self.resume:
             self._compare_with_run(parser, args)
         subcommand = self.config.get("subcommand")  # self.subcommand is set after parsing
@@ -155,8 +166,7 @@ class SegmentationCLI(CheckpointSettingsCLI):
 
     def _set_modes(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
         """Set the mode of what follows a score; raise ValueError if the user's mode contradicts the score."""
-        config = self.config[self.config.subcommand] if self.config.get("subcommand") else self.config
-        settings = _that_follow_scores(config)
+        settings = _that_follow_scores(self._parsed)
         if not settings:
             return
         given = parser.parse_args(args, defaults=False)
@@ -331,6 +341,26 @@ class ParseOnlyCLI(SegmentationCLI):
 
     def instantiate_classes(self) -> None:
         """Do nothing."""
+
+
+def _replace_callbacks(config: Namespace) -> None:
+    """Keep the last of several callbacks of Lightning that are saved under one key, and report which one it replaces."""
+    kept: dict[Any, Namespace] = {}
+    for index, setting in enumerate(config.get("trainer.callbacks") or []):
+        kind = pkgutil.resolve_name(setting.class_path)
+        key = index if not kind.__module__.startswith("pytorch_lightning.") else (kind, *map(_of(setting), _KEY_OF_CALLBACK))
+        former = kept.pop(key, None)
+        if former is not None and former != setting:
+            changed = {key.removeprefix("init_args."): values for key, values in changed_settings(former, setting).items()}
+            name = " of ".join([kind.__name__, *filter(None, [_of(setting)("monitor")])])
+            rank_zero_info(f"trainer.callbacks: a later {name} replaces an earlier one: {describe_changes(changed)}")
+        kept[key] = setting
+    if kept:
+        config.trainer.callbacks = list(kept.values())
+
+
+def _of(setting: Namespace) -> Callable[[str], Any]:
+    return lambda name: setting.get(f"init_args.{name}")
 
 
 def _that_follow_scores(config: Namespace) -> list[Namespace]:

@@ -12,6 +12,7 @@ from mcseg.messages import one_line
 
 RECIPES = Path(__file__).parents[1] / "configs"
 _CONFIG = ("--config", "-c")
+_CALLBACKS = "--trainer.callbacks"
 _NO_OBJECTIVE = "--model.objective=null"
 _NO_OPTIONS = "--model.network_options=null"
 
@@ -64,6 +65,8 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
             recipes_end = len(expanded)
         elif flag == "--model.objective" and value:
             expanded += [_NO_OBJECTIVE, f"{flag}={_full_name(value)}"]
+        elif flag == _CALLBACKS and value and yaml.safe_load(value):  # null and [] remove the recipe's callbacks
+            expanded.append(f"{flag}+={value}")
         else:  # the parser reports missing values
             expanded.append(flag if value is None else f"{flag}={value}")
         if flag == "--model.arch":  # replaces the recipe's options, but not those on the command line
@@ -88,7 +91,7 @@ def _flags_and_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     while rest:
         word = rest.pop(0)
         flag, equals, value = word.partition("=")
-        if flag not in (*_CONFIG, "--model.objective", "--model.arch"):
+        if flag not in (*_CONFIG, "--model.objective", "--model.arch", _CALLBACKS):
             yield word, None
         elif equals:
             yield flag, value
@@ -142,9 +145,14 @@ def _layer(recipe: Path, first: bool) -> list[str]:
 
     A recipe with the class of an objective replaces the objective: without the null, the parser would keep arguments of the
     previous objective that the new class accepts as well. A recipe with an architecture replaces the network's options. The
-    settings of an earlier version are translated, and passed to the parser as text instead of the path.
+    callbacks of recipes add up. Changed settings, also those of an earlier version that are translated, are passed to the
+    parser as text instead of the path.
     """
     content, source = _translated(recipe)
+    trainer = content.get("trainer")
+    if not first and isinstance(trainer, dict) and trainer.get("callbacks"):
+        trainer = {key + "+" * (key == "callbacks"): value for key, value in trainer.items()}  # the parser appends
+        source = yaml.safe_dump({**content, "trainer": trainer}, sort_keys=False)
     model = content.get("model")
     objective = model.get("objective") if isinstance(model, dict) else None
     replaces = isinstance(objective, str) or (isinstance(objective, dict) and "class_path" in objective)
