@@ -140,6 +140,12 @@ def training_position(trainer: pl.Trainer) -> tuple[int, int]:
     return epoch, 0
 
 
+def batches_done(trainer: pl.Trainer) -> int:
+    """Return the batches of the current epoch that are done when a resumed training starts. Lightning 2.6.6."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    return 0 if progress.is_last_batch else int(progress.current.processed)
+
+
 def set_csv_columns(writer: Any, names: Sequence[str]) -> None:
     """Set the columns of the existing file to which the writer of Lightning's ``CSVLogger`` appends. Lightning 2.6.6."""
     writer.metrics_keys = list(names)

@@ -9,7 +9,6 @@ from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 
-from mcseg.checkpoints.compatibility import initialize_network
 from mcseg.checkpoints.module import CheckpointModule
 from mcseg.evaluation.inference import Inference, labels_at, resize_labels
 from mcseg.evaluation.metrics import is_repeated
@@ -18,7 +17,8 @@ from mcseg.losses import CrossEntropyLoss, Upsampling, default_objective, offere
 from mcseg.monitors import follow_scores
 from mcseg.networks import SegmentationNetwork
 from mcseg.nonfinite import LossGuard, OnNonFinite
-from mcseg.schedules import WarmupPolynomialLR, optimizer_and_schedule, set_length, step_plateau
+from mcseg.preparation import check_finders, prepare
+from mcseg.schedules import Interval, WarmupPolynomialLR, optimizer_and_schedule, set_length, step_plateau
 from mcseg.seeds import seed_of, seeded
 
 
@@ -42,9 +42,12 @@ class SegmentationModule(CheckpointModule):
             optional members. For an objective that does not keep its arguments as attributes, give a ``functools.partial``
             of its class.
         optimizer: Callable from parameters to optimiser: a class, or a ``functools.partial`` of one.
-        scheduler: Callable from optimiser to learning-rate schedule, stepped after each optimiser step. A
-            ``torch.optim.lr_scheduler.ReduceLROnPlateau`` is stepped with ``val/miou`` after each validation; Lightning's
-            class of that name with its ``monitor``. The default decays to 0 by a polynomial over the whole run.
+        lr: Learning rate, instead of the optimiser's; Lightning's learning-rate finder sets it.
+        scheduler: Callable from optimiser to learning-rate schedule. A ``torch.optim.lr_scheduler.ReduceLROnPlateau`` is
+            stepped with ``val/miou`` after each validation; Lightning's class of that name with its ``monitor``. The default
+            decays to 0 by a polynomial over the whole run.
+        scheduler_interval: What the schedule counts, ``"step"`` (optimiser steps) or ``"epoch"``. None means steps for
+            `mcseg.schedules.WarmupPolynomialLR` and torch's ``OneCycleLR`` and ``CyclicLR``, epochs for all others.
         network_options: Further arguments of the architecture, for example ``{"decoder_channels": [64, 32, 16]}``.
         channels_last: Keep the network in the channels-last memory format.
         checkpointing: Recompute the encoder's activations in the backward pass instead of keeping them.
@@ -91,7 +94,9 @@ class SegmentationModule(CheckpointModule):
         init_from: str | None = None,
         objective: nn.Module | Callable[[], nn.Module] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr: float | None = None,
         scheduler: LRSchedulerCallable = WarmupPolynomialLR,
+        scheduler_interval: Interval | None = None,
         network_options: dict[str, Any] | None = None,
         channels_last: bool = True,
         checkpointing: bool = False,
@@ -118,6 +123,7 @@ class SegmentationModule(CheckpointModule):
         )
         self.objective = objective if isinstance(objective, nn.Module) else (objective or default_objective)()
         self.optimizer = optimizer
+        self.lr = self._configured_lr = lr
         self.scheduler = scheduler
         self.inference = Inference()
         self._aux_objective = CrossEntropyLoss()
@@ -161,6 +167,7 @@ class SegmentationModule(CheckpointModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser and its schedule."""
+        self._configured_lr = self.lr
         return optimizer_and_schedule(self)
 
     def _training_loss(self, image: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -232,7 +239,9 @@ class SegmentationModule(CheckpointModule):
         """Check what follows a score; prepare the network for FSDP, which shards only contiguous weights."""
         super().setup(stage)
         if stage == "fit":
+            self._prepared = False
             follow_scores(self.trainer, self)
+            check_finders(self.trainer)
         if isinstance(self.trainer.strategy, FSDPStrategy):
             self.network.to(memory_format=torch.contiguous_format)
 
@@ -242,29 +251,18 @@ class SegmentationModule(CheckpointModule):
         A resumed run has both from its checkpoint. A new run from loaded weights is calibrated again, as its training labels
         may differ.
         """
-        resumed, self._resumed = self._resumed, False
-        if resumed:
-            return
-        if self.hparams["init_from"] and not self.has_weights:
-            initialize_network(self.network, self.hparams["init_from"])
-        elif self.hparams["encoder_weights"] and not self.has_weights:
-            self.network.load_pretrained_encoder(self.hparams["encoder_weights"])
-        calibrate = offered(self.objective, "calibrate")
-        if calibrate is None:
-            return
-        class_pixels = getattr(getattr(self.trainer, "datamodule", None), "class_pixels", None)
-        if class_pixels is not None:
-            calibrate(class_pixels())
-        elif not offered(self.objective, "is_calibrated"):
-            raise RuntimeError(
-                "the objective is not calibrated and the data module has no class_pixels(); call "
-                "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before fit"
-            )
+        if not self._resumed:
+            prepare(self)
+            if self.lr != self._configured_lr:  # found by a learning-rate finder, whose callback comes first
+                self.trainer.strategy.setup_optimizers(self.trainer)
+        self._prepared, self._resumed = True, False
 
     def on_train_start(self) -> None:
         """Give the schedule the length of the run."""
+        if not self._prepared:  # Lightning's finders train before on_fit_start, and restore the module afterwards
+            prepare(self)
         super().on_train_start()
-        set_length(self.lr_schedulers(), self.trainer)
+        set_length(self.lr_schedulers(), self.trainer, self.hparams["scheduler_interval"])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradient, before it is clipped."""

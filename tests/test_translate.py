@@ -154,7 +154,10 @@ def test_the_default_is_the_schedule_of_checkpoints_that_name_none():
 
 
 def test_another_schedule_stays_and_settings_without_effect_are_dropped():
-    assert translate_hyperparameters({"scheduler": STEP, "lr_power": 0.5, "warmup_steps": 7}) == ({"scheduler": STEP}, [])
+    assert translate_hyperparameters({"scheduler": STEP, "lr_power": 0.5, "warmup_steps": 7}) == (
+        {"scheduler": STEP, "scheduler_interval": "step"},
+        ["scheduler: StepLR of an earlier version counts optimiser steps (scheduler_interval step)"],
+    )
 
 
 def test_arguments_of_this_version_stay_as_they_are():
@@ -290,3 +293,20 @@ def test_states_of_the_checkpoint_callbacks_of_an_earlier_version():
     own = {best: {"best_model_score": 0.5}}
     rename_checkpoint_callbacks(own, {best, *wanted})  # a ModelCheckpoint of a user's own script
     assert own.keys() == {best}
+
+
+def test_schedules_of_an_earlier_version_count_steps():
+    """In checkpoints and in the config.yaml of a run; a recipe has this version's meaning."""
+    step = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2}}
+    arguments, (remark,) = translate_hyperparameters({"scheduler": step})
+    assert arguments == {"scheduler": step, "scheduler_interval": "step"}
+    assert "StepLR of an earlier version counts optimiser steps" in remark
+    for same in (
+        {"scheduler": step, "scheduler_interval": None},
+        {"scheduler": {"class_path": "mcseg.schedules.WarmupPolynomialLR"}},
+    ):
+        assert translate_hyperparameters(same) == (same, [])
+    saved, (remark,) = translate_config({"ckpt_path": None, "model": {"scheduler": step}})
+    assert saved["model"]["scheduler_interval"] == "step"
+    recipe = {"model": {"scheduler": step}}
+    assert translate_config(recipe) == (recipe, [])

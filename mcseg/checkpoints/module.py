@@ -6,14 +6,31 @@ from types import FrameType
 from typing import Any, Self
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
 from pytorch_lightning.strategies import FSDPStrategy
 
 from mcseg.checkpoints.compatibility import check_network, check_num_classes, warn_of_other_classes
 from mcseg.checkpoints.files import VERSION
 from mcseg.checkpoints.hyperparameters import changed_arguments, plain_hyperparameters
-from mcseg.checkpoints.translate import drop_unused_offsets, rename_checkpoint_callbacks
+from mcseg.checkpoints.translate import (
+    drop_unused_offsets,
+    rename_checkpoint_callbacks,
+    translate_hyperparameters,
+)
 from mcseg.lightning_internals import classmethod_of_the_class
 from mcseg.version import __version__
+
+
+_HAD_WEIGHTS = "had_weights"  # key of a checkpoint that was written before on_fit_start
+
+
+def _refuse_finders(trainer: pl.Trainer) -> None:
+    """Raise ValueError: a finder would lose the progress of a resumed run, which has learning rate and batch size."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            raise ValueError(
+                f"{type(callback).__name__}: found in a resumed run, which keeps what its start found; remove it"
+            )
 
 
 class CheckpointModule(pl.LightningModule):
@@ -30,6 +47,7 @@ class CheckpointModule(pl.LightningModule):
         super().__init__()
         self.has_weights = False
         self._resumed = False  # True from restoring a checkpoint for training until on_fit_start
+        self._prepared = True  # False from the setup of a fit until on_fit_start
         self._not_plain: dict[str, str] = {}  # argument that cannot be stored in a checkpoint -> reason
 
     def save_plain_hyperparameters(self, frame: FrameType | None) -> None:
@@ -102,6 +120,8 @@ class CheckpointModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the version, and the class names, so that loading for other classes gives a warning."""
         checkpoint[VERSION] = __version__
+        if not self._prepared:  # by one of Lightning's finders, which restores the module from it
+            checkpoint[_HAD_WEIGHTS] = self.has_weights
         if names := self._class_names():
             checkpoint["class_names"] = names
 
@@ -120,8 +140,13 @@ class CheckpointModule(pl.LightningModule):
         if trainer is not None:
             keys = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
             rename_checkpoint_callbacks(checkpoint.get("callbacks", {}), keys)
-        self.has_weights = True
-        self._resumed = trainer is not None and trainer.state.fn == "fit"
+        self.has_weights = checkpoint.get(_HAD_WEIGHTS, True)
+        self._resumed = trainer is not None and trainer.state.fn == "fit" and _HAD_WEIGHTS not in checkpoint
+        if trainer is not None and self._resumed:
+            _refuse_finders(trainer)
+        if self._resumed and self.hparams.get("scheduler_interval") is None:  # an earlier version counted steps
+            stored, _ = translate_hyperparameters(checkpoint["hyper_parameters"])
+            self.hparams["scheduler_interval"] = stored.get("scheduler_interval")
         for name in self._not_plain:  # an object that the instantiator created from the checkpoint's plain argument
             self.hparams[name] = checkpoint["hyper_parameters"][name]
         self._not_plain = {}

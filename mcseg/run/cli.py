@@ -36,6 +36,7 @@ from mcseg.lightning_internals import CheckpointSettingsCLI, as_settings, cpu_co
 from mcseg.messages import one_line
 from mcseg.module import SegmentationModule
 from mcseg.monitors import wanted_mode
+from mcseg.run.finders import SaveFound, remove_finders
 from mcseg.run.folder import exclusive_lock, run_folder
 from mcseg.run.recipes import default_objective
 from mcseg.run.resume import changed_settings, describe_changes, refuse_model_settings, resume_logger
@@ -224,6 +225,8 @@ class SegmentationCLI(CheckpointSettingsCLI):
         self._set_run_folder()
         self._set_loggers()
         config = self.verb_config
+        if self.resume and config.ckpt_path:
+            remove_finders(config)
         if config.trainer.precision is None:
             config.trainer.precision = _default_precision(config.trainer.accelerator)
         if self.subcommand in ("validate", "test"):
@@ -291,7 +294,7 @@ class SegmentationCLI(CheckpointSettingsCLI):
         trainer = super().instantiate_trainer(**kwargs)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = Path(self.verb_config.checkpoint.dirpath) / "last.ckpt" if saves else None
-            trainer.callbacks += [LastValidation(), CheckpointOnSignal(path)]  # type: ignore[attr-defined]
+            trainer.callbacks += [SaveFound(), LastValidation(), CheckpointOnSignal(path)]  # type: ignore[attr-defined]
             if trainer.loggers:
                 trainer.callbacks.insert(0, LearningRateMonitor("step"))  # type: ignore[attr-defined]
         return trainer

@@ -33,7 +33,7 @@ def expand_shorthand(words: Sequence[str]) -> list[str]:
     verb, *rest = words
     if rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
-    short = {"--root": "--data.root", "--format": "--writer.format"}
+    short = {"--root": "--data.root", "--format": "--writer.format", "--model.lr": "--model.optimizer.lr"}
     if verb == "bound":
         short |= {f"--{name}": f"--bound.{name}" for name in ("level", "group", "selected_from", "largest_pixels")}
     pairs = (word.partition("=") for word in rest)
@@ -173,4 +173,23 @@ def _translated(recipe: Path) -> tuple[dict[str, Any], str]:
         raise ValueError(f"--config {recipe}: {error}") from None
     for remark in remarks:
         rank_zero_info(f"{recipe}: {remark}")
+    translation = _with_learning_rate(translation, recipe)
     return translation, str(recipe) if translation == content else yaml.safe_dump(translation, sort_keys=False)
+
+
+def _with_learning_rate(content: dict[str, Any], recipe: Path) -> dict[str, Any]:
+    """Move ``model.lr`` to the optimiser, so that later layers and arguments can override it."""
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("lr") is None:
+        return content
+    optimizer = model.get("optimizer") or {}
+    optimizer = {"class_path": optimizer} if isinstance(optimizer, str) else dict(optimizer)
+    arguments = {key: value for key, value in optimizer.items() if key not in ("class_path", "init_args")}
+    arguments |= optimizer.get("init_args") or {}
+    if arguments.get("lr", model["lr"]) != model["lr"]:
+        raise ValueError(
+            f"--config {recipe}: found model.lr {model['lr']} and lr {arguments['lr']} of model.optimizer; remove one"
+        )
+    known = {"class_path": optimizer["class_path"]} if "class_path" in optimizer else {}
+    optimizer = {**known, "init_args": {**arguments, "lr": model["lr"]}}
+    return {**content, "model": {**model, "lr": None, "optimizer": optimizer}}
