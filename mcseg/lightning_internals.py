@@ -13,6 +13,7 @@ import torch
 from lightning_fabric.utilities.cloud_io import _load
 from pytorch_lightning.cli import LightningCLI, instantiate_module
 from pytorch_lightning.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
+from pytorch_lightning.loops.loop import _Loop
 from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 
 # Key and value among a module's hyperparameters: the only instantiator that Lightning accepts from a checkpoint. It
@@ -138,6 +139,40 @@ def training_position(trainer: pl.Trainer) -> tuple[int, int]:
     if loop.restarting and total.started == total.ready == total.processed + 1:  # in the middle of an epoch
         return (epoch + 1, 0) if batches.is_last_batch else (epoch, int(batches.current.processed))
     return epoch, 0
+
+
+def continue_epoch(checkpoint: Mapping[str, Any]) -> None:
+    """Make a run with ``max_steps`` continue the epoch in which an earlier ``max_steps`` ended it, in the loaded checkpoint.
+
+    Lightning counts the epoch as processed, and once more after the remaining batches. Lightning 2.6.6.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    if not loop or loop["epoch_loop.batch_progress"]["is_last_batch"]:
+        return
+    for count in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
+        if count["processed"] == count["started"]:
+            count["processed"] -= 1
+
+
+def begin_next_epoch(trainer: pl.Trainer) -> None:
+    """Begin the next epoch in a run with ``max_steps`` that is resumed at the end of one; for use in ``on_train_start``.
+
+    Lightning would call the hooks of the finished epoch again and count it twice. Lightning 2.6.6.
+    """
+    loop = trainer.fit_loop
+    if loop._iteration_based_training() and loop.restarted_on_epoch_end and loop.epoch_loop.batch_progress.is_last_batch:
+        loop.epoch_progress.increment_completed()
+        _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
+        loop.reset_restart_stage()
+        loop.epoch_loop.reset_restart_stage()
+
+
+def begin_after_search(trainer: pl.Trainer) -> None:
+    """Begin the training after a search by ``BatchSizeFinder``, which leaves the loops as if the run were resumed.
+
+    They would count one step too many for the loggers. For use in ``on_fit_start``. Lightning 2.6.6.
+    """
+    _Loop.restarting.fset(trainer.fit_loop, False)  # type: ignore[attr-defined]
 
 
 def batches_done(trainer: pl.Trainer) -> int:

@@ -17,7 +17,7 @@ from mcseg.losses import CrossEntropyLoss, Upsampling, default_objective, offere
 from mcseg.monitors import follow_scores
 from mcseg.networks import SegmentationNetwork
 from mcseg.nonfinite import LossGuard, OnNonFinite
-from mcseg.preparation import check_finders, prepare
+from mcseg.preparation import check_finders, prepare, use_findings
 from mcseg.schedules import Interval, WarmupPolynomialLR, optimizer_and_schedule, set_length, step_plateau
 from mcseg.seeds import seed_of, seeded
 
@@ -253,8 +253,7 @@ class SegmentationModule(CheckpointModule):
         """
         if not self._resumed:
             prepare(self)
-            if self.lr != self._configured_lr:  # found by a learning-rate finder, whose callback comes first
-                self.trainer.strategy.setup_optimizers(self.trainer)
+            use_findings(self.trainer, is_new_lr=self.lr != self._configured_lr)
         self._prepared, self._resumed = True, False
 
     def on_train_start(self) -> None:

@@ -6,6 +6,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
 
 from mcseg.checkpoints.compatibility import initialize_network
+from mcseg.lightning_internals import begin_after_search
 from mcseg.losses import offered
 
 
@@ -49,3 +50,14 @@ def check_finders(trainer: pl.Trainer) -> None:
             f"BatchSizeFinder: found data.total_batch_size {total}, which replaces the batch_size that it searches; set "
             "data.total_batch_size to null"
         )
+
+
+def use_findings(trainer: pl.Trainer, *, is_new_lr: bool) -> None:
+    """Build the optimiser again if a learning rate was found, so that the schedule starts from it; leave no trace of a search.
+
+    For use in ``on_fit_start`` of the module; the callbacks of the searches come first.
+    """
+    if is_new_lr:
+        trainer.strategy.setup_optimizers(trainer)
+    if finders(trainer):
+        begin_after_search(trainer)

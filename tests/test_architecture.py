@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "lightning_internals": set(),
     "nonfinite": set(),
     "monitors": {"evaluation"},
-    "preparation": {"checkpoints", "losses"},
+    "preparation": {"checkpoints", "lightning_internals", "losses"},
     "schedules": {"lightning_internals", "monitors", "preparation"},
     "palette": set(),
     "pictures": {"atomic", "palette"},

@@ -148,6 +148,8 @@ class TrainingCurves(Callback):
             return
         prefixes = ("train/loss", "val/miou", "val/iou/")
         values = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(prefixes)}
+        if self.history and self.history[-1]["epoch"] == trainer.current_epoch:  # the part before max_steps ended the run
+            self.history.pop()
         self.history.append({"epoch": trainer.current_epoch, **values})
         scorer = _find_scorer(trainer)
         names = class_names(trainer, scorer.class_names) if scorer else ()

@@ -17,7 +17,7 @@ from mcseg.checkpoints.translate import (
     rename_checkpoint_callbacks,
     translate_hyperparameters,
 )
-from mcseg.lightning_internals import classmethod_of_the_class
+from mcseg.lightning_internals import begin_next_epoch, classmethod_of_the_class, continue_epoch
 from mcseg.version import __version__
 
 
@@ -108,6 +108,7 @@ class CheckpointModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Set ``has_weights``: checkpoints contain trained weights from here on."""
         self.has_weights = True
+        begin_next_epoch(self.trainer)
 
     def on_test_start(self) -> None:
         """Raise RuntimeError if the weights are random."""
@@ -144,6 +145,8 @@ class CheckpointModule(pl.LightningModule):
         self._resumed = trainer is not None and trainer.state.fn == "fit" and _HAD_WEIGHTS not in checkpoint
         if trainer is not None and self._resumed:
             _refuse_finders(trainer)
+            if trainer.max_steps != -1:
+                continue_epoch(checkpoint)
         if self._resumed and self.hparams.get("scheduler_interval") is None:  # an earlier version counted steps
             stored, _ = translate_hyperparameters(checkpoint["hyper_parameters"])
             self.hparams["scheduler_interval"] = stored.get("scheduler_interval")

@@ -409,6 +409,7 @@ def silence_warnings() -> None:
         ".*does not have many workers.*",  # data.num_workers follows from the machine's cores
         ".*intended to run from within Python.*",
         ".*exists and is not empty.*",  # a resumed run
+        ".*your dataloader is not resumable.*",  # TrainingOrder skips the batches that are done
         ".*smaller than the logging interval.*",
         ".*is not supported by the model summary.*",
         ".*recommended to use `self.log.*sync_dist=True.*",  # the scores are reduced before they are logged
