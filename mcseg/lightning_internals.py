@@ -109,7 +109,7 @@ def validate_after_batch(trainer: pl.Trainer) -> tuple[int | None, Any]:
     former = trainer.check_val_every_n_epoch, trainer.val_check_batch
     trainer.check_val_every_n_epoch, trainer.val_check_batch = None, 1  # every training batch, counted over all epochs
     if getattr(trainer, "_val_check_time_interval", None) is not None:
-        trainer._last_val_time = -float("inf")
+        trainer._last_val_time = -float("inf")  # type: ignore[attr-defined]
     return former
 
 
@@ -167,6 +167,13 @@ def begin_next_epoch(trainer: pl.Trainer) -> None:
         loop.epoch_loop.reset_restart_stage()
 
 
+def batches_of_unfinished_epoch(checkpoint: Mapping[str, Any]) -> int:
+    """Return the batches that a checkpoint within an epoch has done of it; 0 at the end of an epoch. Lightning 2.6.6."""
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    progress = loop.get("epoch_loop.batch_progress", {})
+    return 0 if not loop or progress["is_last_batch"] else int(progress["current"]["processed"])
+
+
 def begin_after_search(trainer: pl.Trainer) -> None:
     """Begin the training after a search by ``BatchSizeFinder``, which leaves the loops as if the run were resumed.
 
@@ -177,7 +184,7 @@ def begin_after_search(trainer: pl.Trainer) -> None:
 
 def batches_done(trainer: pl.Trainer) -> int:
     """Return the batches of the current epoch that are done when a resumed training starts. Lightning 2.6.6."""
-    progress = trainer.fit_loop.epoch_loop.batch_progress
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
     return 0 if progress.is_last_batch else int(progress.current.processed)
 
 

@@ -53,7 +53,7 @@ def check_finders(trainer: pl.Trainer) -> None:
 
 
 def use_findings(trainer: pl.Trainer, *, is_new_lr: bool) -> None:
-    """Build the optimiser again if a learning rate was found, so that the schedule starts from it; leave no trace of a search.
+    """Build the optimiser again if a learning rate was found, so that the schedule starts from it; end the search.
 
     For use in ``on_fit_start`` of the module; the callbacks of the searches come first.
     """

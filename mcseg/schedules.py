@@ -33,8 +33,8 @@ class WarmupPolynomialLR(LRScheduler):
 
     Args:
         optimizer: the optimiser whose rates are scheduled.
-        total_steps: optimiser steps of the run (epochs, if it is stepped after each epoch), at least 1. With None, :class:`~mcseg.module.SegmentationModule` takes the
-            number from its Trainer; in your own loop, set it here.
+        total_steps: optimiser steps of the run (epochs, if it is stepped after each epoch), at least 1. With None,
+            :class:`~mcseg.module.SegmentationModule` takes the number from its Trainer; in your own loop, set it here.
         power: exponent, at least 0; 0 keeps the rate constant after the warm-up.
         warmup_steps: optimiser steps of the warm-up, at least 0.
 
@@ -149,7 +149,8 @@ def lightning_schedule(
     if isinstance(schedule, ReduceLROnPlateau):
         if interval == "step":
             raise ValueError(
-                "model.scheduler_interval: found step for ReduceLROnPlateau, which is stepped after each validation; remove it"
+                "model.scheduler_interval: found step for ReduceLROnPlateau, which is stepped after each validation; "
+                "remove it"
             )
         monitor = plateau_monitor(schedule, given=(given or {}).get("mode"))
         require_score("model.scheduler: ReduceLROnPlateau", monitor, trainer, trainer.lightning_module)
@@ -160,8 +161,8 @@ def lightning_schedule(
     if unknown and trainer.max_epochs == -1 and (trainer.max_steps == -1 or not by_step):
         raise ValueError(
             "model.scheduler: found a WarmupPolynomialLR without total_steps in a run without limit; set "
-            f"trainer.max_epochs, {'trainer.max_steps ' if by_step else ''}or model.scheduler.total_steps, or choose another "
-            "schedule"
+            f"trainer.max_epochs, {'trainer.max_steps ' if by_step else ''}or model.scheduler.total_steps, or choose "
+            "another schedule"
         )
     return {"scheduler": schedule, "interval": "step" if by_step else "epoch"}
 

@@ -143,9 +143,9 @@ def test_finders_of_the_command(tmp_path, monkeypatch, caplog, capsys):
     assert "--resume keeps what LearningRateFinder and BatchSizeFinder found" in caplog.text
     assert len(rates()) == 6
     assert rates()[-1] < rate
+    trainer = pl.Trainer(**QUIET, max_epochs=2, callbacks=[LearningRateFinder()])
+    net = SegmentationModule.load_from_checkpoint("run/checkpoints/last.ckpt")
     with pytest.raises(ValueError, match="LearningRateFinder: found in a resumed run"):
-        trainer = pl.Trainer(**QUIET, max_epochs=2, callbacks=[LearningRateFinder()])
-        net = SegmentationModule.load_from_checkpoint("run/checkpoints/last.ckpt")
         trainer.fit(net, data(), ckpt_path="run/checkpoints/last.ckpt")
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.utilities import rank_zero_only
 
 from mcseg.atomic import write_atomically
 from mcseg.evaluation.directions import Mode, better_mode
@@ -43,7 +42,7 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(
         self,
-        dirpath: str | os.PathLike[str] | None = None,
+        dirpath: str | Path | None = None,
         filename: str | None = None,
         monitor: str | None = "val/miou",
         *,
@@ -156,10 +155,10 @@ class LastCheckpoint(ModelCheckpoint):
     """Write ``last.ckpt`` after every epoch; ``ModelCheckpoint(save_last=True)`` writes it only with a new best.
 
     Args:
-        dirpath: Folder of the file.
+        dirpath: Folder of the file; None means Lightning's default.
     """
 
-    def __init__(self, dirpath: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, dirpath: str | Path | None = None) -> None:
         super().__init__(dirpath, "last", enable_version_counter=False, save_on_train_epoch_end=True)
 
 
@@ -187,7 +186,6 @@ def _moved(path: str, folder: str) -> str:
 def _renamed(best: str) -> str:
     """Give the best checkpoint of the run so far a second name, and return it."""
     path = best.removesuffix(".ckpt") + "-before-resume.ckpt"
-    if rank_zero_only.rank == 0:
-        with suppress(OSError):
-            _link(best, Path(path))
+    with suppress(OSError):  # several processes make the same link
+        _link(best, Path(path))
     return path

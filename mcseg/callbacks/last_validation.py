@@ -13,8 +13,8 @@ class LastValidation(Callback):
     """Validate after the last step of a run, if the Trainer would not, and report before the start that it would not.
 
     Without this callback a run has no scores of its final weights if ``max_epochs`` is no multiple of
-    ``check_val_every_n_epoch``, if ``val_check_interval`` does not divide the epoch, or if ``max_steps`` or ``max_time`` end the
-    run between two validations. In a run without validation data there is nothing to add, and a warning reports it.
+    ``check_val_every_n_epoch``, if ``val_check_interval`` does not divide the epoch, or if ``max_steps`` or ``max_time`` end
+    the run between two validations. In a run without validation data there is nothing to add, and a warning reports it.
     """
 
     def __init__(self) -> None:
@@ -26,8 +26,8 @@ class LastValidation(Callback):
         self._former, self._validated = None, trainer.global_step
         if not trainer.enable_validation:
             rank_zero_warn(
-                "the run has no validation, as trainer.limit_val_batches is 0 or there are no validation data: no scores and "
-                "no pictures; best.ckpt is the checkpoint of the last epoch"
+                "the run has no validation, as trainer.limit_val_batches is 0 or there are no validation data: no scores "
+                "and no pictures; best.ckpt is the checkpoint of the last epoch"
             )
         elif (note := _missing(trainer)) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info(f"{note}; a validation after the last step is added")

@@ -6,7 +6,7 @@ from types import FrameType
 from typing import Any, Self
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
+from pytorch_lightning.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
 from pytorch_lightning.strategies import FSDPStrategy
 
 from mcseg.checkpoints.compatibility import check_network, check_num_classes, warn_of_other_classes
@@ -20,7 +20,6 @@ from mcseg.checkpoints.translate import (
 from mcseg.lightning_internals import begin_next_epoch, classmethod_of_the_class, continue_epoch
 from mcseg.version import __version__
 
-
 _HAD_WEIGHTS = "had_weights"  # key of a checkpoint that was written before on_fit_start
 
 
@@ -31,6 +30,13 @@ def _refuse_finders(trainer: pl.Trainer) -> None:
             raise ValueError(
                 f"{type(callback).__name__}: found in a resumed run, which keeps what its start found; remove it"
             )
+
+
+def _keep_patience(trainer: pl.Trainer, states: dict[str, Any]) -> None:
+    """Keep the patience of the callbacks, which Lightning would replace by that of the checkpoint."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.state_key in states:
+            states[callback.state_key]["patience"] = callback.patience
 
 
 class CheckpointModule(pl.LightningModule):
@@ -141,6 +147,7 @@ class CheckpointModule(pl.LightningModule):
         if trainer is not None:
             keys = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
             rename_checkpoint_callbacks(checkpoint.get("callbacks", {}), keys)
+            _keep_patience(trainer, checkpoint.get("callbacks", {}))
         self.has_weights = checkpoint.get(_HAD_WEIGHTS, True)
         self._resumed = trainer is not None and trainer.state.fn == "fit" and _HAD_WEIGHTS not in checkpoint
         if trainer is not None and self._resumed:

@@ -4,15 +4,15 @@ from typing import Literal
 
 Mode = Literal["min", "max"]  # as Lightning and torch call it
 
-# Endings of words that name a quantity to minimise or to maximise. A part of a name with both, such as `dice_loss`, is minimised.
+# Endings of words that name a quantity to minimise or to maximise; a part of a name with both (`dice_loss`) is minimised
 _LOWER = ("loss", "error", "err", "entropy", "distance", "perplexity", "hausdorff", "miss", "misses", "alarms")
 _HIGHER = (
-    "iou", "jaccard", "dice", "accuracy", "acc", "precision", "recall", "sensitivity", "specificity", "fscore", "score", "tail",
+    "iou", "jaccard", "dice", "accuracy", "acc", "precision", "recall", "sensitivity", "specificity", "score", "tail",
 )  # fmt: skip
 # Whole words, most of them abbreviations that are also the end of other words
 _LOWER_WORDS = {
-    "ece", "mce", "ace", "nll", "brier", "ce", "bce", "kl", "mae", "mse", "rmse", "hd", "hd95", "assd", "asd", "norm", "fpr", "fnr",
-    "ppl",
+    "ece", "mce", "ace", "nll", "brier", "ce", "bce", "kl", "mae", "mse", "rmse", "hd", "hd95", "assd", "asd", "norm", "fpr",
+    "fnr", "ppl",
 }  # fmt: skip
 _HIGHER_WORDS = {
     "f1",
@@ -48,8 +48,8 @@ def better_mode(score: str) -> Mode | None:
 
     Example:
         >>> from mcseg.evaluation.directions import better_mode
-        >>> [better_mode(score) for score in ("val/miou", "val/iou/loss", "val/loss", "train/grad_norm", "val_dice_loss", "lr")]
-        ['max', 'max', 'min', 'min', 'min', None]
+        >>> [better_mode(score) for score in ("val/miou", "val/iou/loss", "val/loss", "train/grad_norm", "lr")]
+        ['max', 'max', 'min', 'min', None]
     """
     for part in score.lower().split("/"):
         words = part.replace("-", "_").replace(".", "_").split("_")

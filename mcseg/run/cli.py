@@ -39,9 +39,8 @@ from mcseg.monitors import wanted_mode
 from mcseg.run.finders import SaveFound, remove_finders
 from mcseg.run.folder import exclusive_lock, run_folder
 from mcseg.run.recipes import default_objective
-from mcseg.run.resume import changed_settings, describe_changes, refuse_model_settings, resume_logger
+from mcseg.run.resume import changed_settings, describe_changes, refuse_model_settings, refuse_other_batches, resume_logger
 from mcseg.run.signals import CheckpointOnSignal
-
 
 # Arguments that tell callbacks of one class apart, as in Lightning's `ModelCheckpoint.state_key`
 _KEY_OF_CALLBACK = ("monitor", "every_n_train_steps", "every_n_epochs", "train_time_interval")
@@ -189,6 +188,8 @@ class SegmentationCLI(CheckpointSettingsCLI):
             given.model.network_options = self.config.fit.model.network_options = run.model.network_options
         changed = changed_settings(run, given)
         refuse_model_settings(changed)
+        if self.config.fit.ckpt_path:
+            refuse_other_batches(changed, Path(self.config.fit.ckpt_path))
         given.model = run.model
         if changed:
             settings = Namespace(subcommand="fit", fit=given)  # type: ignore[no-untyped-call]
@@ -327,7 +328,7 @@ class SegmentationCLI(CheckpointSettingsCLI):
         if self.trainer.global_step == former_steps:
             rank_zero_info(
                 f"{folder}: the run is complete after {former_steps} steps, nothing was trained; to train longer, resume it "
-                "with a larger --trainer.max_epochs"
+                f"with a larger --trainer.{'max_steps' if former_steps == self.trainer.max_steps else 'max_epochs'}"
             )
 
     def after_fit(self) -> None:

@@ -15,7 +15,7 @@ from mcseg.preparation import finders
 
 
 def remove_finders(config: Namespace) -> None:
-    """Remove the finders from the settings of a resumed run, which has the learning rate and the batch size that they found."""
+    """Remove the finders from the settings of a resumed run, which has what they found."""
     callbacks = config.get("trainer.callbacks") or []
     kinds = [pkgutil.resolve_name(setting.class_path) for setting in callbacks]
     found = [kind.__name__ for kind in kinds if issubclass(kind, LearningRateFinder | BatchSizeFinder)]
@@ -33,15 +33,16 @@ class SaveFound(Callback):
         if not names or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         path = Path(trainer.default_root_dir) / "config.yaml"
+        rate = pl_module.hparams["lr"]
         content: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if "LearningRateFinder" in names and pl_module.lr is None:
+        if "LearningRateFinder" in names and rate is None:
             rank_zero_warn(
                 "LearningRateFinder: nothing found, the run keeps its learning rate; it needs more training steps"
             )
         elif "LearningRateFinder" in names:
-            rank_zero_info(f"LearningRateFinder: learning rate {pl_module.lr:.4g}")
+            rank_zero_info(f"LearningRateFinder: learning rate {rate:.4g}")
             if content:
-                content["model"]["optimizer"].setdefault("init_args", {})["lr"] = pl_module.lr
+                content["model"]["optimizer"].setdefault("init_args", {})["lr"] = rate
         if "BatchSizeFinder" in names:
             rank_zero_info(f"BatchSizeFinder: batch size {batch_size}")
             if content:
