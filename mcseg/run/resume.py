@@ -27,7 +27,8 @@ _ORDER = (
 # Settings of the data that do not
 _NO_ORDER = (
     "root", "eval_batch_size", "num_workers", "crop_size", "image_scale", "scale_range", "max_class_share", "flip",
-    "color_jitter", "rare_crop_share", "max_side", "predict_root", "predict_split", "cache_dir", "val_scenes", "test_scenes", "test_root",
+    "color_jitter", "rare_crop_share", "max_side", "predict_root", "predict_split", "cache_dir", "val_scenes", "test_scenes",
+    "test_root",
 )  # fmt: skip
 
 
@@ -198,7 +199,8 @@ def refuse_other_batches(changed: Mapping[str, tuple[Any, Any]], checkpoint: Pat
         found = " and ".join(f"{name} {_text(changed[name][1])} instead of {_text(changed[name][0])}" for name in names)
         raise ValueError(
             f"--resume: found {found}, but the run stopped after {done} batches of an epoch, and the rest of it would have "
-            "other images; resume with the former value until the end of the epoch, or start a new run with --model.init_from"
+            "other images; resume with the former value until the end of the epoch, or start a new run with "
+            "--model.init_from"
         )
 
 
