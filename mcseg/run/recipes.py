@@ -1,6 +1,7 @@
 """Recipes, the YAML files that come with mcseg, and short forms of command-line arguments."""
 
 import difflib
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -149,15 +150,16 @@ def _layer(recipe: Path, first: bool) -> list[str]:
     parser as text instead of the path.
     """
     content, source = _translated(recipe)
-    trainer = content.get("trainer")
+    trainer, callbacks = content.get("trainer"), []
     if not first and isinstance(trainer, dict) and trainer.get("callbacks"):
-        trainer = {key + "+" * (key == "callbacks"): value for key, value in trainer.items()}  # the parser appends
+        callbacks = [f"{_CALLBACKS}+={json.dumps(trainer['callbacks'])}"]  # the parser appends
+        trainer = {key: value for key, value in trainer.items() if key != "callbacks"}
         source = yaml.safe_dump({**content, "trainer": trainer}, sort_keys=False)
     model = content.get("model")
     objective = model.get("objective") if isinstance(model, dict) else None
     replaces = isinstance(objective, str) or (isinstance(objective, dict) and "class_path" in objective)
     other_arch = not first and isinstance(model, dict) and "arch" in model
-    return [*[_NO_OBJECTIVE] * replaces, *[_NO_OPTIONS] * other_arch, "--config", source]
+    return [*[_NO_OBJECTIVE] * replaces, *[_NO_OPTIONS] * other_arch, "--config", source, *callbacks]
 
 
 def _translated(recipe: Path) -> tuple[dict[str, Any], str]:
