@@ -3,15 +3,20 @@
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
+from pytorch_lightning.strategies import FSDPStrategy
 
 from mcseg.checkpoints.compatibility import initialize_network
 from mcseg.lightning_internals import begin_after_search
-from mcseg.losses import offered
+from mcseg.losses import calibrate_from_data
+from mcseg.monitors import follow_scores
 
 
 def prepare(module: Any) -> None:
     """Load the weights that a `SegmentationModule` starts from, unless it has weights, and calibrate its objective.
+
+    A new run from loaded weights is calibrated again, as its training labels may differ.
 
     Args:
         module: The module, with a Trainer.
@@ -23,17 +28,7 @@ def prepare(module: Any) -> None:
         initialize_network(module.network, module.hparams["init_from"])
     elif module.hparams["encoder_weights"] and not module.has_weights:
         module.network.load_pretrained_encoder(module.hparams["encoder_weights"])
-    calibrate = offered(module.objective, "calibrate")
-    if calibrate is None:
-        return
-    class_pixels = getattr(getattr(module.trainer, "datamodule", None), "class_pixels", None)
-    if class_pixels is not None:
-        calibrate(class_pixels())
-    elif not offered(module.objective, "is_calibrated"):
-        raise RuntimeError(
-            "the objective is not calibrated and the data module has no class_pixels(); call "
-            "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before fit"
-        )
+    calibrate_from_data(module.objective, getattr(module.trainer, "datamodule", None))
 
 
 def finders(trainer: pl.Trainer) -> list[str]:
@@ -42,14 +37,26 @@ def finders(trainer: pl.Trainer) -> list[str]:
     return [type(callback).__name__ for callback in callbacks if isinstance(callback, LearningRateFinder | BatchSizeFinder)]
 
 
-def check_finders(trainer: pl.Trainer) -> None:
-    """Raise ValueError if the batch size that is searched would have no effect."""
-    total = getattr(getattr(trainer, "datamodule", None), "total_batch_size", None)
-    if total is not None and "BatchSizeFinder" in finders(trainer):
-        raise ValueError(
-            f"BatchSizeFinder: found data.total_batch_size {total}, which replaces the batch_size that it searches; set "
-            "data.total_batch_size to null"
-        )
+def set_up(module: Any, stage: str) -> None:
+    """Check the callbacks of a fit before anything is done; prepare the network for compilation and for FSDP.
+
+    Raises:
+        ValueError: A callback follows no score or in the wrong direction, or searches a batch size that has no effect.
+    """
+    trainer = module.trainer
+    if stage == "fit":
+        module._prepared = False
+        follow_scores(trainer, module)
+        total = getattr(getattr(trainer, "datamodule", None), "total_batch_size", None)
+        if total is not None and "BatchSizeFinder" in finders(trainer):
+            raise ValueError(
+                f"BatchSizeFinder: found data.total_batch_size {total}, which replaces the batch_size that it searches; set "
+                "data.total_batch_size to null"
+            )
+        if module.hparams["compile"]:
+            module.network.compile()
+    if isinstance(trainer.strategy, FSDPStrategy):  # it shards only contiguous weights
+        module.network.to(memory_format=torch.contiguous_format)
 
 
 def use_findings(trainer: pl.Trainer, *, is_new_lr: bool) -> None:

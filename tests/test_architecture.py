@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "lightning_internals": set(),
     "nonfinite": set(),
     "monitors": {"evaluation"},
-    "preparation": {"checkpoints", "lightning_internals", "losses"},
+    "preparation": {"checkpoints", "lightning_internals", "losses", "monitors"},
     "schedules": {"lightning_internals", "monitors", "preparation"},
     "palette": set(),
     "pictures": {"atomic", "palette"},
