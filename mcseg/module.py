@@ -267,10 +267,9 @@ class SegmentationModule(CheckpointModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradient, before it is clipped, in steps that go to the loggers."""
-        if not logs_step(self.trainer):
-            return
-        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        if logs_step(self.trainer):
+            gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
     def on_train_epoch_end(self) -> None:
         """Check the last loss before a checkpoint is written."""
