@@ -21,7 +21,7 @@ from mcseg.run.resume import expand_resume, refuse_other_batches
 
 # Imports once and forks for each attempt. The parent computes nothing, as its threads would be missing in the children.
 ATTEMPTS = """
-import json, os, signal, sys
+import functools, json, os, signal, sys
 import pytorch_lightning as pl
 from mcseg.checkpoints import files as checkpoints
 from mcseg.run.main import main
@@ -63,6 +63,7 @@ for moment in [*moments, None]:
     if child == 0:
         if moment:
             make = pl.Trainer.__init__
+            @functools.wraps(make)  # the parser reads the types of the arguments
             def init(self, *args, callbacks=None, **options):
                 make(self, *args, callbacks=[*(callbacks or []), Killer(moment)], **options)
             pl.Trainer.__init__ = init
