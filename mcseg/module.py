@@ -13,10 +13,11 @@ from mcseg.evaluation.inference import Inference, labels_at, resize_labels
 from mcseg.evaluation.metrics import is_repeated
 from mcseg.kernels import fuses_upsampling, predicted_classes
 from mcseg.lightning_internals import logs_step
-from mcseg.losses import CrossEntropyLoss, Upsampling, default_objective, offered
+from mcseg.losses import CrossEntropyLoss, Upsampling, offered
+from mcseg.losses.probe import build_objective
 from mcseg.networks import SegmentationNetwork
 from mcseg.nonfinite import LossGuard, OnNonFinite
-from mcseg.preparation import prepare, set_up, use_findings
+from mcseg.preparation import begin, prepare, set_up
 from mcseg.schedules import Interval, WarmupPolynomialLR, optimizer_and_schedule, set_length, step_plateau
 from mcseg.seeds import seed_of, seeded
 
@@ -74,7 +75,7 @@ class SegmentationModule(CheckpointModule):
 
     Raises:
         ValueError: Unknown architecture or encoder; when training starts, an objective, optimiser or scheduler that a
-            checkpoint could not rebuild.
+            checkpoint could not rebuild, or an objective that fails on a small batch or does not leave out void pixels.
 
     Example:
         >>> import torch
@@ -124,7 +125,7 @@ class SegmentationModule(CheckpointModule):
             frozen_batch_norm=frozen_batch_norm,
             aux_channels=aux_channels if aux_weight else None,
         )
-        self.objective = objective if isinstance(objective, nn.Module) else (objective or default_objective)()
+        self.objective = build_objective(objective)
         self.optimizer = optimizer
         self.lr = self._configured_lr = lr
         self.scheduler = scheduler
@@ -252,11 +253,8 @@ class SegmentationModule(CheckpointModule):
         set_up(self, stage)
 
     def on_fit_start(self) -> None:
-        """Load the weights to start from, and calibrate the objective; a resumed run has both from its checkpoint."""
-        if not self._resumed:
-            prepare(self)
-            use_findings(self.trainer, is_new_lr=self.lr != self._configured_lr)
-        self._prepared, self._resumed = True, False
+        """Load the weights to start from and calibrate the objective, unless the run is resumed; try the objective."""
+        begin(self)
 
     def on_train_start(self) -> None:
         """Give the schedule the length of the run."""

@@ -7,9 +7,10 @@ import torch
 from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
 from pytorch_lightning.strategies import FSDPStrategy
 
-from mcseg.checkpoints.compatibility import initialize_network
+from mcseg.checkpoints.compatibility import load_initial_weights
 from mcseg.lightning_internals import begin_after_search
 from mcseg.losses import calibrate_from_data
+from mcseg.losses.probe import check_objective
 from mcseg.monitors import follow_scores
 
 
@@ -24,16 +25,14 @@ def prepare(module: Any) -> None:
     Raises:
         RuntimeError: The objective needs a calibration, and the data module does not count pixels.
     """
-    if module.hparams["init_from"] and not module.has_weights:
-        initialize_network(module.network, module.hparams["init_from"])
-    elif module.hparams["encoder_weights"] and not module.has_weights:
-        module.network.load_pretrained_encoder(module.hparams["encoder_weights"])
-    calibrate_from_data(module.objective, getattr(module.trainer, "datamodule", None))
+    if not module.has_weights:
+        load_initial_weights(module.network, module.hparams["init_from"], module.hparams["encoder_weights"])
+    calibrate_from_data(module.objective, getattr(module._attached_trainer, "datamodule", None))
 
 
-def finders(trainer: pl.Trainer) -> list[str]:
+def finders(trainer: pl.Trainer | None) -> list[str]:
     """Return the names of Lightning's callbacks that search a learning rate or a batch size before the training."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
     return [type(callback).__name__ for callback in callbacks if isinstance(callback, LearningRateFinder | BatchSizeFinder)]
 
 
@@ -59,12 +58,17 @@ def set_up(module: Any, stage: str) -> None:
         module.network.to(memory_format=torch.contiguous_format)
 
 
-def use_findings(trainer: pl.Trainer, *, is_new_lr: bool) -> None:
-    """Build the optimiser again if a learning rate was found, so that the schedule starts from it; end the search.
+def begin(module: Any) -> None:
+    """Prepare a module in ``on_fit_start``, after the searches of Lightning's finders, and try its objective.
 
-    For use in ``on_fit_start`` of the module; the callbacks of the searches come first.
+    A resumed run has weights and calibration from its checkpoint. If a learning rate was found, the optimiser is built
+    again, so that the schedule starts from it.
     """
-    if is_new_lr:
-        trainer.strategy.setup_optimizers(trainer)
-    if finders(trainer):
-        begin_after_search(trainer)
+    resumed, module._resumed, module._prepared = module._resumed, False, True
+    if not resumed:
+        prepare(module)
+        if module.lr != module._configured_lr:
+            module.trainer.strategy.setup_optimizers(module.trainer)
+        if finders(module._attached_trainer):
+            begin_after_search(module.trainer)
+    check_objective(module.objective, module.hparams["num_classes"], module.device)

@@ -469,6 +469,70 @@ def test_any_objective_by_its_name(arguments, objective):
     main(["validate", "--config", "synthetic", *arguments("synthetic"), *TINY, "--ckpt_path", str(path)])
 
 
+MY_LOSS = """
+import torch
+
+class MyLoss(torch.nn.Module):
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits, target):
+        return self.factor * torch.nn.functional.cross_entropy(logits, target, ignore_index=255)
+"""
+
+
+@pytest.mark.slow
+def test_an_objective_of_the_current_folder_that_is_deleted_after_training(arguments, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
+    Path("losses_of_mine.py").write_text(MY_LOSS)
+    options = [*arguments("synthetic"), *TINY]
+    main(["fit", "synthetic", *options, "--model.objective=losses_of_mine.MyLoss", "--model.objective.factor=2"])
+    run = run_folder("synthetic")
+    best = str(run / "checkpoints" / "best.ckpt")
+    trained = [row for row in logged_rows(run) if row["val/miou"]][-1]
+    Path("losses_of_mine.py").unlink()
+    monkeypatch.delitem(sys.modules, "losses_of_mine")
+    with caplog.at_level("INFO"):
+        main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", best])
+    assert "losses_of_mine.MyLoss cannot be built (ModuleNotFoundError" in caplog.text
+    (row,) = logged_rows(run_folder("config"))
+    assert row["val/miou"] == trained["val/miou"]
+    assert "val/loss" not in row
+    main(["predict", "synthetic", *options, "--ckpt_path", best])
+    assert len(list((run_folder("synthetic") / "masks").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["torch.nn.CrossEntropyLoss"], "CrossEntropyLoss has ignore_index -100; set ignore_index to 255"),
+        (["CrossEntropyLoss", "--model.objective.weight=[1,2]"], "weight: found 2 weights, expected 8, one per class"),
+        (
+            ["torch.nn.CrossEntropyLoss", "--model.objective.weight=[1,2]", "--model.objective.ignore_index=255"],
+            "CrossEntropyLoss fails for logits",
+        ),
+        (["FocalLoss", "--model.objective.weight=[1,2,3,4,5,6,7,-8]"], "weight: found -8.0, expected a finite number >= 0"),
+    ],
+    ids=str,
+)
+def test_unfit_objectives_are_one_line_before_training(arguments, capsys, words, expected):
+    line = fails(capsys, ["fit", "synthetic", *arguments("synthetic"), *TINY, "--model.objective", *words])
+    assert expected in line
+
+
+@pytest.mark.slow
+def test_class_weights_from_the_command_line(arguments):
+    weight = "--model.objective.weight=[1,2,3,4,5,6,7,0.5]"
+    for objective in (["CrossEntropyLoss"], ["torch.nn.CrossEntropyLoss", "--model.objective.ignore_index=255"]):
+        main(["fit", "synthetic", *arguments("synthetic"), *TINY, "--model.objective", *objective, weight])
+        folder = run_folder("synthetic")
+        saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]["objective"]["init_args"]["weight"]
+        loaded = SegmentationModule.load_from_checkpoint(folder / "checkpoints" / "best.ckpt").objective
+        assert saved == list(loaded.weight) == [1, 2, 3, 4, 5, 6, 7, 0.5]
+    main(["fit", "--resume", str(folder), "--trainer.max_epochs=2"])  # compares the settings, tensors among them
+
+
 def test_a_users_recipe_over_another_one(arguments, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("trainer: {max_steps: 2}\nmodel: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.25}}}\n")

@@ -33,6 +33,7 @@ class JaccardCallback(EvaluationCallback):
         self._metric: SegmentationScores | None = None
         self._tail: Tensor | None = None
         self._silent: set[str] = set()
+        self._reported_void = False
 
     def score_names(self, trainer: pl.Trainer, split: str) -> list[str]:
         """Return the names under which the scores of a split are logged."""
@@ -68,6 +69,12 @@ class JaccardCallback(EvaluationCallback):
         if trainer.sanity_checking:
             return
         self.scores[split] = scores
+        if not (scores.share > 0).any() and not self._reported_void:
+            self._reported_void = True
+            rank_zero_warn(
+                f"{split}: no pixel of the targets has a class, all are void (255), so the scores have no meaning; expected "
+                "labelled images; mcseg check names the masks"
+            )
         module.log(f"{split}/miou", scores.miou, prog_bar=True)
         values = {"pixel_accuracy": scores.pixel_accuracy, "classes_averaged": float(scores.classes_averaged)}
         values |= {

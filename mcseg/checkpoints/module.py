@@ -9,7 +9,12 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
 from pytorch_lightning.strategies import FSDPStrategy
 
-from mcseg.checkpoints.compatibility import check_network, check_num_classes, warn_of_other_classes
+from mcseg.checkpoints.compatibility import (
+    check_network,
+    check_num_classes,
+    drop_removed_parameters,
+    warn_of_other_classes,
+)
 from mcseg.checkpoints.files import VERSION
 from mcseg.checkpoints.hyperparameters import changed_arguments, plain_hyperparameters
 from mcseg.checkpoints.translate import (
@@ -17,6 +22,7 @@ from mcseg.checkpoints.translate import (
     rename_checkpoint_callbacks,
     translate_hyperparameters,
 )
+from mcseg.checkpoints.unavailable import UnavailableObjective
 from mcseg.lightning_internals import begin_next_epoch, classmethod_of_the_class, continue_epoch
 from mcseg.version import __version__
 
@@ -48,6 +54,8 @@ class CheckpointModule(pl.LightningModule):
         has_weights: Whether the weights are trained, or loaded from a checkpoint; test and predict raise an error for
             random weights.
     """
+
+    network: Any  # a `mcseg.networks.SegmentationNetwork`, which this package does not import
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,6 +90,7 @@ class CheckpointModule(pl.LightningModule):
 
         The checkpoint names the classes of its objective, optimiser and scheduler, which are imported and instantiated.
         Any other class or function raises ValueError before it is called, as do objects other than tensors and plain types.
+        If one of the three classes no longer exists, the module labels images nevertheless, and ``fit`` raises ValueError.
 
         Args:
             checkpoint_path: Path, URL or open file.
@@ -110,6 +119,8 @@ class CheckpointModule(pl.LightningModule):
         """Raise ValueError before training if checkpoints could not rebuild the module."""
         if stage == "fit" and self._not_plain:
             raise ValueError("; ".join(self._not_plain.values()))
+        if stage == "fit" and isinstance(self.objective, UnavailableObjective):
+            raise ValueError(self.objective.message)
 
     def on_train_start(self) -> None:
         """Set ``has_weights``: checkpoints contain trained weights from here on."""
@@ -143,7 +154,8 @@ class CheckpointModule(pl.LightningModule):
         drop_unused_offsets(checkpoint.get("state_dict", {}), self.state_dict())
         trainer = self._attached_trainer
         if trainer is None or not isinstance(trainer.strategy, FSDPStrategy):  # FSDP gives the tensors other names
-            check_network(checkpoint, self.state_dict())
+            check_network(checkpoint, self.state_dict(), self.network.removed)
+            drop_removed_parameters(checkpoint, self.network)
         if trainer is not None:
             keys = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
             rename_checkpoint_callbacks(checkpoint.get("callbacks", {}), keys)

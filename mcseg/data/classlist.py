@@ -37,7 +37,8 @@ def table_from_file(path: Path, by_color: bool) -> LabelTable:
     - ``color`` (optional): its RGB colour, three values 0..255.
 
     An optional top-level list ``void`` names further values, or colours, that are void. The value 255 is always void unless
-    a class has it.
+    a class has it. If all classes have different colours, palette files are read by colour, as programs write palettes in
+    any order, and so are colour files.
 
     Any other file is a text file with one class per line, ``name`` or ``name R G B``. Empty lines and lines that begin
     with ``#`` are skipped.
@@ -61,16 +62,20 @@ def table_from_file(path: Path, by_color: bool) -> LabelTable:
             content = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise DataError(f"{path}: not a valid TOML file ({error}); correct the syntax") from None
-        return table_from_toml(content, path.name, by_color)
+        return table_from_toml(content, path.name, by_color, colors=True)
     lines = enumerate(text.splitlines(), start=1)
     classes = [
         _parse_text_line(line, f"{path}, line {number}") for number, line in lines if line.strip() and line.strip()[0] != "#"
     ]
-    return table_from_toml({"classes": classes}, path.name, by_color)
+    return table_from_toml({"classes": classes}, path.name, by_color, colors=True)
 
 
 def table_from_toml(
-    content: Mapping[str, Any], where: str, by_color: bool = False, void: Sequence[int] = (IGNORE_INDEX,)
+    content: Mapping[str, Any],
+    where: str,
+    by_color: bool = False,
+    void: Sequence[int] = (IGNORE_INDEX,),
+    colors: bool = False,
 ) -> LabelTable:
     """Build the table from the content of a TOML class list, see `table_from_file`.
 
@@ -80,6 +85,7 @@ def table_from_toml(
         by_color: Whether colours stand for classes in the masks.
         void: Mask values that are void even if ``content`` does not list them, unless a class has them; not used if
             ``by_color`` is set.
+        colors: Whether colour and palette files are read by the colours, if all classes have different ones.
 
     Raises:
         DataError: The content is malformed, or a class has no colour although ``by_color`` is set.
@@ -116,14 +122,20 @@ def table_from_toml(
         shared = ", ".join(name for name, values in zip(names, raw, strict=True) if repeated.intersection(values))
         kind = "colour" if by_color else "id"
         raise DataError(f"{where}: the classes {shared} have the same {kind}; expected a different {kind} for each class")
-    void_values = [
-        pack_color(_parse_color(entry, f"{where}, void")) if by_color else _parse_id(entry, f"{where}, void")
-        for entry in content.get("void", [])
-    ]
+    entries = content.get("void", [])
+    # An index table may list void colours as well, for its palette files.
+    void_colors = [pack_color(_parse_color(v, f"{where}, void")) for v in entries if by_color or isinstance(v, list)]
+    void_values = void_colors if by_color else [_parse_id(v, f"{where}, void") for v in entries if not isinstance(v, list)]
     raw_ids = dict.fromkeys([*void_values, *(() if by_color else void)], IGNORE_INDEX)
     raw_ids |= {value: train for train, values in enumerate(raw) for value in values}
+    by_listed_color: dict[int, int] = {}
+    if colors and not by_color and all("color" in entry for entry in classes):
+        by_listed_color = dict.fromkeys(void_colors, IGNORE_INDEX)
+        by_listed_color |= {pack_color(color): train for train, color in enumerate(palette)}
+        if len(set(palette)) < len(palette):  # colours for pictures only
+            by_listed_color = {}
     try:
-        return LabelTable(names, palette, raw_ids, by_color=by_color)
+        return LabelTable(names, palette, raw_ids, by_color=by_color, colors=by_listed_color)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
 

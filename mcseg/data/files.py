@@ -7,7 +7,7 @@ import signal
 import threading
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 
-from mcseg.data.labels import IGNORE_INDEX, DataError, LabelTable, MissingFileError
+from mcseg.data.labels import IGNORE_INDEX, DataError, LabelTable, MissingFileError, pack_color
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _ORIENTATION = 0x0112  # EXIF tag
@@ -45,6 +45,21 @@ class Sample:
     mask: Path | None = None
     more_masks: tuple[Path, ...] = ()
     expected_mask: Path | None = None
+
+
+class MaskSurvey(NamedTuple):
+    """What `mcseg.data.check` compares between the masks of a data set.
+
+    Args:
+        counts: (C,) int64 pixels of each class.
+        palette: Index -> packed colour of the indices that a palette file uses; empty if the colours have been read, and
+            for other files.
+        transparent: Whether a mask of colours has transparent pixels, whose colours are read.
+    """
+
+    counts: Tensor
+    palette: Mapping[int, int] = {}
+    transparent: bool = False
 
 
 class Window(NamedTuple):
@@ -102,15 +117,44 @@ class FileReader:
     def mask(self, sample: Sample) -> Tensor:
         """Read the mask, (H,W) uint8 train ids, void 255."""
         path = mask_path(sample)
-        return torch.from_numpy(self.table.train_ids(self._stored(path), path))
+        values, palette = self._stored(path)
+        return torch.from_numpy(self.table.train_ids(values, path, palette))
 
     def counts(self, sample: Sample) -> Tensor:
         """Count the pixels of each class in the mask, (C,) int64."""
-        path = mask_path(sample)
-        histogram = None if self.table.by_color else self._histogram(path)
-        # No counts if a value has no class; mapping the mask then raises an error that names value and number of pixels.
-        counts = None if histogram is None else self.table.class_counts(histogram)
-        return count_labels(self.mask(sample), self.table.num_classes) if counts is None else torch.from_numpy(counts)
+        return self.survey(sample).counts
+
+    def survey(self, sample: Sample) -> MaskSurvey:
+        """Count the pixels of each class, and describe palette and transparency; decodes the mask once.
+
+        Raises:
+            DataError: The mask cannot be used.
+        """
+        path, table = mask_path(sample), self.table
+        with _open_upright(path) as file:
+            palette = _palette(file)
+            # Counting the values of an 8-bit PNG is faster than through an array. Other files need the checks of read_mask.
+            plain = file.format == "PNG" and (file.mode == "P" or (file.mode == "L" and not table.by_color))
+            histogram = np.array(file.histogram(), dtype=np.int64) if plain else None
+            values = None if plain else _values(file, path, table.by_color)
+            transparent = file.mode in ("RGBA", "LA") and np.array(file.getchannel("A")).min() < 255
+        if palette is not None and histogram is None and values is not None:
+            histogram = np.bincount(values.ravel(), minlength=256)
+        counted = None
+        if histogram is not None:
+            reads_colors = palette is not None and (table.by_color or table.colors)
+            ids = table.palette_ids(palette, histogram, path) if palette is not None and reads_colors else None
+            counted = table.class_counts(histogram, ids)
+        if counted is None:  # mapping the mask also raises the error that names an unknown value and its number of pixels
+            values, palette = (values, palette) if values is not None else self._stored(path)
+            mask = torch.from_numpy(table.train_ids(values, path, palette))
+            counts = count_labels(mask, table.num_classes)
+        else:
+            counts = torch.from_numpy(counted)
+        if palette is None or histogram is None or table.by_color or table.colors:
+            return MaskSurvey(counts, transparent=bool(transparent))
+        used = np.flatnonzero(histogram[: len(palette)]).tolist()
+        return MaskSurvey(counts, {index: pack_color(palette[index]) for index in used})
 
     def pair(self, sample: Sample, choose: Choice | None = None) -> tuple[Tensor, Tensor]:
         """Read image and mask, which must have the same size; with ``choose``, cut both to the window it returns."""
@@ -130,19 +174,13 @@ class FileReader:
         if masks:
             self._compare_sizes(sample, image, self._stored_size(mask_path(sample)) or image)
 
-    def _stored(self, path: Path) -> NDArray[np.integer[Any]]:
-        """Read the values of a mask file."""
-        return read_mask(path, self.table.by_color)
+    def _stored(self, path: Path) -> tuple[NDArray[np.integer[Any]], NDArray[np.uint8] | None]:
+        """Read the values of a mask file, and the colours (K,3) of a palette file."""
+        return read_values(path, self.table.by_color)
 
     def _stored_size(self, path: Path) -> tuple[int, int] | None:
         """Return (height, width) of a mask file; None if that needs decoding."""
         return image_size(path)
-
-    def _histogram(self, path: Path) -> NDArray[np.int64] | None:
-        """Count the pixels of each value in an 8-bit PNG, (256,), faster than through an array; None for other files."""
-        with _open_upright(path) as file:
-            plain = file.mode in ("L", "P") and file.format == "PNG"  # read_mask checks other files further
-            return np.array(file.histogram(), dtype=np.int64) if plain else None
 
     @staticmethod
     def _compare_sizes(sample: Sample, image: tuple[int, int], mask: tuple[int, int]) -> None:
@@ -262,7 +300,7 @@ def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
 
     Args:
         path: A lossless file: a palette or grey PNG of 1, 8 or 16 bits, or RGB if colours stand for classes.
-        by_color: Whether to read the colours of a palette file instead of its indices.
+        by_color: Whether to read the colours of a grey or palette file instead of its values.
 
     Returns:
         (H,W) integers, or (H,W,3) uint8 for colour files.
@@ -270,19 +308,53 @@ def read_mask(path: Path, by_color: bool = False) -> NDArray[np.integer[Any]]:
     Raises:
         DataError: The file cannot be read, is lossy (JPEG), or has values other than integer indices or 8-bit colours.
     """
+    values, palette = read_values(path, by_color)
+    if not by_color or palette is None:
+        return values
+    colors = np.zeros((256, 3), dtype=np.uint8)
+    colors[: len(palette)] = palette
+    shown: NDArray[np.uint8] = colors[values]
+    return shown
+
+
+def read_values(path: Path, by_color: bool = False) -> tuple[NDArray[np.integer[Any]], NDArray[np.uint8] | None]:
+    """Read a mask as `read_mask` does, but a palette file always as indices with its palette.
+
+    Args:
+        path: See `read_mask`.
+        by_color: Whether to convert grey files to colours.
+
+    Returns:
+        (H,W) integers, or (H,W,3) uint8 for colour files; and (K,3) uint8 colours of a palette file, K up to 256, or None.
+
+    Raises:
+        DataError: See `read_mask`.
+    """
     with _open_upright(path) as file:
-        if "JPEG" in (file.format, str(file.info.get("compression")).upper()):
-            raise DataError(f"{path}: JPEG changes label values; expected a lossless mask; export it again as PNG")
-        if file.mode in ("F", "CMYK", "YCbCr", "LAB", "HSV"):
-            raise DataError(f"{path}: mask of mode {file.mode}; expected integer indices or RGB colours; convert it")
-        if any(";16" in str(tile[3]) for tile in file.tile) and file.mode in ("RGB", "RGBA", "LA"):
-            raise DataError(f"{path}: a 16-bit mask of several channels; expected one channel or 8-bit colours; convert it")
-        if by_color or file.mode in ("RGB", "RGBA"):
-            return np.array(file.convert("RGB"))
-        if file.mode in ("LA", "PA"):
-            return np.array(file.getchannel(0))
-        values = np.array(file)
-        return values.astype(np.uint8) if values.dtype == np.bool_ else values
+        return _values(file, path, by_color), _palette(file)
+
+
+def _values(file: ImageFile.ImageFile, path: Path, by_color: bool) -> NDArray[np.integer[Any]]:
+    """Return the values of an open mask file, see `read_values`."""
+    if "JPEG" in (file.format, str(file.info.get("compression")).upper()):
+        raise DataError(f"{path}: JPEG changes label values; expected a lossless mask; export it again as PNG")
+    if file.mode in ("F", "CMYK", "YCbCr", "LAB", "HSV"):
+        raise DataError(f"{path}: mask of mode {file.mode}; expected integer indices or RGB colours; convert it")
+    if any(";16" in str(tile[3]) for tile in file.tile) and file.mode in ("RGB", "RGBA", "LA"):
+        raise DataError(f"{path}: a 16-bit mask of several channels; expected one channel or 8-bit colours; convert it")
+    if file.mode in ("RGB", "RGBA") or (by_color and file.mode not in ("P", "PA")):
+        return np.array(file.convert("RGB"))
+    if file.mode in ("LA", "PA"):
+        return np.array(file.getchannel(0))
+    values = np.array(file)
+    return values.astype(np.uint8) if values.dtype == np.bool_ else values
+
+
+def _palette(file: Image.Image) -> NDArray[np.uint8] | None:
+    """Return the colours (K,3) of a palette file, K up to 256; None for other files."""
+    if file.mode not in ("P", "PA"):
+        return None
+    return np.array(file.getpalette("RGB") or [], dtype=np.uint8).reshape(-1, 3)
 
 
 def prepare_worker(_worker: int) -> None:

@@ -29,8 +29,8 @@ class FolderData(SegmentationData):
     - ``fraction``: at random, with ``split_seed``;
     - ``auto``: ``list`` if ``root/train.txt`` exists, else ``folder`` if there is a ``train`` folder, else ``fraction``.
 
-    Masks contain class indices (8- or 16-bit grey or palette files; 255 is void), or RGB colours if the class list gives
-    each class a colour.
+    Masks contain class indices (8- or 16-bit grey or palette files; 255 is void). If the class list gives each class a
+    colour of its own, colour and palette files are read by their colours.
 
     Args:
         root: Path of the folder.

@@ -30,6 +30,7 @@ from mcseg.callbacks.trackers import log_configuration
 from mcseg.checkpoints.files import CheckpointFile, read_checkpoint, steps_done, written_by
 from mcseg.checkpoints.hyperparameters import refuse_calls
 from mcseg.checkpoints.translate import translate_hyperparameters
+from mcseg.checkpoints.unavailable import labelling_hyperparameters
 from mcseg.data import SegmentationData
 from mcseg.evaluation.inference import Inference
 from mcseg.lightning_internals import CheckpointSettingsCLI, as_settings, cpu_computes_bfloat16
@@ -203,7 +204,9 @@ class SegmentationCLI(CheckpointSettingsCLI):
         """
         checkpoint = read_checkpoint(path)
         try:
-            stored, remarks = translate_hyperparameters(checkpoint.get("hyper_parameters", {}))
+            # Only training needs objective, optimiser and scheduler, so their classes need not exist to label images.
+            translate = translate_hyperparameters if verb == "fit" else labelling_hyperparameters
+            stored, remarks = translate(checkpoint.get("hyper_parameters", {}))
             refuse_calls(SegmentationModule, stored, {})
             if stored:
                 self.config = self.parser.parse_object({verb: {"model": as_settings(stored)}}, self.config)

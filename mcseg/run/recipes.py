@@ -16,6 +16,7 @@ _CONFIG = ("--config", "-c")
 _CALLBACKS = "--trainer.callbacks"
 _NO_OBJECTIVE = "--model.objective=null"
 _NO_OPTIONS = "--model.network_options=null"
+_TRAINING = ("fit", "compare")  # the verbs that need the objective
 
 
 def recipe_names() -> list[str]:
@@ -62,7 +63,7 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
     for flag, value in _flags_and_values(words):
         if flag in _CONFIG and value:
             names.append(value)
-            expanded += _layer(recipe_path(value, words[0]), first=len(names) == 1)
+            expanded += _layer(recipe_path(value, words[0]), first=len(names) == 1, trains=words[0] in _TRAINING)
             recipes_end = len(expanded)
         elif flag == "--model.objective" and value:
             expanded += [_NO_OBJECTIVE, f"{flag}={_full_name(value)}"]
@@ -141,15 +142,16 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _layer(recipe: Path, first: bool) -> list[str]:
+def _layer(recipe: Path, *, first: bool, trains: bool) -> list[str]:
     """Return the arguments that layer a recipe on the previous ones, or on the defaults if it is the ``first``.
 
     A recipe with the class of an objective replaces the objective: without the null, the parser would keep arguments of the
     previous objective that the new class accepts as well. A recipe with an architecture replaces the network's options. The
     callbacks of recipes add up. Changed settings, also those of an earlier version that are translated, are passed to the
-    parser as text instead of the path.
+    parser as text instead of the path. Unless the verb ``trains``, an objective, optimiser or scheduler that cannot be built
+    is left out.
     """
-    content, source = _translated(recipe)
+    content, source = _translated(recipe, trains=trains)
     trainer, callbacks = content.get("trainer"), []
     if not first and isinstance(trainer, dict) and trainer.get("callbacks"):
         callbacks = [f"{_CALLBACKS}+={json.dumps(trainer['callbacks'])}"]  # the parser appends
@@ -162,11 +164,12 @@ def _layer(recipe: Path, first: bool) -> list[str]:
     return [*[_NO_OBJECTIVE] * replaces, *[_NO_OPTIONS] * other_arch, "--config", source, *callbacks]
 
 
-def _translated(recipe: Path) -> tuple[dict[str, Any], str]:
+def _translated(recipe: Path, *, trains: bool) -> tuple[dict[str, Any], str]:
     """Return a recipe's content, translated to this version's names, and its path or, if translated, its text."""
     from pytorch_lightning.utilities import rank_zero_info
 
     from mcseg.checkpoints.translate import translate_config
+    from mcseg.checkpoints.unavailable import unavailable
 
     content = _content(recipe)
     try:
@@ -176,6 +179,13 @@ def _translated(recipe: Path) -> tuple[dict[str, Any], str]:
     for remark in remarks:
         rank_zero_info(f"{recipe}: {remark}")
     translation = _with_learning_rate(translation, recipe)
+    model = translation.get("model")
+    if not trains and isinstance(model, dict) and (reasons := unavailable(model)):
+        translation = translation | {"model": {name: value for name, value in model.items() if name not in reasons}}
+        for name, reason in reasons.items():
+            rank_zero_info(
+                f"{recipe}: {name} {model[name]['class_path']} cannot be built ({reason}); only training needs it"
+            )
     return translation, str(recipe) if translation == content else yaml.safe_dump(translation, sort_keys=False)
 
 

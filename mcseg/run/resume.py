@@ -9,10 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
 
 from mcseg.checkpoints.files import read_checkpoint
 from mcseg.lightning_internals import batches_of_unfinished_epoch, set_csv_columns
@@ -175,6 +177,8 @@ def changed_settings(run: Namespace, given: Namespace) -> dict[str, tuple[Any, A
 def _is_same(key: str, old: Any, new: Any) -> bool:
     if key.endswith(".class_path") and old and new:  # a class may have several paths
         return pkgutil.resolve_name(old) is pkgutil.resolve_name(new)
+    if isinstance(old, Tensor) and isinstance(new, Tensor):  # class weights of a loss of torch
+        return torch.equal(old, new)
     return bool(old == new)
 
 
