@@ -549,6 +549,37 @@ def test_a_users_recipe_over_another_one(arguments, tmp_path):
     assert saved["data"]["init_args"]["train_scenes"] == 4
 
 
+LAYERS = {
+    "stop": "callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/miou, patience: 2}}]",
+    "longer": "callbacks: {class_path: EarlyStopping, init_args: {monitor: val/miou, patience: 9}}",
+    "two": "callbacks: [{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 5}}, "
+    "{class_path: ModelCheckpoint, init_args: {every_n_epochs: 2}}]",
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "line"),
+    [
+        ("--config stop.yaml --config options/ema", ["EarlyStopping 2", "EMAWeightAveraging None"], ""),
+        ("--config options/ema --config two.yaml", ["EMAWeightAveraging None", "ModelCheckpoint None", "ModelCheckpoint None"], ""),
+        ("--config stop.yaml --config longer.yaml", ["EarlyStopping 9"], "a later EarlyStopping of val/miou replaces an earlier one: patience 9 instead of 2"),
+        ("--config options/ema --trainer.callbacks EarlyStopping --trainer.callbacks.monitor val/loss", ["EMAWeightAveraging None", "EarlyStopping 3"], ""),
+        ("--config stop.yaml --trainer.callbacks.patience 7", ["EarlyStopping 7"], ""),
+        ("--config stop.yaml --trainer.callbacks null", [], ""),
+    ],
+)  # fmt: skip
+def test_callbacks_of_layered_recipes_add_up(words, expected, line, tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in LAYERS.items():
+        Path(f"{name}.yaml").write_text("trainer:\n  " + text + "\n")
+    with caplog.at_level("INFO"):
+        recipe, words = find_recipes(["fit", *words.split()])
+        callbacks = ParseOnlyCLI(recipe, words[1:], run=False).config.trainer.callbacks or []
+    assert [f"{c.class_path.rpartition('.')[2]} {c.init_args.get('patience')}" for c in callbacks] == expected
+    assert caplog.text.count("replaces") == bool(line)
+    assert line in caplog.text
+
+
 def test_saved_config_repeats_the_run_in_a_new_folder(arguments):
     main(["fit", "--config", "synthetic", *arguments("synthetic"), *TINY])
     first = run_folder("synthetic")

@@ -35,6 +35,11 @@ class JaccardCallback(EvaluationCallback):
         self._silent: set[str] = set()
         self._reported_void = False
 
+    def score_names(self, trainer: pl.Trainer, split: str) -> list[str]:
+        """Return the names under which the scores of a split are logged."""
+        totals = ("miou", "miou_tail", "pixel_accuracy", "classes_averaged")
+        return [f"{split}/{name}" for name in (*totals, *(f"iou/{name}" for name in class_names(trainer, self.class_names)))]
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Determine the rarest third of the classes."""
         class_pixels = getattr(getattr(trainer, "datamodule", None), "class_pixels", None)
@@ -112,12 +117,6 @@ class JaccardCallback(EvaluationCallback):
     def _print(self, trainer: pl.Trainer, split: str) -> None:
         if split in self.scores:
             rank_zero_info("\n" + score_table(self.scores[split], class_names(trainer, self.class_names), split))
-
-
-def score_names(split: str, names: Sequence[str]) -> list[str]:
-    """Return the keys under which `JaccardCallback` logs the scores of a split with classes of these ``names``."""
-    totals = ("miou", "miou_tail", "pixel_accuracy", "classes_averaged")
-    return [f"{split}/{name}" for name in (*totals, *(f"iou/{name}" for name in names))]
 
 
 def score_table(scores: Scores, names: Sequence[str], split: str) -> str:

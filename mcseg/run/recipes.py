@@ -1,6 +1,7 @@
 """Recipes, the YAML files that come with mcseg, and short forms of command-line arguments."""
 
 import difflib
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from mcseg.messages import one_line
 
 RECIPES = Path(__file__).parents[1] / "configs"
 _CONFIG = ("--config", "-c")
+_CALLBACKS = "--trainer.callbacks"
 _NO_OBJECTIVE = "--model.objective=null"
 _NO_OPTIONS = "--model.network_options=null"
 _TRAINING = ("fit", "compare")  # the verbs that need the objective
@@ -33,7 +35,7 @@ def expand_shorthand(words: Sequence[str]) -> list[str]:
     verb, *rest = words
     if rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
-    short = {"--root": "--data.root", "--format": "--writer.format"}
+    short = {"--root": "--data.root", "--format": "--writer.format", "--model.lr": "--model.optimizer.lr"}
     if verb == "bound":
         short |= {f"--{name}": f"--bound.{name}" for name in ("level", "group", "selected_from", "largest_pixels")}
     pairs = (word.partition("=") for word in rest)
@@ -65,6 +67,8 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
             recipes_end = len(expanded)
         elif flag == "--model.objective" and value:
             expanded += [_NO_OBJECTIVE, f"{flag}={_full_name(value)}"]
+        elif flag == _CALLBACKS and value and yaml.safe_load(value):  # null and [] remove the recipe's callbacks
+            expanded.append(f"{flag}+={value}")
         else:  # the parser reports missing values
             expanded.append(flag if value is None else f"{flag}={value}")
         if flag == "--model.arch":  # replaces the recipe's options, but not those on the command line
@@ -89,7 +93,7 @@ def _flags_and_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     while rest:
         word = rest.pop(0)
         flag, equals, value = word.partition("=")
-        if flag not in (*_CONFIG, "--model.objective", "--model.arch"):
+        if flag not in (*_CONFIG, "--model.objective", "--model.arch", _CALLBACKS):
             yield word, None
         elif equals:
             yield flag, value
@@ -143,15 +147,21 @@ def _layer(recipe: Path, *, first: bool, trains: bool) -> list[str]:
 
     A recipe with the class of an objective replaces the objective: without the null, the parser would keep arguments of the
     previous objective that the new class accepts as well. A recipe with an architecture replaces the network's options. The
-    settings of an earlier version are translated, and passed to the parser as text instead of the path. Unless the verb
-    ``trains``, an objective, optimiser or scheduler that cannot be built is left out.
+    callbacks of recipes add up. Changed settings, also those of an earlier version that are translated, are passed to the
+    parser as text instead of the path. Unless the verb ``trains``, an objective, optimiser or scheduler that cannot be built
+    is left out.
     """
     content, source = _translated(recipe, trains=trains)
+    trainer, callbacks = content.get("trainer"), []
+    if not first and isinstance(trainer, dict) and trainer.get("callbacks"):
+        callbacks = [f"{_CALLBACKS}+={json.dumps(trainer['callbacks'])}"]  # the parser appends
+        trainer = {key: value for key, value in trainer.items() if key != "callbacks"}
+        source = yaml.safe_dump({**content, "trainer": trainer}, sort_keys=False)
     model = content.get("model")
     objective = model.get("objective") if isinstance(model, dict) else None
     replaces = isinstance(objective, str) or (isinstance(objective, dict) and "class_path" in objective)
     other_arch = not first and isinstance(model, dict) and "arch" in model
-    return [*[_NO_OBJECTIVE] * replaces, *[_NO_OPTIONS] * other_arch, "--config", source]
+    return [*[_NO_OBJECTIVE] * replaces, *[_NO_OPTIONS] * other_arch, "--config", source, *callbacks]
 
 
 def _translated(recipe: Path, *, trains: bool) -> tuple[dict[str, Any], str]:
@@ -168,6 +178,7 @@ def _translated(recipe: Path, *, trains: bool) -> tuple[dict[str, Any], str]:
         raise ValueError(f"--config {recipe}: {error}") from None
     for remark in remarks:
         rank_zero_info(f"{recipe}: {remark}")
+    translation = _with_learning_rate(translation, recipe)
     model = translation.get("model")
     if not trains and isinstance(model, dict) and (reasons := unavailable(model)):
         translation = translation | {"model": {name: value for name, value in model.items() if name not in reasons}}
@@ -176,3 +187,21 @@ def _translated(recipe: Path, *, trains: bool) -> tuple[dict[str, Any], str]:
                 f"{recipe}: {name} {model[name]['class_path']} cannot be built ({reason}); only training needs it"
             )
     return translation, str(recipe) if translation == content else yaml.safe_dump(translation, sort_keys=False)
+
+
+def _with_learning_rate(content: dict[str, Any], recipe: Path) -> dict[str, Any]:
+    """Move ``model.lr`` to the optimiser, so that later layers and arguments can override it."""
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("lr") is None:
+        return content
+    optimizer = model.get("optimizer") or {}
+    optimizer = {"class_path": optimizer} if isinstance(optimizer, str) else dict(optimizer)
+    arguments = {key: value for key, value in optimizer.items() if key not in ("class_path", "init_args")}
+    arguments |= optimizer.get("init_args") or {}
+    if arguments.get("lr", model["lr"]) != model["lr"]:
+        raise ValueError(
+            f"--config {recipe}: found model.lr {model['lr']} and lr {arguments['lr']} of model.optimizer; remove one"
+        )
+    known = {"class_path": optimizer["class_path"]} if "class_path" in optimizer else {}
+    optimizer = {**known, "init_args": {**arguments, "lr": model["lr"]}}
+    return {**content, "model": {**model, "lr": None, "optimizer": optimizer}}
