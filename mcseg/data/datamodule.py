@@ -184,6 +184,10 @@ class SegmentationData(pl.LightningDataModule):
         """List warnings about a usable split, one line each; none by default."""
         return []
 
+    def layout(self) -> list[str]:
+        """Describe where images, masks and classes were found, one line each; none by default."""
+        return []
+
     def expected(self, split: str) -> str:
         """Describe the files that a split needs and how to get them, for messages; "" by default."""
         return ""
