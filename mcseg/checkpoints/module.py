@@ -100,10 +100,18 @@ class CheckpointModule(pl.LightningModule):
         self._require_weights("predict")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the version, and the class names, so that loading for other classes gives a warning."""
+        """Store the version, and what prediction needs of the data: names and colours of the classes, and settings.
+
+        Loading for data with other names gives a warning.
+        """
         checkpoint[VERSION] = __version__
         if names := self._class_names():
             checkpoint["class_names"] = names
+        data = getattr(self._attached_trainer, "datamodule", None)
+        if palette := getattr(data, "palette", None):
+            checkpoint["palette"] = [list(color) for color in palette]
+        if settings := getattr(data, "prediction_settings", None):
+            checkpoint["prediction_settings"] = dict(settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint fits, and set ``has_weights``.

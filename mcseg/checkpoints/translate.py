@@ -22,6 +22,9 @@ _SCALES = {"ijcv2022": ("tau", "upsilon"), "miou": ("max_margin",), "none": ()}
 # Former arguments of the module for its polynomial schedule -> arguments of WarmupPolynomialLR
 _SCHEDULE = {"lr_power": "power", "warmup_steps": "warmup_steps"}
 
+# Settings of FolderData in the config.yaml of runs of earlier versions, which drew random splits by the images' order
+_FOLDER_SETTINGS = {"split", "val_fraction", "test_fraction", "split_seed", "images_dir", "masks_dir", "mask_suffix"}
+
 
 def translate_hyperparameters(stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Translate a checkpoint's hyperparameters into arguments of this version's module.
@@ -55,13 +58,14 @@ def translate_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     Raises:
         ValueError: The objective has no successor.
     """
+    content, split_remarks = _data_split(content)
     model = content.get("model")
     if not isinstance(model, Mapping):
-        return dict(content), []
+        return dict(content), split_remarks
     if not _SCHEDULE.keys() & model.keys() and not _has_former_arguments(model.get("objective")):
-        return dict(content), []
+        return dict(content), split_remarks
     arguments, remarks = translate_hyperparameters(model)
-    return {**content, "model": arguments}, remarks
+    return {**content, "model": arguments}, [*split_remarks, *remarks]
 
 
 def drop_unused_offsets(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -74,6 +78,25 @@ def drop_unused_offsets(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> 
     for name in list(state):
         if name.startswith("objective.") and name.endswith(("foreground_offsets", "background_offsets")) and name not in own:
             del state[name]
+
+
+def _data_split(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """Keep the random split of a run whose images were drawn by their order.
+
+    The ``config.yaml`` of a run has all settings of its data, a recipe has a few: `_FOLDER_SETTINGS` are those of a folder
+    before ``draw`` existed.
+    """
+    data = content.get("data")
+    given = data.get("init_args") if isinstance(data, Mapping) else None
+    if not isinstance(data, Mapping) or not isinstance(given, Mapping):
+        return content, []
+    is_folder = str(data.get("class_path", "")).rpartition(".")[2] == "FolderData"
+    if not is_folder or "draw" in given or not given.keys() >= _FOLDER_SETTINGS:
+        return content, []
+    remarks = []
+    if given["split"] in ("auto", "fraction"):
+        remarks.append("data: a random split is kept as it was (draw order); new runs draw each image by its name")
+    return {**content, "data": {**data, "init_args": {**given, "draw": "order"}}}, remarks
 
 
 def _schedule(arguments: dict[str, Any], remarks: list[str]) -> None:

@@ -45,7 +45,7 @@ class FolderData(SegmentationData):
     each class a colour.
 
     Args:
-        root: Path of the folder; None is the folder of ``pairs``.
+        root: Path of the folder; None is the folder of ``pairs``. Not needed to predict the images of ``predict_root``.
         classes: Class names in the order of their indices, or the path of a class list (see
             `~mcseg.data.classlist.table_from_file`); None looks for one, see `~mcseg.data.classlist.find_class_list`.
         split: ``auto``, ``folder``, ``list`` or ``fraction``, see above.
@@ -85,7 +85,8 @@ class FolderData(SegmentationData):
         **options: Any,
     ) -> None:
         expected = f"expected a folder with {images_dir or 'images'}, {masks_dir or 'masks'} and a class list"
-        if root is None and pairs is None:
+        predicts = isinstance(classes, list) and options.get("predict_root") is not None
+        if root is None and pairs is None and not predicts:
             raise DataError(f"data.root is not set: {expected}")
         folder = Path(pairs or "").expanduser().parent if root is None else Path(root).expanduser()
         if not folder.is_dir():
@@ -103,7 +104,7 @@ class FolderData(SegmentationData):
         self.fractions = (val_fraction, test_fraction)
         self.split_seed = split_seed
         self.draw = draw
-        super().__init__(self._read_classes(classes), folder, **options)
+        super().__init__(self._read_classes(classes), None if root is None and pairs is None else folder, **options)
 
     @property
     def split(self) -> Split:

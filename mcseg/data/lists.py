@@ -65,7 +65,7 @@ def choose(path: Path, samples: Sequence[Sample], where: str) -> list[Sample]:
         if not text:
             continue
         found = matching(text)
-        if not found and len(columns := text.split()) == 2:
+        if len(found) != 1 and len(columns := text.split()) == 2:
             found = matching(columns[0])
         if len(found) > 1:
             raise DataError(

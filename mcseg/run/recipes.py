@@ -1,6 +1,7 @@
 """Recipes, the YAML files that come with mcseg, and short forms of command-line arguments."""
 
 import difflib
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,22 +29,43 @@ def default_objective() -> dict[str, Any]:
 
 
 def expand_shorthand(words: Sequence[str]) -> list[str]:
-    """Expand short forms: a recipe after the verb, ``--root``, ``--format``, the settings of ``bound``."""
+    """Expand short forms: a recipe or a checkpoint after the verb, ``--root``, ``--images``, ``--format``, ``bound``'s."""
     verb, *rest = words
+    if verb == "predict":
+        rest = _one_value(rest, "--images")
+    for index in range(min(2, len(rest))):
+        if rest[index].startswith("-"):
+            break
+        if rest[index].endswith(".ckpt") and verb in ("validate", "test", "predict", "bound"):
+            rest[index : index + 1] = [f"--ckpt_path={rest[index]}"]
+            break
     if rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
     short = {"--root": "--data.root", "--format": "--writer.format"}
+    if verb == "predict":
+        short["--images"] = "--data.predict_root"
     if verb == "bound":
         short |= {f"--{name}": f"--bound.{name}" for name in ("level", "group", "selected_from", "largest_pixels")}
     pairs = (word.partition("=") for word in rest)
     return [verb, *(short.get(flag, flag) + equals + value for flag, equals, value in pairs)]
 
 
+def _one_value(words: Sequence[str], flag: str) -> list[str]:
+    """Join the values of a flag to one list, so that a shell may expand a pattern: ``--images a.jpg b.jpg``."""
+    if flag not in words:
+        return list(words)
+    start = list(words).index(flag) + 1
+    end = next((index for index in range(start, len(words)) if words[index].startswith("-")), len(words))
+    values = list(words[start:end])
+    return [*words[:start], *([json.dumps(values)] if len(values) > 1 else values), *words[end:]]
+
+
 def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
     """Replace the names of recipes by their paths.
 
     Args:
-        words: Verb and arguments, short forms expanded. If no recipe has data, ``synthetic`` is the first recipe.
+        words: Verb and arguments, short forms expanded. If no recipe has data, ``synthetic`` is the first recipe,
+            or ``folder`` for the prediction of images.
 
     Returns:
         The name of the first recipe, for the run folder, and the arguments for the parser.
@@ -53,7 +75,9 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
         ValueError: A recipe is not a YAML mapping.
     """
     if _lacks_data(words):
-        words = [*words[:1], "--config", "synthetic", *words[1:]]  # embedded data, so that every verb runs without arguments
+        # Embedded data, so that every verb runs without arguments; for images to predict, the checkpoint has the classes.
+        predicts = words[0] == "predict" and any(word.startswith("--data.predict_root") for word in words)
+        words = [*words[:1], "--config", "folder" if predicts else "synthetic", *words[1:]]
     expanded: list[str] = []
     names: list[str] = []
     recipes_end = 1  # index after the last recipe in `expanded`
