@@ -3,6 +3,7 @@
 import csv
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -665,10 +666,14 @@ def test_predict_without_the_training_folder(photo_folder, tmp_path, capsys, mon
         Image.open(photo_folder / "images" / "photo 0.jpg").save(new / name)
     (new / "link").symlink_to(new)
     shutil.rmtree(photo_folder)
-    scales = []
-    monkeypatch.setattr(
-        "mcseg.data.batches.resize_image", lambda image, scale, *rest, **named: scales.append(scale) or image
-    )
+    sizes = []
+    step = SegmentationModule.predict_step
+
+    def watched(module, batch, index):
+        sizes.append(tuple(batch["image"].shape[-2:]))
+        return step(module, batch, index)
+
+    monkeypatch.setattr(SegmentationModule, "predict_step", watched)
     out = tmp_path / "out"
     main(["predict", str(checkpoint), "--images", str(new), f"--writer.output_dir={out}", *TINY])
     expected = {"A_bmp", "a_jpg", "a_jpg_", "a_png", "v1.0/a", "v1.0/deep/a"}
@@ -678,7 +683,7 @@ def test_predict_without_the_training_folder(photo_folder, tmp_path, capsys, mon
     with Image.open(out / "masks" / "v1.0" / "a.png") as file:
         assert file.size == (32, 24)
         assert file.getpalette()[:9] == [10, 20, 30, 40, 50, 60, 70, 80, 90]
-    assert set(scales) == {0.5}
+    assert set(sizes) == {(12, 16)}
     several = [str(new / "a.jpg"), str(new / "v1.0" / "a.png")]  # as a shell expands a pattern
     for values, names in (
         ([str(new / "v1.0" / "**" / "*.png")], {"a", "deep/a"}),

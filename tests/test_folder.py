@@ -73,7 +73,7 @@ def test_usual_layouts(tmp_path, layout):
     images, masks, options = LAYOUTS[layout]
     root = write_tree(tmp_path / "data", images, masks, **options)
     (root / "runs" / "masks").mkdir(parents=True)  # results of a run in the same folder
-    shutil.copy(next(root.rglob("*.png")), root / "runs" / "masks")
+    shutil.copy(next(path for path in root.rglob("*.*") if path.suffix != ".txt"), root / "runs" / "masks")
     assert pairs_of(root) == BY_SPLIT
     report = check(FolderData(root, num_workers=0), progress=False)
     assert report.problems == []
@@ -286,3 +286,19 @@ def test_draw_by_order_is_the_split_of_earlier_versions(photo_folder):
     data = FolderData(photo_folder, draw="order", val_fraction=0.3, test_fraction=0.2)
     assert [sample.name for sample in data.samples("val")] == ["photo 1", "photo 7", "photo 8"]
     assert [sample.name for sample in data.samples("test")] == ["photo 3", "photo 5"]
+
+
+def test_equal_images_are_reported_once_per_pair_of_splits(tmp_path):
+    root = write_tree(tmp_path / "data", "images/{s}/a{i}", "masks/{s}/a{i}")
+    images = root / "images"
+    shutil.copy(images / "train" / "a0.png", images / "val" / "a4.png")
+    shutil.copy(images / "train" / "a2.png", images / "val" / "a5.png")
+    shutil.copy(images / "train" / "a3.png", images / "train" / "a1.png")
+    report = check(FolderData(root, num_workers=0), progress=False)
+    assert report.problems == []
+    within, across = sorted(report.warnings, key=len)
+    assert within == f"{images}/train/a3.png and {images}/train/a1.png contain the same image"
+    assert across.endswith(
+        f"{images}/val/a4.png and {images}/train/a0.png contain the same image; 2 such pairs in train and val: scores on "
+        "training images are too high"
+    )

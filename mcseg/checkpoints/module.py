@@ -8,7 +8,7 @@ from typing import Any, Self
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import FSDPStrategy
 
-from mcseg.checkpoints.compatibility import check_network, check_num_classes, warn_of_other_classes
+from mcseg.checkpoints.compatibility import check_network, check_num_classes, warn_of_other_classes, warn_of_other_split
 from mcseg.checkpoints.files import VERSION
 from mcseg.checkpoints.hyperparameters import changed_arguments, plain_hyperparameters
 from mcseg.checkpoints.translate import drop_unused_offsets
@@ -112,6 +112,8 @@ class CheckpointModule(pl.LightningModule):
             checkpoint["palette"] = [list(color) for color in palette]
         if settings := getattr(data, "prediction_settings", None):
             checkpoint["prediction_settings"] = dict(settings)
+        if data is not None and hasattr(data, "random_split"):
+            checkpoint["random_split"] = data.random_split
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint fits, and set ``has_weights``.
@@ -121,6 +123,9 @@ class CheckpointModule(pl.LightningModule):
         """
         check_num_classes(checkpoint, self.hparams["num_classes"])
         warn_of_other_classes(checkpoint, self._class_names())
+        if self._attached_trainer is not None and self._attached_trainer.state.fn != "predict":
+            data = getattr(self._attached_trainer, "datamodule", None)
+            warn_of_other_split(checkpoint, getattr(data, "random_split", None))
         drop_unused_offsets(checkpoint.get("state_dict", {}), self.state_dict())
         trainer = self._attached_trainer
         if trainer is None or not isinstance(trainer.strategy, FSDPStrategy):  # FSDP gives the tensors other names

@@ -170,6 +170,11 @@ class SegmentationData(pl.LightningDataModule):
         """Arguments that change how images are given to the network; checkpoints store them for prediction."""
         return {"image_scale": self.image_scale, "max_side": self.max_side}
 
+    @property
+    def random_split(self) -> dict[str, Any] | None:
+        """Settings of the random split, which checkpoints store; None if the split is not random."""
+        return None
+
     def set_palette(self, palette: Sequence[Sequence[int]]) -> None:
         """Set the RGB colour of each class, for prediction with the colours of a checkpoint."""
         if isinstance(self.reader, FileReader):

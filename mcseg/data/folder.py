@@ -117,6 +117,14 @@ class FolderData(SegmentationData):
             return "list"
         return "folder" if self.tree.splits else "fraction"
 
+    @property
+    def random_split(self) -> dict[str, Any] | None:
+        """Settings of the random split, which checkpoints store; None if the split is not random."""
+        if self.split != "fraction":
+            return None
+        names = ("draw", "split_seed", "val_fraction", "test_fraction")
+        return dict(zip(names, (self.draw, self.split_seed, *self.fractions), strict=True))
+
     def setup(self, stage: str = "fit") -> None:
         """List and verify the splits of the stage; report the shares of a random split before training."""
         super().setup(stage)

@@ -213,11 +213,7 @@ class SegmentationCLI(CheckpointSettingsCLI):
         """Predict images without the folder of the training: take classes and settings of the data from the checkpoint."""
         config = self.verb_config
         data = config.get("data")
-        if (
-            self.subcommand != "predict"
-            or data.class_path.rpartition(".")[2] != "FolderData"
-            or not data.init_args.predict_root
-        ):
+        if self.subcommand != "predict" or not data.class_path.endswith(".FolderData") or not data.init_args.predict_root:
             return
         path, given = Path(config.ckpt_path), data.init_args
         checkpoint = read_checkpoint(path) if path.is_file() else {}
