@@ -29,7 +29,7 @@ from mcseg.module import SegmentationModule
 from mcseg.run.cli import ParseOnlyCLI
 from mcseg.run.folder import run_folder as new_run_folder
 from mcseg.run.main import main
-from mcseg.run.recipes import RECIPES, find_recipes
+from mcseg.run.recipes import RECIPES, expand_shorthand, find_recipes
 
 UNET = ["--model.network_options", '{"decoder_channels": [16, 16, 8, 8, 8]}']
 DEEPLAB = [
@@ -651,6 +651,21 @@ def test_a_bad_file_found_by_a_worker_is_one_line(arguments, photo_folder, capsy
     assert "cannot be read" in line
     assert "Traceback" not in line
     assert line.startswith("mcseg: error: " + str(photo_folder))
+
+
+def test_short_forms_of_prediction():
+    folder = ["--data.predict_root", "new"]
+    for words, expected in (
+        (["a.ckpt", "--images", "new"], ["--ckpt_path=a.ckpt", *folder]),
+        (["folder", "a.ckpt", "--images=new"], ["--config", "folder", "--ckpt_path=a.ckpt", "--data.predict_root=new"]),
+        (["--images", "new", "a.ckpt"], [*folder, "--ckpt_path=a.ckpt"]),
+        (
+            ["--ckpt_path", "a.ckpt", "--images", "1.png", "2.png"],
+            ["--ckpt_path", "a.ckpt", folder[0], '["1.png", "2.png"]'],
+        ),
+    ):
+        assert expand_shorthand(["predict", *words]) == ["predict", *expected]
+    assert expand_shorthand(["show", "folder", "--images", "3"]) == ["show", "--config", "folder", "--images", "3"]
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def _duplicates(listed: dict[str, list[Sample]]) -> list[str]:
                     finer.setdefault((number, value), []).append(path)
         groups = [group for group in finer.values() if len(group) > 1]
     pairs: dict[tuple[str, str], list[tuple[Path, Path]]] = {}
-    for group in groups:
+    for group in sorted(groups, key=min):
         first, *others = sorted(group, key=lambda path: (SPLITS.index(files[path]), path))
         for path in others:
             pairs.setdefault((files[first], files[path]), []).append((first, path))

@@ -33,12 +33,12 @@ def expand_shorthand(words: Sequence[str]) -> list[str]:
     verb, *rest = words
     if verb == "predict":
         rest = _one_value(rest, "--images")
-    for index in range(min(2, len(rest))):
-        if rest[index].startswith("-"):
-            break
-        if rest[index].endswith(".ckpt") and verb in ("validate", "test", "predict", "bound"):
-            rest[index : index + 1] = [f"--ckpt_path={rest[index]}"]
-            break
+    if verb in ("validate", "test", "predict", "bound"):
+        is_value = [False, *(word.startswith("-") and "=" not in word for word in rest)]
+        rest = [
+            f"--ckpt_path={word}" if word.endswith(".ckpt") and word[0] != "-" and not after_flag else word
+            for word, after_flag in zip(rest, is_value, strict=False)
+        ]
     if rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
     short = {"--root": "--data.root", "--format": "--writer.format"}
@@ -55,7 +55,8 @@ def _one_value(words: Sequence[str], flag: str) -> list[str]:
     if flag not in words:
         return list(words)
     start = list(words).index(flag) + 1
-    end = next((index for index in range(start, len(words)) if words[index].startswith("-")), len(words))
+    ends = (index for index in range(start, len(words)) if words[index].startswith("-") or words[index].endswith(".ckpt"))
+    end = next(ends, len(words))
     values = list(words[start:end])
     return [*words[:start], *([json.dumps(values)] if len(values) > 1 else values), *words[end:]]
 
