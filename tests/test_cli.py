@@ -675,6 +675,8 @@ def test_predict_without_the_training_folder(photo_folder, tmp_path, capsys, mon
     options = ["--data.image_scale=0.5", "--data.max_side=500", "--trainer.default_root_dir", str(tmp_path / "run")]
     main(["fit", "folder", "--root", str(photo_folder), *TINY, *options])
     checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    stored = torch.load(checkpoint, weights_only=True)
+    assert stored["random_split"] == {"draw": "name", "split_seed": 0, "val_fraction": 0.2, "test_fraction": 0.0}
     new = tmp_path / "new"
     for name in ("a.jpg", "a.png", "a_jpg.png", "A.bmp", "v1.0/a.png", "v1.0/deep/a.png", ".hidden/b.png"):
         (new / name).parent.mkdir(parents=True, exist_ok=True)

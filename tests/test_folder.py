@@ -1,11 +1,13 @@
 """FolderData on trees as people have them: names of folders, suffixes, lists of pairs, class lists, random splits."""
 
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 from conftest import write_png
 
+from mcseg.checkpoints.compatibility import warn_of_other_split
 from mcseg.data import DataError, FolderData
 from mcseg.data.check import check
 
@@ -302,3 +304,23 @@ def test_equal_images_are_reported_once_per_pair_of_splits(tmp_path):
         f"{images}/val/a4.png and {images}/train/a0.png contain the same image; 2 such pairs in train and val: scores on "
         "training images are too high"
     )
+
+
+def test_scoring_with_another_random_split_is_reported(tmp_path):
+    root = write_tree(tmp_path / "data", "images/{i}", "masks/{i}", splits=("x", "y", "z"))
+    trained = {"class_names": ["a", "b"], "random_split": FolderData(root).random_split}
+    assert trained["random_split"] == {"draw": "name", "split_seed": 0, "val_fraction": 0.2, "test_fraction": 0.0}
+    expected = (
+        "the checkpoint was trained with the random split split_seed 0, val_fraction 0.2, the data have split_seed 3, "
+        "val_fraction 0.3; validation images may be among its training images"
+    )
+    with pytest.warns(UserWarning, match=expected):
+        warn_of_other_split(trained, FolderData(root, split_seed=3, val_fraction=0.3).random_split)
+    with pytest.warns(UserWarning, match="does not contain its random split; .* give --data.draw order"):
+        warn_of_other_split({"class_names": ["a", "b"]}, FolderData(root).random_split)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_other_split(trained, FolderData(root).random_split)
+        warn_of_other_split(trained, FolderData(root, split="list").random_split)
+        warn_of_other_split({"class_names": ["a", "b"]}, FolderData(root, draw="order").random_split)
+        warn_of_other_split({}, FolderData(root).random_split)  # a checkpoint from Python without a data module
