@@ -76,6 +76,11 @@ def accumulates_gradient(trainer: pl.Trainer) -> bool:
     return bool(trainer.fit_loop.epoch_loop._should_accumulate())
 
 
+def logs_step(trainer: pl.Trainer) -> bool:
+    """Whether the loggers get the values of the current training step, or it is the last of its epoch. Lightning 2.6.6."""
+    return bool(trainer._logger_connector.should_update_logs or trainer.is_last_batch)
+
+
 def request_stop(trainer: pl.Trainer) -> None:
     """Make the Trainer raise ``SIGTERMException`` after the current batch, as after a SIGTERM.
 

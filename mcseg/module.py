@@ -13,8 +13,9 @@ from mcseg.checkpoints.compatibility import initialize_network
 from mcseg.checkpoints.module import CheckpointModule
 from mcseg.evaluation.inference import Inference, labels_at, resize_labels
 from mcseg.evaluation.metrics import is_repeated
-from mcseg.kernels import predicted_classes
-from mcseg.losses import CrossEntropyLoss, Upsampling, default_objective, offered
+from mcseg.kernels import fuses_upsampling, predicted_classes
+from mcseg.lightning_internals import logs_step
+from mcseg.losses import CrossEntropyLoss, Upsampling, calibrate_from_data, default_objective, offered
 from mcseg.networks import SegmentationNetwork
 from mcseg.nonfinite import LossGuard, OnNonFinite
 from mcseg.schedules import WarmupPolynomialLR, lightning_schedule, set_length, step_plateau
@@ -51,10 +52,13 @@ class SegmentationModule(CheckpointModule):
         aux_weight: Weight of the cross entropy of an auxiliary head on the encoder's second-to-last feature map. The head
             is not used for predictions. 0.4 is usual for DeepLab and PSPNet; 0 means no head.
         aux_channels: Width of the auxiliary head.
-        fused_upsample: Give the objective the logits before the network's last bilinear upsampling; it upsamples them a
-            strip of rows at a time. This needs less memory and gives the same loss within rounding. It has no effect if the
-            network does not end in an upsampling, if the objective does not accept coarse logits (the margin and soft-count
-            losses do), if masks and images differ in size, or in training with an auxiliary head.
+        fused_upsample: Give the objective the logits before the network's last bilinear upsampling; it upsamples them
+            itself, which needs less memory and gives the same loss within rounding. None does so where it is faster: on a
+            GPU with Triton, for all strides and numbers of classes. It has no effect if the network does not end in an
+            upsampling, if the objective does not accept coarse logits (the margin and soft-count losses do), if masks and
+            images differ in size, or in training with an auxiliary head.
+        compile: Compile the network for training with `torch.compile`, which takes a minute or more at the start.
+            Checkpoints do not change. Evaluation is not compiled, as its images may differ in size.
         on_nonfinite: Policy for a NaN or infinite loss. ``"stop"`` stops training one step later, so that no step waits for
             the GPU, and names the images of the batch. ``"skip"`` skips the batch on all processes, waits for the GPU in
             each step, and reports the number of skipped batches at the end.
@@ -97,7 +101,8 @@ class SegmentationModule(CheckpointModule):
         frozen_batch_norm: bool = False,
         aux_weight: float = 0.0,
         aux_channels: int = 256,
-        fused_upsample: bool = False,
+        fused_upsample: bool | None = None,
+        compile: bool = False,
         on_nonfinite: OnNonFinite = "stop",
     ) -> None:
         super().__init__()
@@ -136,9 +141,7 @@ class SegmentationModule(CheckpointModule):
         image, target = batch["image"], batch["mask"]
         with seeded(seed_of(torch.initial_seed(), self.current_epoch, batch_idx, self.global_rank), self.device):
             loss, terms = self._training_loss(image, target)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(target), sync_dist=True)
-        named = {f"train/loss/{name}": term for name, term in terms.items()}
-        self.log_dict(named, batch_size=len(target), sync_dist=True)
+        self._log_losses({"train/loss": loss} | {f"train/loss/{name}": term for name, term in terms.items()}, len(target))
         return loss if self._loss_guard.accepts(loss, batch.get("name", ()), self.global_step) else None
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Tensor]:
@@ -174,9 +177,19 @@ class SegmentationModule(CheckpointModule):
         loss = self._loss(self.objective, logits, target) + self.hparams["aux_weight"] * aux_loss
         return loss, {"aux": aux_loss.detach(), **offered(self.objective, "terms")}
 
+    def _log_losses(self, losses: dict[str, Tensor], batch_size: int) -> None:
+        """Log the loss and its terms; in steps that go to the loggers, the means over the processes, which wait for it."""
+        values = torch.stack([value.detach().float() for value in losses.values()])
+        if logs_step(self.trainer):
+            values = self.trainer.strategy.reduce(values, reduce_op="mean")
+        for name, value in zip(losses, values, strict=True):
+            self.log(name, value, prog_bar=name == "train/loss", batch_size=batch_size)
+
     @property
     def _fuses_upsampling(self) -> bool:
-        return bool(self.hparams["fused_upsample"] and offered(self.objective, "takes_coarse_logits"))
+        wanted = self.hparams["fused_upsample"]
+        wanted = fuses_upsampling(self.device) if wanted is None else wanted
+        return bool(wanted and offered(self.objective, "takes_coarse_logits"))
 
     def _logits(self, image: Tensor, *, coarse: bool) -> tuple[Tensor, Upsampling | None]:
         """Compute logits at the image's size, or with ``coarse`` those before the network's last upsampling, if it has one.
@@ -229,8 +242,10 @@ class SegmentationModule(CheckpointModule):
             self.log(f"{split}/loss", total / number)
 
     def setup(self, stage: str) -> None:
-        """Prepare the network for FSDP, which shards only contiguous weights."""
+        """Prepare the network for FSDP, which shards only contiguous weights, and for compilation."""
         super().setup(stage)
+        if stage == "fit" and self.hparams["compile"]:
+            self.network.compile()
         if isinstance(self.trainer.strategy, FSDPStrategy):
             self.network.to(memory_format=torch.contiguous_format)
 
@@ -247,17 +262,7 @@ class SegmentationModule(CheckpointModule):
             initialize_network(self.network, self.hparams["init_from"])
         elif self.hparams["encoder_weights"] and not self.has_weights:
             self.network.load_pretrained_encoder(self.hparams["encoder_weights"])
-        calibrate = offered(self.objective, "calibrate")
-        if calibrate is None:
-            return
-        class_pixels = getattr(getattr(self.trainer, "datamodule", None), "class_pixels", None)
-        if class_pixels is not None:
-            calibrate(class_pixels())
-        elif not offered(self.objective, "is_calibrated"):
-            raise RuntimeError(
-                "the objective is not calibrated and the data module has no class_pixels(); call "
-                "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before fit"
-            )
+        calibrate_from_data(self.objective, getattr(self.trainer, "datamodule", None))
 
     def on_train_start(self) -> None:
         """Give the schedule the length of the run."""
@@ -265,7 +270,9 @@ class SegmentationModule(CheckpointModule):
         set_length(self.lr_schedulers(), self.trainer)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the norm of the gradient, before it is clipped."""
+        """Log the norm of the gradient, before it is clipped, in steps that go to the loggers."""
+        if not logs_step(self.trainer):
+            return
         gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 

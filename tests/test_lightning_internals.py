@@ -139,6 +139,22 @@ def test_accumulated_gradient_is_reported():
     assert Watch.seen == [True, True, True, False, True, False]  # the last batch of an epoch always steps
 
 
+@pytest.mark.parametrize("logger", [False, True])
+def test_steps_that_go_to_the_loggers(logger, tmp_path):
+    class Watch(pl.Callback):
+        def __init__(self):
+            self.seen = []
+
+        def on_before_optimizer_step(self, trainer, *args):
+            self.seen.append(internals.logs_step(trainer))
+
+    watch = Watch()
+    log = CSVLogger(tmp_path, "", "") if logger else False
+    trainer(watch, log_every_n_steps=4, logger=log, max_epochs=2).fit(Line(), loader())
+    # every fourth step, and the last one of each epoch
+    assert watch.seen == [False, False, False, True, False, True, False, True, False, False, False, True]
+
+
 def test_a_requested_stop_happens_after_the_batch():
     class Stop(pl.Callback):
         validations = 0

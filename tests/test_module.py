@@ -22,6 +22,7 @@ from mcseg.evaluation.inference import Inference, labels_at
 from mcseg.losses import MarginCalibrationLoss
 from mcseg.margins import margin_offsets
 from mcseg.module import SegmentationModule
+from mcseg.networks import SegmentationNetwork
 from mcseg.nonfinite import LossGuard
 from mcseg.schedules import WarmupPolynomialLR
 from mcseg.seeds import seed_of, seeded
@@ -537,7 +538,7 @@ def test_auxiliary_head_is_trained_and_not_used_for_predictions(tmp_path):
     batch = next(iter(source.train_dataloader()))
     module.objective.calibrate(source.class_pixels())
     logged = {}
-    module.log = lambda name, value, **options: logged.update({name: float(value.detach())})
+    module._log_losses = lambda losses, _: logged.update({name: float(value.detach()) for name, value in losses.items()})
     torch.manual_seed(3)
     loss = module.training_step(batch, 0)
     module.train()
@@ -652,6 +653,45 @@ def test_norm_of_the_gradient_is_logged_before_it_is_clipped(tmp_path):
     logged = [float(row["train/grad_norm"]) for row in rows if row["train/grad_norm"]]
     assert logged == pytest.approx(seen, rel=1e-4)
     assert min(seen) > 1e-2
+
+
+def test_values_are_reduced_and_norms_computed_only_in_steps_that_are_logged(tmp_path, monkeypatch):
+    norm, norms, reduced = torch.nn.utils.get_total_norm, [], []
+    monkeypatch.setattr(torch.nn.utils, "get_total_norm", lambda *a: norms.append(norm(*a)) or norms[-1])
+    log = pl.loggers.CSVLogger(tmp_path, "", "")
+    run = trainer(tmp_path, logger=log, enable_checkpointing=False, log_every_n_steps=3, limit_val_batches=0)
+    reduce = run.strategy.reduce
+    monkeypatch.setattr(run.strategy, "reduce", lambda value, **options: reduced.append(value) or reduce(value, **options))
+    run.fit(SegmentationModule(**TINY, num_classes=8), data(train_scenes=10))  # five steps
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert [row["step"] for row in rows] == ["2"]
+    assert len(norms) == 2  # the step that is logged, and the last of the epoch
+    assert float(rows[0]["train/grad_norm"]) == pytest.approx(float(norms[0]), rel=1e-6)
+    losses = [value for value in reduced if value.is_floating_point()]  # Lightning reduces the number of batches
+    assert len(losses) == 2
+    assert float(rows[0]["train/loss"]) == pytest.approx(float(losses[0]), rel=1e-6)
+
+
+def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_quickly(network):
+        compiled.append(network)
+        compile_network(network, backend="eager")
+
+    compile_network = SegmentationNetwork.compile
+    monkeypatch.setattr(SegmentationNetwork, "compile", compile_quickly)
+    modules = []
+    for option in (False, True):
+        torch.manual_seed(0)
+        modules.append(SegmentationModule(**TINY, num_classes=8, compile=option))
+        trainer(tmp_path, callbacks=[JaccardCallback()]).fit(modules[-1], data(train_scenes=4))
+    plain, module = modules
+    assert compiled == [module.network]
+    assert same_weights(module, plain)
+    module.trainer.save_checkpoint(tmp_path / "compiled.ckpt")
+    assert same_weights(SegmentationModule.load_from_checkpoint(tmp_path / "compiled.ckpt"), plain)
+    assert len(compiled) == 1  # loading compiles nothing
 
 
 GOOD, NAN, INFINITE = torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("inf"))

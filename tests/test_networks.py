@@ -6,6 +6,7 @@ import pickle
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch import nn
 
 from mcseg.module import SegmentationModule
 from mcseg.networks import SegmentationNetwork
@@ -382,3 +383,37 @@ def test_a_checkpointed_network_can_be_compiled():
     torch.testing.assert_close(two.conv1.weight.grad, one.conv1.weight.grad, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(two.bn1.running_mean, one.bn1.running_mean, rtol=1e-4, atol=1e-6)
     assert two.bn1.num_batches_tracked == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler itself change with its version
+@pytest.mark.parametrize("arch", ["unet", "fpn"])
+def test_compiled_networks_train_as_others_and_evaluate_eagerly(arch):
+    torch.manual_seed(0)
+    plain = SegmentationNetwork(arch, "tu-test_resnet.r160_in1k", 3, aux_channels=8)
+    for layer in plain.modules():
+        if isinstance(layer, nn.modules.dropout._DropoutNd):
+            layer.p = 0.0
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(len(inputs))
+        return graph.forward
+
+    compiled = copy.deepcopy(plain)
+    compiled.compile(backend=backend)
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    for image in (torch.rand(2, 3, 40, 50), torch.rand(2, 3, 40, 50)):
+        gradients = []
+        for network in (plain, compiled):
+            logits, aux = network.forward_with_aux(image)
+            (logits.square().mean() + aux.square().mean()).backward()
+            gradients.append([(name, p.grad) for name, p in network.named_parameters() if p.grad is not None])
+        for (name, expected), (_, actual) in zip(*gradients, strict=True):
+            torch.testing.assert_close(actual, expected, msg=name)
+    assert len(graphs) == 1
+    for size in ((40, 50), (70, 33)):
+        image = torch.rand(1, 3, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled.eval()(image), plain.eval()(image))
+    assert len(graphs) == 1

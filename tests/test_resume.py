@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import yaml
 from conftest import at_work
 
 from mcseg.checkpoints.files import CheckpointFile, steps_done
+from mcseg.run import signals
 
 # Imports once and forks for each attempt. The parent computes nothing, as its threads would be missing in the children.
 ATTEMPTS = """
@@ -193,6 +195,38 @@ def test_gradients_averages_and_schedule_of_a_killed_run(run):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="the system does not report the sender of a signal")
+@pytest.mark.parametrize(
+    ("seconds", "others_seconds", "steps"),
+    [
+        (0.25, 0.1, [1, 5, 9, 10, 14]),  # step 10 ends an epoch
+        (0.1, 0.25, [1, 5, 9, 10, 14]),  # the slower process decides
+        (2.0, 0.1, list(range(1, 15))),
+        (1e-3, 1e-3, [1, 10]),
+    ],
+)
+def test_processes_ask_for_signals_about_once_a_second(seconds, others_seconds, steps, monkeypatch):
+    now, exchanges = 0.0, []
+
+    def largest_of_both(values, reduce_op):
+        assert reduce_op == "max"
+        exchanges.append(step)
+        other = torch.tensor([float(step >= 12), others_seconds])  # the other process receives a signal in step 12
+        return torch.maximum(values, other)
+
+    stopped = []
+    monkeypatch.setattr(signals, "accumulates_gradient", lambda trainer: False)
+    monkeypatch.setattr(signals, "request_stop", lambda trainer: stopped.append(step))
+    monkeypatch.setattr(signals.time, "monotonic", lambda: now)
+    callback = signals.CheckpointOnSignal("unused")
+    strategy = SimpleNamespace(root_device="cpu", reduce=largest_of_both)
+    for step in range(1, 15):
+        now += seconds
+        trainer = SimpleNamespace(world_size=2, is_last_batch=step == 10, strategy=strategy)
+        callback.on_train_batch_end(trainer, None, None, None, 0)
+    assert exchanges == steps
+    assert stopped == [step for step in steps if step >= 12]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_to_all_processes_of_a_run(number, code, tmp_path):
     """As SLURM, systemd and the terminal send it: loader workers get it as well and must finish the step."""

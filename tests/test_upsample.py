@@ -1,6 +1,7 @@
 """Losses of coarse logits against losses after upsampling: values, gradients, memory, training and validation steps."""
 
 import copy
+import importlib.util
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcseg import SegmentationModule
-from mcseg.kernels import upsample
+from mcseg.kernels import fuses_upsampling, upsample
 from mcseg.losses import (
     CrossEntropyLoss,
     GeneralizedDiceLoss,
@@ -214,7 +215,7 @@ def test_fused_upsample_does_not_change_a_training_step(arch, objective):
             network_options=options,
             fused_upsample=fused,
         )
-        module.log = lambda *_, **__: None
+        module._log_losses = lambda *_: None
         loss = module.training_step(batch, 0)
         loss.backward()
         results.append((float(loss.detach()), [p.grad for p in module.network.parameters()]))
@@ -223,6 +224,20 @@ def test_fused_upsample_does_not_change_a_training_step(arch, objective):
     largest = max(float(gradient.abs().max()) for gradient in gradients)
     for expected, actual in zip(gradients, fused_gradients, strict=True):
         assert (actual - expected).abs().max() <= 1e-4 * largest + 1e-9
+
+
+def test_upsampling_is_fused_by_default_where_gpu_kernels_run(monkeypatch):
+    has_triton = importlib.util.find_spec("triton") is not None
+    assert fuses_upsampling(torch.device("cuda")) == has_triton
+    assert not fuses_upsampling(torch.device("cpu"))
+    for objective, fuses in ((default_objective(), has_triton), (CrossEntropyLoss(), False)):
+        module = SegmentationModule("fpn", "tu-test_resnet.r160_in1k", num_classes=4, objective=objective)
+        assert module._fuses_upsampling is False
+        monkeypatch.setattr(type(module), "device", torch.device("cuda"))
+        assert module._fuses_upsampling == fuses
+        module.hparams["fused_upsample"] = False
+        assert module._fuses_upsampling is False
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize("masks", [(40, 50), (20, 25)])  # masks of another size than the images are not fused

@@ -32,6 +32,7 @@ __all__ = [
     "check_labels",
     "check_predictions",
     "confusion_counts",
+    "fuses_upsampling",
     "neighbours",
     "pixel_loss",
     "predicted_classes",
@@ -290,6 +291,15 @@ def check_predictions(preds: Tensor, target: Tensor) -> None:
             f"preds: found shape {tuple(preds.shape)}, expected the shape {tuple(target.shape)} of the target; "
             "resize predictions to the target"
         )
+
+
+def fuses_upsampling(device: torch.device) -> bool:
+    """Whether losses of coarse logits are computed faster than those of upsampled ones on a device.
+
+    This holds on a GPU with Triton, whose kernels interpolate in registers. Without Triton, and on the CPU, the logits are
+    upsampled twice, a strip at a time, which saves memory but takes longer (``benchmarks/results/kernels-cpu.md``).
+    """
+    return device.type == "cuda" and _HAS_TRITON
 
 
 def _gpu() -> Any:

@@ -1,7 +1,7 @@
 """Objectives for semantic segmentation: modules that take logits and target and return a scalar."""
 
 from mcseg.kernels import Upsampling
-from mcseg.losses.base import ObjectiveProtocol, offered
+from mcseg.losses.base import ObjectiveProtocol, calibrate_from_data, offered
 from mcseg.losses.combine import SumLoss
 from mcseg.losses.iou_weights import IoUWeightedLoss
 from mcseg.losses.margin import MarginCalibrationLoss, Reduction, margin_calibration_loss
@@ -32,6 +32,7 @@ __all__ = [
     "SumLoss",
     "TverskyLoss",
     "Upsampling",
+    "calibrate_from_data",
     "default_objective",
     "margin_calibration_loss",
     "offered",

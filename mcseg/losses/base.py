@@ -75,6 +75,29 @@ def offered(objective: nn.Module, name: str) -> Any:
     return getattr(objective, name, _DEFAULTS[name])
 
 
+def calibrate_from_data(objective: nn.Module, datamodule: Any) -> None:
+    """Calibrate an objective that needs it with the pixel counts of the training labels.
+
+    Args:
+        objective: Objective, see `ObjectiveProtocol`.
+        datamodule: Object with a method ``class_pixels`` that returns ``(C,)`` counts, or without it, or None.
+
+    Raises:
+        RuntimeError: There are no counts, and the objective is not calibrated yet.
+    """
+    calibrate = offered(objective, "calibrate")
+    if calibrate is None:
+        return
+    class_pixels = getattr(datamodule, "class_pixels", None)
+    if class_pixels is not None:
+        calibrate(class_pixels())
+    elif not offered(objective, "is_calibrated"):
+        raise RuntimeError(
+            "the objective is not calibrated and the data module has no class_pixels(); call "
+            "module.objective.calibrate(class_pixels) with the pixel counts of the training labels before fit"
+        )
+
+
 def check_inputs(logits: Tensor, target: Tensor, least_classes: int = 1, upsampling: Upsampling | None = None) -> None:
     """Check the dtypes and shapes of logits and target.
 

@@ -5,8 +5,8 @@ import functools
 import inspect
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, Self
+from collections.abc import Iterator, Sequence
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +72,14 @@ class SegmentationNetwork(nn.Module):
         self._align_corners = _remove_upsampling(self.model)
         self.channels_last = channels_last
         self.frozen_batch_norm = frozen_batch_norm
+        self._is_compiled = False
         self.aux_head: nn.Sequential | None = None
         if aux_channels is not None:
             self.aux_head = _aux_head(self.model.encoder.out_channels[-2], aux_channels, num_classes)
+            # SMP models pass the features to their decoder internally; a hook reads them without a second pass. It exists
+            # from the start, as compiled code does not notice a new hook.
+            self.model.encoder.register_forward_hook(self._keep_feature)
+        self._feature: Tensor | None = None  # the encoder's second-to-last feature map, for the auxiliary head
         if channels_last:
             for part in self.children():
                 part.to(memory_format=torch.channels_last)
@@ -119,7 +124,7 @@ class SegmentationNetwork(nn.Module):
             logits are (N,C,H,W) then.
         """
         prepared = self._prepare(image)
-        logits = self.model(prepared)
+        logits = self._run(prepared)
         if self._align_corners is None:
             return logits[..., : image.shape[-2], : image.shape[-1]], None
         return logits, (prepared.shape[-2], prepared.shape[-1], self._align_corners)
@@ -141,16 +146,32 @@ class SegmentationNetwork(nn.Module):
             raise RuntimeError("forward_with_aux: the network has no auxiliary head; set aux_channels")
         if not self.training:
             return self(image), None
-        features: list[Tensor] = []
-        # SMP models pass the features to their decoder internally; a hook reads them without a second pass
-        hook = self.model.encoder.register_forward_hook(lambda encoder, args, outputs: features.append(outputs[-2]))
-        try:
-            logits = self(image)
-        finally:
-            hook.remove()
+        logits = self(image)
+        feature, self._feature = self._feature, None
         height, width, stride = *image.shape[-2:], self.output_stride
         padded = (height + -height % stride, width + -width % stride, False)
-        return logits, _upsample(self.aux_head(features[0]), padded, image.shape[-2:])
+        return logits, _upsample(self.aux_head(feature), padded, image.shape[-2:])
+
+    def _keep_feature(self, encoder: nn.Module, images: tuple[Tensor], features: Sequence[Tensor]) -> None:
+        if self.training:
+            self._feature = features[-2]
+
+    def compile(self, **options: Any) -> None:
+        """Compile the network in place for training; evaluation stays eager, since its images may differ in size.
+
+        The names in the ``state_dict`` stay the same.
+
+        Args:
+            **options: arguments of `torch.compile`.
+        """
+        self.model.compile(**options)
+        self._is_compiled = True
+
+    def _run(self, prepared: Tensor) -> Tensor:
+        if not self._is_compiled or self.training:
+            return cast(Tensor, self.model(prepared))
+        with torch.compiler.set_stance("force_eager"):
+            return cast(Tensor, self.model(prepared))
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; frozen batch norms stay in evaluation mode."""

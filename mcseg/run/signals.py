@@ -3,10 +3,12 @@
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import SIGTERMException
@@ -18,8 +20,8 @@ class CheckpointOnSignal(Callback):
     """Saves a checkpoint and stops training after SIGTERM or Ctrl-C to any of its processes.
 
     Training stops when no gradient accumulation is in progress: after an optimiser step, or, with one process, between two
-    batches of a validation. Several processes stop after the same step and finish a validation first. A second Ctrl-C stops
-    immediately.
+    batches of a validation. Several processes stop after the same step, about a second after the signal, because they ask
+    each other only once a second; they finish a validation first. A second Ctrl-C stops immediately.
 
     Lightning's own handler runs a collective inside the signal handler, which deadlocks if other processes wait in another
     collective at that time.
@@ -32,10 +34,12 @@ class CheckpointOnSignal(Callback):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._signal = 0  # its number; 0 if none
+        self._steps, self._period, self._exchanged = 0, 1, time.monotonic()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget the signal of an earlier run."""
         self._signal = 0
+        self._steps, self._period, self._exchanged = 0, 1, time.monotonic()
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the signal handlers."""
@@ -77,11 +81,23 @@ class CheckpointOnSignal(Callback):
     def _stop_after_signal(self, trainer: pl.Trainer) -> None:
         if accumulates_gradient(trainer):  # a checkpoint contains no gradient
             return
-        stop = bool(self._signal)
-        if trainer.world_size > 1:
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop:
+        if self._signal if trainer.world_size == 1 else self._any_process_has_signal(trainer):
             request_stop(trainer)
+
+    def _any_process_has_signal(self, trainer: pl.Trainer) -> bool:
+        """Ask all processes about once a second, and before a validation; each answer makes the host wait for the GPU.
+
+        All processes ask after the same steps: the period in steps follows from the slowest process.
+        """
+        self._steps += 1
+        if self._steps < self._period and not trainer.is_last_batch:
+            return False
+        now = time.monotonic()
+        seconds_per_step = (now - self._exchanged) / self._steps
+        values = torch.tensor([float(self._signal != 0), seconds_per_step], device=trainer.strategy.root_device)
+        has_signal, seconds_per_step = trainer.strategy.reduce(values, reduce_op="max").tolist()
+        self._steps, self._period, self._exchanged = 0, max(1, round(1 / max(seconds_per_step, 0.01))), now
+        return bool(has_signal)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write the checkpoint and set the exit code, 128 + the number of the signal."""
