@@ -375,9 +375,8 @@ def as_binary(root: Path) -> None:
         write_png(path, np.where(np.array(Image.open(path)) == 1, 255, 0).astype(np.uint8))
 
 
-def with_suffix(root: Path) -> None:
-    for path in (root / "masks").iterdir():
-        path.rename(path.with_name(f"{path.stem}_mask.png"))
+def with_odd_suffix(root: Path) -> None:
+    mask_file(root).rename(root / "masks" / "photo 3_m.png")
 
 
 REPORTED = {
@@ -385,7 +384,7 @@ REPORTED = {
     "array as mask": (lambda r: np.save(mask_file(r, ".npy"), mask(r)), "masks: photo 3.npy is not used"),
     "format that runs a program": (lambda r: photo(r).save(image_file(r, ".eps")), "images: photo 3.eps is not used"),
     "mask without image": (lambda r: image_file(r).unlink(), "masks: no image for photo 3.png"),
-    "masks with a suffix": (with_suffix, "masks: no image for photo 0_mask.png and 9 more"),
+    "masks with another suffix": (with_odd_suffix, "masks: no image for photo 3_m.png"),
     "mask in another case": (lambda r: mask_file(r).rename(r / "masks/Photo 3.png"), "masks: no image for Photo 3.png"),
     "image in two lists": (lambda r: write_lists(r, "photo 1\nphoto 2\n"), "val.txt: photo 2 is also in train.txt"),
     "masks of 0 and 255": (
@@ -684,8 +683,10 @@ def test_palette_files_are_read_by_the_colours_of_the_list(photo_folder, suffix,
             f'[[classes]]\nname = "{name}"\nid = {10 * index}\ncolor = {color.tolist()}\n'
             for index, (name, color) in enumerate(zip("abc", COLORS, strict=True))
         )
+        (photo_folder / "classes.txt").unlink()
         (photo_folder / "classes.toml").write_text(order)
-    (photo_folder / "classes.txt").write_text(COLOR_LIST)
+    else:
+        (photo_folder / "classes.txt").write_text(COLOR_LIST)
     data = folder_data(photo_folder)
     samples = data.samples("train") + data.samples("val")
     for sample in samples:

@@ -3,6 +3,7 @@
 import csv
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -28,7 +29,7 @@ from mcseg.module import SegmentationModule
 from mcseg.run.cli import ParseOnlyCLI
 from mcseg.run.folder import run_folder as new_run_folder
 from mcseg.run.main import main
-from mcseg.run.recipes import RECIPES, find_recipes
+from mcseg.run.recipes import RECIPES, expand_shorthand, find_recipes
 
 UNET = ["--model.network_options", '{"decoder_channels": [16, 16, 8, 8, 8]}']
 DEEPLAB = [
@@ -745,6 +746,67 @@ def test_a_bad_file_found_by_a_worker_is_one_line(arguments, photo_folder, capsy
     assert "cannot be read" in line
     assert "Traceback" not in line
     assert line.startswith("mcseg: error: " + str(photo_folder))
+
+
+def test_short_forms_of_prediction():
+    folder = ["--data.predict_root", "new"]
+    for words, expected in (
+        (["a.ckpt", "--images", "new"], ["--ckpt_path=a.ckpt", *folder]),
+        (["folder", "a.ckpt", "--images=new"], ["--config", "folder", "--ckpt_path=a.ckpt", "--data.predict_root=new"]),
+        (["--images", "new", "a.ckpt"], [*folder, "--ckpt_path=a.ckpt"]),
+        (
+            ["--ckpt_path", "a.ckpt", "--images", "1.png", "2.png"],
+            ["--ckpt_path", "a.ckpt", folder[0], '["1.png", "2.png"]'],
+        ),
+    ):
+        assert expand_shorthand(["predict", *words]) == ["predict", *expected]
+    assert expand_shorthand(["show", "folder", "--images", "3"]) == ["show", "--config", "folder", "--images", "3"]
+
+
+@pytest.mark.slow
+def test_predict_without_the_training_folder(photo_folder, tmp_path, capsys, monkeypatch):
+    """Class names, colours and the images' scale come from the checkpoint; no file overwrites another."""
+    (photo_folder / "classes.txt").write_text("background 10 20 30\nground 40 50 60\nthing 70 80 90\n")
+    options = ["--data.image_scale=0.5", "--data.max_side=500", "--trainer.default_root_dir", str(tmp_path / "run")]
+    main(["fit", "folder", "--root", str(photo_folder), *TINY, *options])
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    stored = torch.load(checkpoint, weights_only=True)
+    assert stored["random_split"] == {"draw": "name", "split_seed": 0, "val_fraction": 0.2, "test_fraction": 0.0}
+    new = tmp_path / "new"
+    for name in ("a.jpg", "a.png", "a_jpg.png", "A.bmp", "v1.0/a.png", "v1.0/deep/a.png", ".hidden/b.png"):
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(photo_folder / "images" / "photo 0.jpg").save(new / name)
+    (new / "link").symlink_to(new)
+    shutil.rmtree(photo_folder)
+    sizes = []
+    step = SegmentationModule.predict_step
+
+    def watched(module, batch, index):
+        sizes.append(tuple(batch["image"].shape[-2:]))
+        return step(module, batch, index)
+
+    monkeypatch.setattr(SegmentationModule, "predict_step", watched)
+    out = tmp_path / "out"
+    main(["predict", str(checkpoint), "--images", str(new), f"--writer.output_dir={out}", *TINY])
+    expected = {"A_bmp", "a_jpg", "a_jpg_", "a_png", "v1.0/a", "v1.0/deep/a"}
+    written = {path.relative_to(out / "masks").with_suffix("").as_posix() for path in out.rglob("masks/**/*.png")}
+    assert len(written) == 6
+    assert written == expected
+    with Image.open(out / "masks" / "v1.0" / "a.png") as file:
+        assert file.size == (32, 24)
+        assert file.getpalette()[:9] == [10, 20, 30, 40, 50, 60, 70, 80, 90]
+    assert set(sizes) == {(12, 16)}
+    several = [str(new / "a.jpg"), str(new / "v1.0" / "a.png")]  # as a shell expands a pattern
+    for values, names in (
+        ([str(new / "v1.0" / "**" / "*.png")], {"a", "deep/a"}),
+        (several, {"a", "v1.0/a"}),
+        ([str(new / "a_jpg.png")], {"a_jpg"}),
+    ):
+        shutil.rmtree(out)
+        main(["predict", str(checkpoint), "--images", *values, f"--writer.output_dir={out}", *TINY])
+        assert {path.relative_to(out / "masks").with_suffix("").as_posix() for path in out.rglob("masks/**/*.png")} == names
+    line = fails(capsys, ["predict", str(checkpoint), "--images", "nowhere/*.png", *TINY])
+    assert "data.predict_root: no readable image in nowhere/*.png" in line
 
 
 def test_help_lists_verbs_and_recipes(capsys):

@@ -313,3 +313,15 @@ def test_schedules_of_an_earlier_version_count_steps():
     assert saved["model"]["scheduler_interval"] == "step"
     recipe = {"model": {"scheduler": step}}
     assert translate_config(recipe) == (recipe, [])
+
+
+def test_a_run_that_drew_images_by_their_order_keeps_its_split():
+    settings = {"root": "photos", "split": "auto", "val_fraction": 0.2, "test_fraction": 0.0, "split_seed": 0}
+    settings |= {"images_dir": "images", "masks_dir": "masks", "mask_suffix": ""}
+    data = {"class_path": "mcseg.data.FolderData", "init_args": settings}
+    after, (remark,) = translate_config({"data": data, "trainer": {}})
+    assert after == {"data": {**data, "init_args": {**settings, "draw": "order"}}, "trainer": {}}
+    assert remark == "data: a random split is kept as it was (draw order); new runs draw each image by its name"
+    for same in ({**settings, "draw": "name"}, {"root": "photos", "val_fraction": 0.3}):  # a new run, a recipe
+        content = {"data": {**data, "init_args": same}}
+        assert translate_config(content) == (content, [])

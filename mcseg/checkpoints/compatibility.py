@@ -33,6 +33,30 @@ def warn_of_other_classes(checkpoint: Mapping[str, Any], names: Sequence[str]) -
         )
 
 
+def warn_of_other_split(checkpoint: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
+    """Warn if the data's random split is drawn in another way than that of the checkpoint's training.
+
+    Args:
+        checkpoint: The checkpoint.
+        own: Settings of the data's random split; None if the split is not random.
+    """
+    if own is None or not checkpoint.get("class_names"):
+        return
+    risk = "validation images may be among its training images, and scores too high"
+    if "random_split" not in checkpoint:  # of an earlier version
+        if own.get("draw") != "order":
+            rank_zero_warn(
+                f"the checkpoint does not contain its random split; {risk}; if it was trained on this folder by an earlier "
+                "version, give --data.draw order"
+            )
+        return
+    stored = checkpoint["random_split"] or {}
+    if differing := [name for name, value in own.items() if stored and stored.get(name) != value]:
+        found = ", ".join(f"{name} {own[name]}" for name in differing)
+        there = ", ".join(f"{name} {stored.get(name)}" for name in differing)
+        rank_zero_warn(f"the checkpoint was trained with the random split {there}, the data have {found}; {risk}")
+
+
 def check_network(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor], removed: Collection[str] = ()) -> None:
     """Raise ValueError if the network tensors of a checkpoint and of a module's ``state`` differ in name or shape.
 

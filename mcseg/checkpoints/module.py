@@ -14,6 +14,7 @@ from mcseg.checkpoints.compatibility import (
     check_num_classes,
     drop_removed_parameters,
     warn_of_other_classes,
+    warn_of_other_split,
 )
 from mcseg.checkpoints.files import VERSION
 from mcseg.checkpoints.hyperparameters import changed_arguments, plain_hyperparameters
@@ -136,12 +137,22 @@ class CheckpointModule(pl.LightningModule):
         self._require_weights("predict")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the version, and the class names, so that loading for other classes gives a warning."""
+        """Store the version, and what prediction needs of the data: names and colours of the classes, and settings.
+
+        Loading for data with other names gives a warning.
+        """
         checkpoint[VERSION] = __version__
         if not self._prepared:  # by one of Lightning's finders, which restores the module from it
             checkpoint[_HAD_WEIGHTS] = self.has_weights
         if names := self._class_names():
             checkpoint["class_names"] = names
+        data = getattr(self._attached_trainer, "datamodule", None)
+        if palette := getattr(data, "palette", None):
+            checkpoint["palette"] = [list(color) for color in palette]
+        if settings := getattr(data, "prediction_settings", None):
+            checkpoint["prediction_settings"] = dict(settings)
+        if data is not None and hasattr(data, "random_split"):
+            checkpoint["random_split"] = data.random_split
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint fits, and set ``has_weights``.
@@ -151,6 +162,9 @@ class CheckpointModule(pl.LightningModule):
         """
         check_num_classes(checkpoint, self.hparams["num_classes"])
         warn_of_other_classes(checkpoint, self._class_names())
+        if self._attached_trainer is not None and self._attached_trainer.state.fn != "predict":
+            data = getattr(self._attached_trainer, "datamodule", None)
+            warn_of_other_split(checkpoint, getattr(data, "random_split", None))
         drop_unused_offsets(checkpoint.get("state_dict", {}), self.state_dict())
         trainer = self._attached_trainer
         if trainer is None or not isinstance(trainer.strategy, FSDPStrategy):  # FSDP gives the tensors other names

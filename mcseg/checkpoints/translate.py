@@ -24,6 +24,9 @@ _SCHEDULE = {"lr_power": "power", "warmup_steps": "warmup_steps"}
 # Schedules that count what they always counted
 _INTERVAL_UNCHANGED = ("WarmupPolynomialLR", "OneCycleLR", "CyclicLR", "ReduceLROnPlateau")
 
+# Settings of FolderData in the config.yaml of runs of earlier versions, which drew random splits by the images' order
+_FOLDER_SETTINGS = {"split", "val_fraction", "test_fraction", "split_seed", "images_dir", "masks_dir", "mask_suffix"}
+
 
 def translate_hyperparameters(stored: Mapping[str, Any], *, counted_steps: bool = True) -> tuple[dict[str, Any], list[str]]:
     """Translate a checkpoint's hyperparameters into arguments of this version's module.
@@ -60,15 +63,16 @@ def translate_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     Raises:
         ValueError: The objective has no successor.
     """
+    content, split_remarks = _data_split(content)
     model = content.get("model")
     if not isinstance(model, Mapping):
-        return dict(content), []
+        return dict(content), split_remarks
     # only a config.yaml that a run wrote has this key; an older one counted steps, but a recipe has this version's meaning
     is_saved = "ckpt_path" in content and "scheduler_interval" not in model
     if not is_saved and not _SCHEDULE.keys() & model.keys() and not _has_former_arguments(model.get("objective")):
-        return dict(content), []
+        return dict(content), split_remarks
     arguments, remarks = translate_hyperparameters(model, counted_steps=is_saved)
-    return {**content, "model": arguments}, remarks
+    return {**content, "model": arguments}, [*split_remarks, *remarks]
 
 
 def drop_unused_offsets(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -95,6 +99,25 @@ def rename_checkpoint_callbacks(states: dict[str, Any], wanted: Collection[str])
             if (new := kind + key.removeprefix("ModelCheckpoint")) in wanted and new not in states:
                 states[new] = states.pop(key)
                 break
+
+
+def _data_split(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """Keep the random split of a run whose images were drawn by their order.
+
+    The ``config.yaml`` of a run has all settings of its data, a recipe has a few: `_FOLDER_SETTINGS` are those of a folder
+    before ``draw`` existed.
+    """
+    data = content.get("data")
+    given = data.get("init_args") if isinstance(data, Mapping) else None
+    if not isinstance(data, Mapping) or not isinstance(given, Mapping):
+        return content, []
+    is_folder = str(data.get("class_path", "")).rpartition(".")[2] == "FolderData"
+    if not is_folder or "draw" in given or not given.keys() >= _FOLDER_SETTINGS:
+        return content, []
+    remarks = []
+    if given["split"] in ("auto", "fraction"):
+        remarks.append("data: a random split is kept as it was (draw order); new runs draw each image by its name")
+    return {**content, "data": {**data, "init_args": {**given, "draw": "order"}}}, remarks
 
 
 def _schedule(arguments: dict[str, Any], remarks: list[str]) -> None:

@@ -1,8 +1,11 @@
 """Decode every file of a data set and list the problems."""
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,8 +44,8 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
     Problems are unreadable files, masks of another size than their image, masks with unknown values, images without a
     mask, an empty training or validation split, classes without a pixel in the training labels, validation labels that are
     all void, palettes that give one colour to different indices if the class list has no colours, and the data set's
-    ``remarks``. Classes that are absent only from the validation labels, other differences between palettes, and masks of
-    colours with transparent pixels are warnings.
+    ``remarks``. Classes that are absent only from the validation labels, images that are the same, other differences between
+    palettes, and masks of colours with transparent pixels are warnings.
 
     Args:
         data: The data set.
@@ -51,6 +54,7 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
     images: dict[str, int] = {}
     pixels: dict[str, Tensor] = {}
     problems: list[str] = []
+    listed: dict[str, list[Sample]] = {}
     sound: dict[str, int] = dict.fromkeys(SPLITS, 0)  # number of samples without a problem
     palettes = _Palettes()
     transparent: list[Path] = []
@@ -64,6 +68,7 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
             problems.append(str(error))
             continue
         images[split] = len(samples)
+        listed[split] = samples
         if not samples and split != "test":
             problems.append(f"the {split} split is empty; {data.expected(split) or 'expected at least one image'}")
         checked = _CheckedSamples(data.reader, samples, masks=split not in data.withheld)
@@ -78,7 +83,7 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
             sound[split] += not sample_problems
             split_problems += [(sample, problem) for problem in sample_problems]
         problems += _grouped(split_problems)
-    warnings: list[str] = []
+    warnings: list[str] = _duplicates(listed)
     if sound["train"]:
         problems.append(absent_classes(data.class_names, pixels["train"], "training", hint=not problems))
     if palettes.contradiction:
@@ -97,6 +102,51 @@ def check(data: SegmentationData, progress: bool = True) -> Report:
         elif absent := absent_classes(data.class_names, only_val, "validation", hint=False):
             warnings.append(f"{absent}; val/miou counts such classes only if they are predicted")
     return Report(images, pixels, list(dict.fromkeys(filter(None, problems))), warnings)
+
+
+def _duplicates(listed: dict[str, list[Sample]]) -> list[str]:
+    """Report images whose files have the same content: one line for each pair of splits.
+
+    Only files of one size are read, first their beginning and end.
+    """
+    files = {sample.image: split for split in reversed(listed) for sample in reversed(listed[split])}
+    groups: list[list[Path]] = [list(files)]
+    for key in (_size, partial(_digest, part=1 << 14), _digest):
+        finer: dict[tuple[int, object], list[Path]] = {}
+        for number, group in enumerate(groups):
+            for path in group:
+                if (value := key(path)) is not None:
+                    finer.setdefault((number, value), []).append(path)
+        groups = [group for group in finer.values() if len(group) > 1]
+    pairs: dict[tuple[str, str], list[tuple[Path, Path]]] = {}
+    for group in sorted(groups, key=min):
+        first, *others = sorted(group, key=lambda path: (SPLITS.index(files[path]), path))
+        for path in others:
+            pairs.setdefault((files[first], files[path]), []).append((first, path))
+    return [
+        f"{path} and {first} contain the same image"
+        + (f"; {len(found)} such pairs" if len(found) > 1 else "")
+        + (f" in {one} and {other}: scores on training images are too high" if one == "train" != other else "")
+        for (one, other), found in pairs.items()
+        for first, path in found[:1]
+    ]
+
+
+def _size(path: Path) -> int | None:
+    with suppress(OSError):  # a problem of its own
+        return path.stat().st_size or None
+    return None
+
+
+def _digest(path: Path, part: int | None = None) -> bytes | None:
+    """Return a hash of a file's content, or of its first and last ``part`` bytes."""
+    with suppress(OSError), path.open("rb") as file:
+        if part is None:
+            return hashlib.file_digest(file, "blake2b").digest()
+        content = file.read(part)
+        file.seek(-min(part, path.stat().st_size), 2)
+        return hashlib.blake2b(content + file.read(part)).digest()
+    return None
 
 
 def _grouped(problems: Sequence[tuple[Sample, str]]) -> list[str]:

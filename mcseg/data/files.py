@@ -2,6 +2,8 @@
 
 import ctypes
 import functools
+import glob
+import itertools
 import os
 import signal
 import threading
@@ -410,25 +412,63 @@ def image_files(folder: Path) -> list[Path]:
     return files
 
 
-def images_below(root: Path) -> list[Sample]:
-    """List an image file, or all image files in a folder and its subfolders, as samples named by their relative path.
+def images_below(*roots: Path) -> list[Sample]:
+    """List image files, the image files in folders and their subfolders, and those that glob patterns match.
+
+    The samples have different names: the path below the folder, or below the part of a pattern before the first wildcard,
+    without extension. Files that differ in their extension only keep it: ``a_jpg`` and ``a_png``.
 
     Raises:
-        DataError: The file or folder does not exist, or contains no readable image.
+        DataError: A file or folder does not exist, or there is no readable image.
     """
+    tops, files = zip(*map(_top_and_files, roots), strict=True)
+    top = Path(os.path.commonpath([path.absolute() for path in tops]))
+    unique = dict.fromkeys(path for found in files for path in found)
+    if not unique:
+        raise DataError(
+            f"data.predict_root: no readable image in {', '.join(map(str, roots))}; expected files such as .jpg or .png"
+        )
+    stems = {path: path.absolute().relative_to(top).with_suffix("").as_posix() for path in unique}
+    # Upper and lower case are the same name on some systems.
+    occurrences = Counter(stem.lower() for stem in stems.values())
+    taken: set[str] = set()
+    names: dict[Path, str] = {}
+    # Names without a double come first, so that a_jpg.png keeps its name beside a.jpg and a.png.
+    for path, stem in sorted(stems.items(), key=lambda item: occurrences[item[1].lower()] > 1):
+        name = stem if occurrences[stem.lower()] == 1 else f"{stem}_{path.suffix[1:]}"
+        while name.lower() in taken:
+            name += "_"
+        taken.add(name.lower())
+        names[path] = name
+    return [Sample(names[path], path) for path in unique]
+
+
+def _top_and_files(root: Path) -> tuple[Path, list[Path]]:
+    """Return the images of a file, a folder or a pattern, and the folder that their names are relative to."""
     if root.is_file():
-        return [Sample(root.stem, root)]
-    if not root.is_dir():
+        return root.parent, [root]
+    if root.is_dir():
+        return root, [path for folder in _with_subfolders(root) for path in image_files(folder)]
+    fixed = list(itertools.takewhile(lambda part: not any(mark in part for mark in "*?["), root.parts))
+    if len(fixed) == len(root.parts):
         raise DataError(f"data.predict_root: no such file or folder: {root}; expected an image or a folder of images")
-    folders = [root, *sorted(path for path in root.rglob("*") if path.is_dir())]
-    files = [path for folder in folders for path in image_files(folder)]
-    if not files:
-        raise DataError(f"data.predict_root: no readable image in {root}; expected files such as .jpg or .png")
-    stems = [path.relative_to(root).with_suffix("").as_posix() for path in files]
-    # Files that differ only in their extension keep it, so that no prediction overwrites another.
-    occurrences = Counter(stems)
-    names = [
-        stem if occurrences[stem] == 1 else path.relative_to(root).as_posix().replace(".", "_")
-        for stem, path in zip(stems, files, strict=True)
-    ]
-    return [Sample(name, path) for name, path in zip(names, files, strict=True)]
+    found = sorted(map(Path, glob.glob(str(root), recursive=True)))
+    readable = {folder: set(image_files(folder)) for folder in {path.parent for path in found if path.is_file()}}
+    files = [path for path in found if path in readable.get(path.parent, ())]
+    folders = [inner for path in found if path.is_dir() for inner in _with_subfolders(path)]
+    return Path(*fixed), [*files, *(path for folder in folders for path in image_files(folder))]
+
+
+def _with_subfolders(folder: Path) -> list[Path]:
+    """List a folder and all below it, also through links, without hidden ones and without following a loop of links."""
+    found: list[Path] = []
+    visited: set[str] = set()
+    for current, inner, _ in os.walk(folder, followlinks=True):
+        real = os.path.realpath(current)
+        if real in visited:
+            inner.clear()
+            continue
+        visited.add(real)
+        inner[:] = [name for name in inner if name[0] != "." and name != "__MACOSX"]
+        found.append(Path(current))
+    return sorted(found)

@@ -86,6 +86,7 @@ class SegmentationCLI(CheckpointSettingsCLI):
     def __init__(self, recipe: str, args: Sequence[str], run: bool = True, resume: Path | None = None) -> None:
         self.recipe = recipe
         self.resume = resume
+        self._palette: list[list[int]] | None = None  # colours of the checkpoint's classes, for prediction
         self._updated_config: tuple[str, str] | None = None  # content of a resumed run's config.yaml, and its changes
         strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
@@ -226,6 +227,7 @@ class SegmentationCLI(CheckpointSettingsCLI):
     def before_instantiate_classes(self) -> None:
         """Check class paths; set run folder, loggers, precision and what Lightning prints."""
         self._check_class_paths()
+        self._take_checkpoint_classes()
         self._set_run_folder()
         self._set_loggers()
         config = self.verb_config
@@ -237,6 +239,28 @@ class SegmentationCLI(CheckpointSettingsCLI):
             config.verbose = False  # JaccardCallback prints a table
         if self.subcommand == "predict":
             config.return_predictions = False  # they would fill the memory; PredictionWriter writes them
+
+    def _take_checkpoint_classes(self) -> None:
+        """Predict images without the folder of the training: take classes and settings of the data from the checkpoint."""
+        config = self.verb_config
+        data = config.get("data")
+        if self.subcommand != "predict" or not data.class_path.endswith(".FolderData") or not data.init_args.predict_root:
+            return
+        path, given = Path(config.ckpt_path), data.init_args
+        checkpoint = read_checkpoint(path) if path.is_file() else {}
+        if "palette" not in checkpoint and given.root is not None and Path(given.root).expanduser().is_dir():
+            return  # a checkpoint of an earlier version
+        names = checkpoint.get("class_names")
+        count = len(names or ()) or checkpoint.get("hyper_parameters", {}).get("num_classes", 0)
+        if not count:
+            return
+        given.classes, given.root = list(names or (f"class {index}" for index in range(count))), None
+        given.pairs = None
+        self._palette = checkpoint.get("palette")
+        defaults = inspect.signature(SegmentationData).parameters
+        for name, value in checkpoint.get("prediction_settings", {}).items():
+            if name in given and name in defaults and given[name] == defaults[name].default:
+                given[name] = value
 
     def _check_class_paths(self) -> None:
         config = self.verb_config
@@ -276,6 +300,8 @@ class SegmentationCLI(CheckpointSettingsCLI):
         objective = self.verb_config.model.objective
         super().instantiate_classes()
         self.model.inference = self._objects.inference
+        if self._palette:
+            self.datamodule.set_palette(self._palette)
         classes = objective.get("init_args.num_classes") if isinstance(objective, Namespace) else None
         # A checkpoint's number of classes is checked when it is loaded.
         if classes not in (None, self.datamodule.num_classes) and not self.verb_config.ckpt_path:

@@ -31,22 +31,44 @@ def default_objective() -> dict[str, Any]:
 
 
 def expand_shorthand(words: Sequence[str]) -> list[str]:
-    """Expand short forms: a recipe after the verb, ``--root``, ``--format``, the settings of ``bound``."""
+    """Expand short forms: a recipe or a checkpoint after the verb, ``--root``, ``--images``, ``--format``, ``bound``'s."""
     verb, *rest = words
+    if verb == "predict":
+        rest = _one_value(rest, "--images")
+    if verb in ("validate", "test", "predict", "bound"):
+        is_value = [False, *(word.startswith("-") and "=" not in word for word in rest)]
+        rest = [
+            f"--ckpt_path={word}" if word.endswith(".ckpt") and word[0] != "-" and not after_flag else word
+            for word, after_flag in zip(rest, is_value, strict=False)
+        ]
     if rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
     short = {"--root": "--data.root", "--format": "--writer.format", "--model.lr": "--model.optimizer.lr"}
+    if verb == "predict":
+        short["--images"] = "--data.predict_root"
     if verb == "bound":
         short |= {f"--{name}": f"--bound.{name}" for name in ("level", "group", "selected_from", "largest_pixels")}
     pairs = (word.partition("=") for word in rest)
     return [verb, *(short.get(flag, flag) + equals + value for flag, equals, value in pairs)]
 
 
+def _one_value(words: Sequence[str], flag: str) -> list[str]:
+    """Join the values of a flag to one list, so that a shell may expand a pattern: ``--images a.jpg b.jpg``."""
+    if flag not in words:
+        return list(words)
+    start = list(words).index(flag) + 1
+    ends = (index for index in range(start, len(words)) if words[index].startswith("-") or words[index].endswith(".ckpt"))
+    end = next(ends, len(words))
+    values = list(words[start:end])
+    return [*words[:start], *([json.dumps(values)] if len(values) > 1 else values), *words[end:]]
+
+
 def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
     """Replace the names of recipes by their paths.
 
     Args:
-        words: Verb and arguments, short forms expanded. If no recipe has data, ``synthetic`` is the first recipe.
+        words: Verb and arguments, short forms expanded. If no recipe has data, ``synthetic`` is the first recipe,
+            or ``folder`` for the prediction of images.
 
     Returns:
         The name of the first recipe, for the run folder, and the arguments for the parser.
@@ -56,7 +78,9 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
         ValueError: A recipe is not a YAML mapping.
     """
     if _lacks_data(words):
-        words = [*words[:1], "--config", "synthetic", *words[1:]]  # embedded data, so that every verb runs without arguments
+        # Embedded data, so that every verb runs without arguments; for images to predict, the checkpoint has the classes.
+        predicts = words[0] == "predict" and any(word.startswith("--data.predict_root") for word in words)
+        words = [*words[:1], "--config", "folder" if predicts else "synthetic", *words[1:]]
     expanded: list[str] = []
     names: list[str] = []
     recipes_end = 1  # index after the last recipe in `expanded`
