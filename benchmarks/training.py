@@ -134,9 +134,9 @@ def train_with_pytorch(settings: Settings, turns: Turns) -> None:
     network = SegmentationNetwork(settings["arch"], settings["encoder"], CLASSES).to(DEVICE).train()
     optimizer = torch.optim.AdamW(network.parameters())
     for batch in turns:
-        optimizer.zero_grad()
         with torch.autocast(DEVICE, torch.bfloat16, enabled=settings["precision"] == "bf16-mixed"):
             loss = F.cross_entropy(network(batch["image"]), batch["mask"], ignore_index=255)
+        optimizer.zero_grad()  # here, as in Lightning; before the forward pass, the same step was 8 % slower on a CPU
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
@@ -199,9 +199,9 @@ def measure(settings: Settings, blocks: int, steps: int) -> Iterator[str]:
             other.close()  # so that the end of the process ends the connection
             first[name] = _turn(ends[name], 1)
             _turn(ends[name], 3)  # warm-up
-        for _ in range(blocks):
-            for name, end in ends.items():
-                times[name].append(_turn(end, steps) / steps)
+        for block in range(blocks):
+            for name in reversed(CONTESTANTS) if block % 2 else CONTESTANTS:
+                times[name].append(_turn(ends[name], steps) / steps)
         memory = {name: _turn(end, 0) for name, end in ends.items()}
     base = times["PyTorch, cross entropy"]
     yield "| training step | ms | images / s | ratio | peak MiB | first s |"

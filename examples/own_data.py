@@ -2,7 +2,7 @@
 
     python examples/own_data.py
 
-On the command line: ``PYTHONPATH=examples mcseg fit --data own_data.ScansData --data.root scans``.
+On the command line, from this folder: ``mcseg fit --data own_data.ScansData --data.root scans``.
 Folders ``images`` and ``masks`` with equal file names need no subclass: see ``own_folder.py``.
 """
 

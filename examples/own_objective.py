@@ -2,8 +2,8 @@
 
     python examples/own_objective.py
 
-On the command line, give the import path of the class; its file must be on the ``PYTHONPATH``:
-``PYTHONPATH=examples mcseg fit synthetic --model.objective own_objective.PolyLoss --model.objective.epsilon 2``.
+On the command line, give the import path of the class, from the folder of its file:
+``cd examples; mcseg fit synthetic --model.objective own_objective.PolyLoss --model.objective.epsilon 2``.
 """
 
 import tempfile
@@ -36,6 +36,9 @@ class PolyLoss(nn.Module):
 
 
 if __name__ == "__main__":
+    # A checkpoint names the class by its file. Under the name __main__ no other program would find it.
+    from own_objective import PolyLoss
+
     pl.seed_everything(0)
     data = SyntheticData(48, 8, size=(64, 96), crop_size=(64, 96), batch_size=8, num_workers=0)
     module = SegmentationModule("unet", "resnet18", num_classes=data.num_classes, objective=PolyLoss(epsilon=2.0))

@@ -3,7 +3,7 @@
     python examples/predict.py                                                      # trains briefly first
     python examples/predict.py runs/folder/<time>/checkpoints/best.ckpt photo.jpg
 
-For whole folders: ``mcseg predict --config folder --data.root photos --ckpt_path CKPT --data.predict_root new_photos``.
+For whole folders: ``mcseg predict CKPT --images new_photos``.
 """
 
 import sys

@@ -13,6 +13,7 @@ import torch
 from lightning_fabric.utilities.cloud_io import _load
 from pytorch_lightning.cli import LightningCLI, instantiate_module
 from pytorch_lightning.core.saving import CHECKPOINT_PAST_HPARAMS_KEYS
+from pytorch_lightning.loops.loop import _Loop
 from pytorch_lightning.utilities.model_helpers import _restricted_classmethod
 
 # Key and value among a module's hyperparameters: the only instantiator that Lightning accepts from a checkpoint. It
@@ -98,6 +99,40 @@ def restart_validation(trainer: pl.Trainer) -> None:
     progress.current.reset()
 
 
+def may_stop(trainer: pl.Trainer) -> bool:
+    """Whether the least numbers of epochs and steps are done, so that ``trainer.should_stop`` counts. Lightning 2.6.6."""
+    return bool(trainer.fit_loop._can_stop_early)
+
+
+def validate_after_batch(trainer: pl.Trainer) -> tuple[int | None, Any]:
+    """Make the Trainer validate after the current training batch, whatever its settings.
+
+    Returns:
+        The former ``check_val_every_n_epoch`` and ``val_check_batch``, to be restored when the validation starts. Lightning
+        2.6.6.
+    """
+    former = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    trainer.check_val_every_n_epoch, trainer.val_check_batch = None, 1  # every training batch, counted over all epochs
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        trainer._last_val_time = -float("inf")  # type: ignore[attr-defined]
+    return former
+
+
+def validation_was_interrupted(trainer: pl.Trainer) -> bool:
+    """Whether a resumed run begins in the middle of a validation. For use in ``on_train_start``. Lightning 2.6.6."""
+    return bool(trainer.fit_loop.epoch_loop.val_loop.restarted_mid_evaluation)
+
+
+def run_validation(trainer: pl.Trainer) -> None:
+    """Validate after the last epoch of a training; the scores are logged at its last step. Lightning 2.6.6."""
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped -= 1  # Lightning counts on before `on_train_end`
+    trainer.validating = True
+    loop.val_loop.run()
+    trainer.training = True
+    loop._batches_that_stepped += 1
+
+
 def training_position(trainer: pl.Trainer) -> tuple[int, int]:
     """Return the epoch of the next training batch, and the number of that epoch's batches that a resumed run has done.
 
@@ -109,6 +144,53 @@ def training_position(trainer: pl.Trainer) -> tuple[int, int]:
     if loop.restarting and total.started == total.ready == total.processed + 1:  # in the middle of an epoch
         return (epoch + 1, 0) if batches.is_last_batch else (epoch, int(batches.current.processed))
     return epoch, 0
+
+
+def continue_epoch(checkpoint: Mapping[str, Any]) -> None:
+    """Make a run with ``max_steps`` continue the epoch in which an earlier ``max_steps`` ended it, in the loaded checkpoint.
+
+    Lightning counts the epoch as processed, and once more after the remaining batches. Lightning 2.6.6.
+    """
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    if not loop or loop["epoch_loop.batch_progress"]["is_last_batch"]:
+        return
+    for count in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
+        if count["processed"] == count["started"]:
+            count["processed"] -= 1
+
+
+def begin_next_epoch(trainer: pl.Trainer) -> None:
+    """Begin the next epoch in a run with ``max_steps`` that is resumed at the end of one; for use in ``on_train_start``.
+
+    Lightning would call the hooks of the finished epoch again and count it twice. Lightning 2.6.6.
+    """
+    loop = trainer.fit_loop
+    if loop._iteration_based_training() and loop.restarted_on_epoch_end and loop.epoch_loop.batch_progress.is_last_batch:
+        loop.epoch_progress.increment_completed()
+        _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
+        loop.reset_restart_stage()
+        loop.epoch_loop.reset_restart_stage()
+
+
+def batches_of_unfinished_epoch(checkpoint: Mapping[str, Any]) -> int:
+    """Return the batches that a checkpoint within an epoch has done of it; 0 at the end of an epoch. Lightning 2.6.6."""
+    loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    progress = loop.get("epoch_loop.batch_progress", {})
+    return 0 if not loop or progress["is_last_batch"] else int(progress["current"]["processed"])
+
+
+def begin_after_search(trainer: pl.Trainer) -> None:
+    """Begin the training after a search by ``BatchSizeFinder``, which leaves the loops as if the run were resumed.
+
+    They would count one step too many for the loggers. For use in ``on_fit_start``. Lightning 2.6.6.
+    """
+    _Loop.restarting.fset(trainer.fit_loop, False)  # type: ignore[attr-defined]
+
+
+def batches_done(trainer: pl.Trainer) -> int:
+    """Return the batches of the current epoch that are done when a resumed training starts. Lightning 2.6.6."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+    return 0 if progress.is_last_batch else int(progress.current.processed)
 
 
 def set_csv_columns(writer: Any, names: Sequence[str]) -> None:

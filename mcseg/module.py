@@ -6,19 +6,19 @@ from typing import Any, cast
 
 import torch
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
-from pytorch_lightning.strategies import FSDPStrategy
 from torch import Tensor, nn
 
-from mcseg.checkpoints.compatibility import initialize_network
 from mcseg.checkpoints.module import CheckpointModule
 from mcseg.evaluation.inference import Inference, labels_at, resize_labels
 from mcseg.evaluation.metrics import is_repeated
 from mcseg.kernels import fuses_upsampling, predicted_classes
 from mcseg.lightning_internals import logs_step
-from mcseg.losses import CrossEntropyLoss, Upsampling, calibrate_from_data, default_objective, offered
+from mcseg.losses import CrossEntropyLoss, Upsampling, offered
+from mcseg.losses.probe import build_objective
 from mcseg.networks import SegmentationNetwork
 from mcseg.nonfinite import LossGuard, OnNonFinite
-from mcseg.schedules import WarmupPolynomialLR, lightning_schedule, set_length, step_plateau
+from mcseg.preparation import begin, prepare, set_up
+from mcseg.schedules import Interval, WarmupPolynomialLR, optimizer_and_schedule, set_length, step_plateau
 from mcseg.seeds import seed_of, seeded
 
 
@@ -44,9 +44,12 @@ class SegmentationModule(CheckpointModule):
             optional members. For an objective that does not keep its arguments as attributes, give a ``functools.partial``
             of its class.
         optimizer: Callable from parameters to optimiser: a class, or a ``functools.partial`` of one.
-        scheduler: Callable from optimiser to learning-rate schedule, stepped after each optimiser step. A
-            ``torch.optim.lr_scheduler.ReduceLROnPlateau`` is stepped with ``val/miou`` after each validation; Lightning's
-            class of that name with its ``monitor``. The default decays to 0 by a polynomial over the whole run.
+        lr: Learning rate, instead of the optimiser's; Lightning's learning-rate finder sets it.
+        scheduler: Callable from optimiser to learning-rate schedule. A ``torch.optim.lr_scheduler.ReduceLROnPlateau`` is
+            stepped with ``val/miou`` after each validation; Lightning's class of that name with its ``monitor``. The default
+            decays to 0 by a polynomial over the whole run.
+        scheduler_interval: What the schedule counts, ``"step"`` (optimiser steps) or ``"epoch"``. None means steps for
+            `mcseg.schedules.WarmupPolynomialLR` and torch's ``OneCycleLR`` and ``CyclicLR``, epochs for all others.
         network_options: Further arguments of the architecture, for example ``{"decoder_channels": [64, 32, 16]}``.
         channels_last: Keep the network in the channels-last memory format.
         checkpointing: Recompute the encoder's activations in the backward pass instead of keeping them.
@@ -74,7 +77,7 @@ class SegmentationModule(CheckpointModule):
 
     Raises:
         ValueError: Unknown architecture or encoder; when training starts, an objective, optimiser or scheduler that a
-            checkpoint could not rebuild.
+            checkpoint could not rebuild, or an objective that fails on a small batch or does not leave out void pixels.
 
     Example:
         >>> import torch
@@ -97,7 +100,9 @@ class SegmentationModule(CheckpointModule):
         init_from: str | None = None,
         objective: nn.Module | Callable[[], nn.Module] | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr: float | None = None,
         scheduler: LRSchedulerCallable = WarmupPolynomialLR,
+        scheduler_interval: Interval | None = None,
         network_options: dict[str, Any] | None = None,
         channels_last: bool = True,
         checkpointing: bool = False,
@@ -124,8 +129,9 @@ class SegmentationModule(CheckpointModule):
             frozen_batch_norm=frozen_batch_norm,
             aux_channels=aux_channels if aux_weight else None,
         )
-        self.objective = objective if isinstance(objective, nn.Module) else (objective or default_objective)()
+        self.objective = build_objective(objective)
         self.optimizer = optimizer
+        self.lr = self._configured_lr = lr
         self.scheduler = scheduler
         self.inference = Inference()
         self._aux_objective = CrossEntropyLoss()
@@ -167,8 +173,8 @@ class SegmentationModule(CheckpointModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser and its schedule."""
-        optimizer = self.optimizer(self.network.parameters())
-        return {"optimizer": optimizer, "lr_scheduler": lightning_schedule(self.scheduler(optimizer), self.trainer)}
+        self._configured_lr = self.lr
+        return optimizer_and_schedule(self)
 
     def _training_loss(self, image: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the loss, with that of the auxiliary head if there is one, and its terms to log."""
@@ -246,43 +252,26 @@ class SegmentationModule(CheckpointModule):
             self.log(f"{split}/loss", total / number)
 
     def setup(self, stage: str) -> None:
-        """Prepare the network for FSDP, which shards only contiguous weights, and for compilation."""
+        """Check the callbacks of a fit; prepare the network for FSDP and for compilation."""
         super().setup(stage)
-        if stage == "fit" and self.hparams["compile"]:
-            self.network.compile()
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            self.network.to(memory_format=torch.contiguous_format)
+        set_up(self, stage)
 
     def on_fit_start(self) -> None:
-        """Load the weights to start from, and calibrate the objective from the training labels.
-
-        A resumed run has both from its checkpoint. A new run from loaded weights is calibrated again, as its training labels
-        may differ.
-        """
-        resumed, self._resumed = self._resumed, False
-        if resumed:
-            return
-        if self.hparams["init_from"] and not self.has_weights:
-            initialize_network(self.network, self.hparams["init_from"])
-        elif self.hparams["encoder_weights"] and not self.has_weights:
-            self.network.load_pretrained_encoder(self.hparams["encoder_weights"])
-        data = getattr(self.trainer, "datamodule", None)
-        band_statistics = getattr(data, "band_statistics", None)
-        if self.hparams["in_channels"] != 3 and band_statistics and not (self.hparams["init_from"] or self.has_weights):
-            self.network.set_normalization(*band_statistics())
-        calibrate_from_data(self.objective, data)
+        """Load the weights to start from and calibrate the objective, unless the run is resumed; try the objective."""
+        begin(self)
 
     def on_train_start(self) -> None:
         """Give the schedule the length of the run."""
+        if not self._prepared:  # Lightning's finders train before on_fit_start, and restore the module afterwards
+            prepare(self)
         super().on_train_start()
-        set_length(self.lr_schedulers(), self.trainer)
+        set_length(self.lr_schedulers(), self.trainer, self.hparams["scheduler_interval"])
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log the norm of the gradient, before it is clipped, in steps that go to the loggers."""
-        if not logs_step(self.trainer):
-            return
-        gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
-        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        if logs_step(self.trainer):
+            gradients = [parameter.grad for parameter in self.network.parameters() if parameter.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
     def on_train_epoch_end(self) -> None:
         """Check the last loss before a checkpoint is written."""

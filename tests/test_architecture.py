@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "seeds": set(),
     "lightning_internals": set(),
     "nonfinite": set(),
-    "schedules": set(),
+    "monitors": {"evaluation"},
+    "preparation": {"checkpoints", "lightning_internals", "losses", "monitors"},
+    "schedules": {"lightning_internals", "monitors", "preparation"},
     "palette": set(),
     "pictures": {"atomic", "palette"},
     "margins": set(),
@@ -31,8 +33,20 @@ MAY_IMPORT = {
     "losses": {"margins", "kernels"},
     "evaluation": {"kernels", "margins"},
     "checkpoints": {"atomic", "lightning_internals", "messages", "version"},
-    "module": {"checkpoints", "evaluation", "kernels", "losses", "networks", "nonfinite", "schedules", "seeds"},
-    "callbacks": {"atomic", "evaluation", "palette", "pictures"},
+    "module": {
+        "checkpoints",
+        "evaluation",
+        "kernels",
+        "lightning_internals",
+        "losses",
+        "monitors",
+        "networks",
+        "nonfinite",
+        "preparation",
+        "schedules",
+        "seeds",
+    },
+    "callbacks": {"atomic", "evaluation", "lightning_internals", "monitors", "palette", "pictures"},
 }
 LAZY_LIBRARIES = {"triton", "wandb", "matplotlib", "scipy", "pandas", "segmentation_models_pytorch", "timm"}
 

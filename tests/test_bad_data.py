@@ -395,9 +395,8 @@ def as_binary(root: Path) -> None:
         write_png(path, np.where(np.array(Image.open(path)) == 1, 255, 0).astype(np.uint8))
 
 
-def with_suffix(root: Path) -> None:
-    for path in (root / "masks").iterdir():
-        path.rename(path.with_name(f"{path.stem}_mask.png"))
+def with_odd_suffix(root: Path) -> None:
+    mask_file(root).rename(root / "masks" / "photo 3_m.png")
 
 
 REPORTED = {
@@ -405,7 +404,7 @@ REPORTED = {
     "arrays as mask": (lambda r: np.savez(mask_file(r, ".npz"), mask(r)), "masks: photo 3.npz is not used"),
     "format that runs a program": (lambda r: photo(r).save(image_file(r, ".eps")), "images: photo 3.eps is not used"),
     "mask without image": (lambda r: image_file(r).unlink(), "masks: no image for photo 3.png"),
-    "masks with a suffix": (with_suffix, "masks: no image for photo 0_mask.png and 9 more"),
+    "masks with another suffix": (with_odd_suffix, "masks: no image for photo 3_m.png"),
     "mask in another case": (lambda r: mask_file(r).rename(r / "masks/Photo 3.png"), "masks: no image for Photo 3.png"),
     "image in two lists": (lambda r: write_lists(r, "photo 1\nphoto 2\n"), "val.txt: photo 2 is also in train.txt"),
     "masks of 0 and 255": (
@@ -666,3 +665,222 @@ def test_prediction_skips_a_bad_file_with_on_error_skip(photo_folder, tmp_path, 
         main(["predict", "folder", *settings, "--data.on_error", "skip"])
     assert "skipped (data.on_error): 1;" in str(issued[-1].message)
     assert sorted(path.stem for path in (tmp_path / "out/masks").iterdir()) == [f"photo {i}" for i in range(10) if i != 3]
+
+
+# Masks with palettes. COLORS are the classes' colours; each file has its own order of them.
+COLORS = np.array([[0, 0, 0], [0, 128, 0], [200, 0, 0]], np.uint8)
+COLOR_LIST = "background 0 0 0\nground 0 128 0\nthing 200 0 0\n"
+
+
+def write_palette(path: Path, values: np.ndarray, colors, **options) -> None:
+    picture = Image.fromarray(values.astype(np.uint8), "P")
+    picture.putpalette(np.asarray(colors, np.uint8).tobytes())
+    path.unlink(missing_ok=True)
+    picture.save(path, **options)
+    with Image.open(path) as file:
+        assert file.mode == "P"
+
+
+def permuted_palettes(root: Path, suffix: str = ".png") -> dict[str, np.ndarray]:
+    """Write the masks without void as palette files, each with another order of the colours; return the labels by name."""
+    labels = {}
+    for number, path in enumerate(sorted((root / "masks").iterdir())):
+        values = np.array(Image.open(path))
+        values[values == 255] = 0
+        order = np.roll(np.arange(3), number)  # index -> class
+        labels[path.stem] = values
+        path.unlink()
+        write_palette(path.with_suffix(suffix), np.argsort(order)[values], COLORS[order])
+    return labels
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".gif", ".bmp"])
+@pytest.mark.parametrize("order", ["background 0 0 0\nground 0 128 0\nthing 200 0 0\n", None])
+def test_palette_files_are_read_by_the_colours_of_the_list(photo_folder, suffix, order):
+    labels = permuted_palettes(photo_folder, suffix)
+    if order is None:  # ids and void colours in a TOML file
+        order = "void = [[9, 9, 9]]\n" + "".join(
+            f'[[classes]]\nname = "{name}"\nid = {10 * index}\ncolor = {color.tolist()}\n'
+            for index, (name, color) in enumerate(zip("abc", COLORS, strict=True))
+        )
+        (photo_folder / "classes.txt").unlink()
+        (photo_folder / "classes.toml").write_text(order)
+    else:
+        (photo_folder / "classes.txt").write_text(COLOR_LIST)
+    data = folder_data(photo_folder)
+    samples = data.samples("train") + data.samples("val")
+    for sample in samples:
+        assert np.array_equal(data.reader.mask(sample), labels[sample.name])
+        assert data.reader.counts(sample).tolist() == np.bincount(labels[sample.name].ravel(), minlength=3).tolist()
+    report = check(data, progress=False)
+    assert report.problems == report.warnings == []
+    total = sum(np.bincount(values.ravel(), minlength=3) for values in labels.values())
+    assert (report.pixels["train"] + report.pixels["val"]).tolist() == total.tolist()
+
+
+def test_colour_and_grey_files_among_palette_files(photo_folder):
+    labels = permuted_palettes(photo_folder)
+    (photo_folder / "classes.txt").write_text(COLOR_LIST)
+    names = sorted(labels)
+    Image.fromarray(COLORS[labels[names[-1]]]).save(photo_folder / "masks" / f"{names[-1]}.png")
+    write_png(photo_folder / "masks" / f"{names[-2]}.png", labels[names[-2]])  # indices
+    data = folder_data(photo_folder)
+    for sample in data.samples("train") + data.samples("val"):
+        assert np.array_equal(data.reader.mask(sample), labels[sample.name])
+
+
+def problems_with(root: Path, change) -> list[str]:
+    """Change the mask of photo 3, a palette file in the order of the list, and return what check reports."""
+    permuted_palettes(root)
+    (root / "classes.txt").write_text(COLOR_LIST)
+    change(mask_file(root))
+    data = folder_data(root)
+    found = check(data, progress=False).problems
+    if found:
+        sample = next(s for s in data.samples("train") + data.samples("val") if s.name == NAME)
+        with pytest.raises(DataError) as caught:
+            data.reader.mask(sample)
+        assert str(caught.value) == found[0]
+    return found
+
+
+def test_a_palette_that_contradicts_the_list_is_named(photo_folder):
+    values = np.zeros((24, 32), np.uint8)
+    values[0, :5], values[1, :7] = 1, 2
+    colors = [[0, 0, 0], [200, 0, 0], [1, 2, 3]]
+    [line] = problems_with(photo_folder, lambda path: write_palette(path, values, colors))
+    assert (
+        "photo 3.png: palette and class list contradict each other: index 1 has the colour (200, 0, 0) of class thing"
+        in line
+    )
+    assert "index 2 (7 pixels) has the colour (1, 2, 3), which is not in the list" in line
+
+
+def test_a_palette_without_the_colours_of_the_list_is_read_by_index(photo_folder):
+    values = np.full((24, 32), 255, np.uint8)
+    values[3:9], values[9:] = 1, 2
+    colors = np.zeros((256, 3), np.uint8)
+    colors[1], colors[2], colors[255] = [0, 128, 0], [1, 2, 3], [224, 224, 192]  # 1 as in the list; 255 is void
+    assert problems_with(photo_folder, lambda path: write_palette(path, values, colors)) == []
+    data = folder_data(photo_folder)
+    sample = next(s for s in data.samples("train") + data.samples("val") if s.name == NAME)
+    assert np.array_equal(data.reader.mask(sample), values)
+    assert data.reader.counts(sample).tolist() == [0, 6 * 32, 15 * 32]
+
+
+def test_colours_without_a_class_are_counted(photo_folder):
+    shown = np.zeros((24, 32, 3), np.uint8)
+    shown[0, :5], shown[1, :7] = [9, 8, 7], [3, 2, 1]
+    [line] = problems_with(photo_folder, lambda path: Image.fromarray(shown).save(path))
+    assert (
+        "photo 3.png: 12 pixels of the mask have the unknown colours (3, 2, 1) on 7 pixels, (9, 8, 7) on 5 pixels;" in line
+    )
+    assert "expected 3 known colours" in line
+
+
+def smooth(root: Path) -> Image.Image:
+    picture = Image.fromarray(COLORS[np.minimum(mask(root), 2)])
+    return picture.resize((64, 48), Image.Resampling.BICUBIC).resize((32, 24), Image.Resampling.BILINEAR)
+
+
+def as_jpeg(root: Path) -> Image.Image:
+    file = io.BytesIO()
+    Image.fromarray(COLORS[np.minimum(mask(root), 2)]).save(file, "JPEG", quality=80)
+    return Image.open(file).convert("RGB")
+
+
+@pytest.mark.parametrize("picture", [smooth, as_jpeg])
+def test_smoothed_and_compressed_masks_are_named_as_such(photo_folder, picture):
+    blurred = picture(photo_folder)
+    [line] = problems_with(photo_folder, lambda path: blurred.save(path))
+    assert "between or near the colours of the list, as in masks that were anti-aliased" in line
+    exact = (np.array(blurred)[:, :, None] == COLORS).all(-1).any(-1)
+    assert f"photo 3.png: {int((~exact).sum())} pixels of the mask have the unknown colours" in line
+
+
+def test_palettes_that_contradict_one_another_are_named_by_check(photo_folder):
+    permuted_palettes(photo_folder)
+    [line] = check(folder_data(photo_folder), progress=False).problems
+    first, second = (photo_folder / "masks" / f"photo {number}.png" for number in (0, 1))
+    assert "the palettes of the masks contradict each other: index 0 is" in line
+    assert "give each class its colour in the class list" in line
+    assert str(photo_folder / "masks") in line
+    for path in (first, second):  # palettes that differ without a colour in common are only mentioned
+        values = np.array(Image.open(path))
+        write_palette(path, values, np.arange(9).reshape(3, 3) + (100 if path == first else 200))
+    for path in (photo_folder / "masks").iterdir():
+        if path not in (first, second):
+            write_png(path, np.minimum(np.array(Image.open(path)), 2))
+    report = check(folder_data(photo_folder), progress=False)
+    assert report.problems == []
+    [line] = [warning for warning in report.warnings if "palettes" in warning]
+    assert "(100, 101, 102)" in line
+    assert "(200, 201, 202)" in line
+    assert "read by their indices" in line
+
+
+VALUES = {
+    "begin at 1": (lambda v: v + 1, np.uint8, "seem to begin at 1; .*first class; .*ids 1 to 3 and void = "),
+    "16 bits, scaled": (lambda v: v * 257, np.uint16, "multiples of 257.*divide them by 257"),
+    "a photo": (lambda v: np.arange(v.size).reshape(v.shape) % 200, np.uint8, "is a photo, or was smoothed or compressed"),
+}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_unknown_values_have_the_hint_that_fits(photo_folder, kind):
+    change, dtype, expected = VALUES[kind]
+    for path in (photo_folder / "masks").iterdir():
+        values = np.array(Image.open(path))
+        values[values == 255] = 0
+        write_png(path, change(values.astype(int)).astype(dtype))
+    problems = check(folder_data(photo_folder), progress=False).problems
+    assert re.search(expected, problems[0])
+    assert (
+        "; 9 files have this problem: photo 0.png" in problems[0]
+    )  # those for training; the other one is a line of its own
+
+
+def test_one_bit_masks_are_the_classes_0_and_1(photo_folder):
+    (photo_folder / "classes.txt").write_text("background\nthing\n")
+    for path in (photo_folder / "masks").iterdir():
+        Image.fromarray(np.array(Image.open(path)) == 1).save(path)
+    report = check(folder_data(photo_folder), progress=False)
+    assert report.problems == []
+    assert (report.pixels["train"] > 0).all()
+
+
+def test_transparent_pixels_of_a_colour_mask_are_mentioned(photo_folder):
+    (photo_folder / "classes.txt").write_text(COLOR_LIST)
+    for number, path in enumerate(sorted((photo_folder / "masks").iterdir())):
+        shown = np.full((24, 32, 4), 255, np.uint8)
+        shown[..., :3] = COLORS[np.minimum(np.array(Image.open(path)), 2)]
+        shown[0, 0, 3] = 0 if number == 3 else 255
+        Image.fromarray(shown).save(path)
+    report = check(folder_data(photo_folder), progress=False)
+    assert report.problems == []
+    [line] = report.warnings
+    assert "photo 3.png: the mask has transparent pixels, and their colours are read as labels" in line
+
+
+def all_void(root: Path, split: str) -> None:
+    write_lists(root, "photo 0\nphoto 1\nphoto 4\nphoto 5\n")
+    for name in ("photo 2", "photo 3") if split == "val" else ("photo 0", "photo 1", "photo 4", "photo 5"):
+        write_png(root / "masks" / f"{name}.png", np.full((24, 32), 255, np.uint8))
+
+
+@pytest.mark.parametrize(("split", "title"), [("train", "training"), ("val", "validation")])
+def test_a_split_of_void_is_one_problem(photo_folder, split, title):
+    all_void(photo_folder, split)
+    found = check(folder_data(photo_folder), progress=False).problems
+    assert [f"no pixel of the {title} labels has a class"] == [line.split(",")[0] for line in found if "are void" in line]
+
+
+@pytest.mark.parametrize("objective", ["CrossEntropyLoss", "DiceLoss"])
+def test_training_reports_a_validation_of_void(photo_folder, objective):
+    all_void(photo_folder, "val")
+    settings = ["--data.root", str(photo_folder), "--trainer.accelerator", "cpu", "--data.num_workers", "0"]
+    settings += ["--model.encoder", "tu-test_resnet.r160_in1k", "--trainer.fast_dev_run", "true"]
+    settings += ["--data.batch_size", "2", "--data.crop_size", "[32,32]", "--model.objective", objective]
+    with pytest.warns(UserWarning, match="val: no pixel of the targets has a class, all are void") as issued:
+        main(["fit", "folder", *settings])
+    assert len([warning for warning in issued if "all are void" in str(warning.message)]) == 1

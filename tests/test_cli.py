@@ -3,6 +3,7 @@
 import csv
 import os
 import pkgutil
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -28,7 +29,7 @@ from mcseg.module import SegmentationModule
 from mcseg.run.cli import ParseOnlyCLI
 from mcseg.run.folder import run_folder as new_run_folder
 from mcseg.run.main import main
-from mcseg.run.recipes import RECIPES, find_recipes
+from mcseg.run.recipes import RECIPES, expand_shorthand, find_recipes
 
 UNET = ["--model.network_options", '{"decoder_channels": [16, 16, 8, 8, 8]}']
 DEEPLAB = [
@@ -469,6 +470,70 @@ def test_any_objective_by_its_name(arguments, objective):
     main(["validate", "--config", "synthetic", *arguments("synthetic"), *TINY, "--ckpt_path", str(path)])
 
 
+MY_LOSS = """
+import torch
+
+class MyLoss(torch.nn.Module):
+    def __init__(self, factor=1.0):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, logits, target):
+        return self.factor * torch.nn.functional.cross_entropy(logits, target, ignore_index=255)
+"""
+
+
+@pytest.mark.slow
+def test_an_objective_of_the_current_folder_that_is_deleted_after_training(arguments, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", os.getcwd())])
+    Path("losses_of_mine.py").write_text(MY_LOSS)
+    options = [*arguments("synthetic"), *TINY]
+    main(["fit", "synthetic", *options, "--model.objective=losses_of_mine.MyLoss", "--model.objective.factor=2"])
+    run = run_folder("synthetic")
+    best = str(run / "checkpoints" / "best.ckpt")
+    trained = [row for row in logged_rows(run) if row["val/miou"]][-1]
+    Path("losses_of_mine.py").unlink()
+    monkeypatch.delitem(sys.modules, "losses_of_mine")
+    with caplog.at_level("INFO"):
+        main(["validate", "--config", str(run / "config.yaml"), "--ckpt_path", best])
+    assert "losses_of_mine.MyLoss cannot be built (ModuleNotFoundError" in caplog.text
+    (row,) = logged_rows(run_folder("config"))
+    assert row["val/miou"] == trained["val/miou"]
+    assert "val/loss" not in row
+    main(["predict", "synthetic", *options, "--ckpt_path", best])
+    assert len(list((run_folder("synthetic") / "masks").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["torch.nn.CrossEntropyLoss"], "CrossEntropyLoss has ignore_index -100; set ignore_index to 255"),
+        (["CrossEntropyLoss", "--model.objective.weight=[1,2]"], "weight: found 2 weights, expected 8, one per class"),
+        (
+            ["torch.nn.CrossEntropyLoss", "--model.objective.weight=[1,2]", "--model.objective.ignore_index=255"],
+            "CrossEntropyLoss fails for logits",
+        ),
+        (["FocalLoss", "--model.objective.weight=[1,2,3,4,5,6,7,-8]"], "weight: found -8.0, expected a finite number >= 0"),
+    ],
+    ids=str,
+)
+def test_unfit_objectives_are_one_line_before_training(arguments, capsys, words, expected):
+    line = fails(capsys, ["fit", "synthetic", *arguments("synthetic"), *TINY, "--model.objective", *words])
+    assert expected in line
+
+
+@pytest.mark.slow
+def test_class_weights_from_the_command_line(arguments):
+    weight = "--model.objective.weight=[1,2,3,4,5,6,7,0.5]"
+    for objective in (["CrossEntropyLoss"], ["torch.nn.CrossEntropyLoss", "--model.objective.ignore_index=255"]):
+        main(["fit", "synthetic", *arguments("synthetic"), *TINY, "--model.objective", *objective, weight])
+        folder = run_folder("synthetic")
+        saved = yaml.safe_load((folder / "config.yaml").read_text())["model"]["objective"]["init_args"]["weight"]
+        loaded = SegmentationModule.load_from_checkpoint(folder / "checkpoints" / "best.ckpt").objective
+        assert saved == list(loaded.weight) == [1, 2, 3, 4, 5, 6, 7, 0.5]
+    main(["fit", "--resume", str(folder), "--trainer.max_epochs=2"])  # compares the settings, tensors among them
+
+
 def test_a_users_recipe_over_another_one(arguments, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("trainer: {max_steps: 2}\nmodel: {optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.25}}}\n")
@@ -483,6 +548,37 @@ def test_a_users_recipe_over_another_one(arguments, tmp_path):
     assert saved["model"]["optimizer"]["init_args"]["lr"] == 0.25
     assert saved["trainer"]["max_steps"] == 2
     assert saved["data"]["init_args"]["train_scenes"] == 4
+
+
+LAYERS = {
+    "stop": "callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/miou, patience: 2}}]",
+    "longer": "callbacks: {class_path: EarlyStopping, init_args: {monitor: val/miou, patience: 9}}",
+    "two": "callbacks: [{class_path: ModelCheckpoint, init_args: {every_n_train_steps: 5}}, "
+    "{class_path: ModelCheckpoint, init_args: {every_n_epochs: 2}}]",
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "line"),
+    [
+        ("--config stop.yaml --config options/ema", ["EarlyStopping 2", "EMAWeightAveraging None"], ""),
+        ("--config options/ema --config two.yaml", ["EMAWeightAveraging None", "ModelCheckpoint None", "ModelCheckpoint None"], ""),
+        ("--config stop.yaml --config longer.yaml", ["EarlyStopping 9"], "a later EarlyStopping of val/miou replaces an earlier one: patience 9 instead of 2"),
+        ("--config options/ema --trainer.callbacks EarlyStopping --trainer.callbacks.monitor val/loss", ["EMAWeightAveraging None", "EarlyStopping 3"], ""),
+        ("--config stop.yaml --trainer.callbacks.patience 7", ["EarlyStopping 7"], ""),
+        ("--config stop.yaml --trainer.callbacks null", [], ""),
+    ],
+)  # fmt: skip
+def test_callbacks_of_layered_recipes_add_up(words, expected, line, tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in LAYERS.items():
+        Path(f"{name}.yaml").write_text("trainer:\n  " + text + "\n")
+    with caplog.at_level("INFO"):
+        recipe, words = find_recipes(["fit", *words.split()])
+        callbacks = ParseOnlyCLI(recipe, words[1:], run=False).config.trainer.callbacks or []
+    assert [f"{c.class_path.rpartition('.')[2]} {c.init_args.get('patience')}" for c in callbacks] == expected
+    assert caplog.text.count("replaces") == bool(line)
+    assert line in caplog.text
 
 
 def test_saved_config_repeats_the_run_in_a_new_folder(arguments):
@@ -650,6 +746,67 @@ def test_a_bad_file_found_by_a_worker_is_one_line(arguments, photo_folder, capsy
     assert "cannot be read" in line
     assert "Traceback" not in line
     assert line.startswith("mcseg: error: " + str(photo_folder))
+
+
+def test_short_forms_of_prediction():
+    folder = ["--data.predict_root", "new"]
+    for words, expected in (
+        (["a.ckpt", "--images", "new"], ["--ckpt_path=a.ckpt", *folder]),
+        (["folder", "a.ckpt", "--images=new"], ["--config", "folder", "--ckpt_path=a.ckpt", "--data.predict_root=new"]),
+        (["--images", "new", "a.ckpt"], [*folder, "--ckpt_path=a.ckpt"]),
+        (
+            ["--ckpt_path", "a.ckpt", "--images", "1.png", "2.png"],
+            ["--ckpt_path", "a.ckpt", folder[0], '["1.png", "2.png"]'],
+        ),
+    ):
+        assert expand_shorthand(["predict", *words]) == ["predict", *expected]
+    assert expand_shorthand(["show", "folder", "--images", "3"]) == ["show", "--config", "folder", "--images", "3"]
+
+
+@pytest.mark.slow
+def test_predict_without_the_training_folder(photo_folder, tmp_path, capsys, monkeypatch):
+    """Class names, colours and the images' scale come from the checkpoint; no file overwrites another."""
+    (photo_folder / "classes.txt").write_text("background 10 20 30\nground 40 50 60\nthing 70 80 90\n")
+    options = ["--data.image_scale=0.5", "--data.max_side=500", "--trainer.default_root_dir", str(tmp_path / "run")]
+    main(["fit", "folder", "--root", str(photo_folder), *TINY, *options])
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    stored = torch.load(checkpoint, weights_only=True)
+    assert stored["random_split"] == {"draw": "name", "split_seed": 0, "val_fraction": 0.2, "test_fraction": 0.0}
+    new = tmp_path / "new"
+    for name in ("a.jpg", "a.png", "a_jpg.png", "A.bmp", "v1.0/a.png", "v1.0/deep/a.png", ".hidden/b.png"):
+        (new / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(photo_folder / "images" / "photo 0.jpg").save(new / name)
+    (new / "link").symlink_to(new)
+    shutil.rmtree(photo_folder)
+    sizes = []
+    step = SegmentationModule.predict_step
+
+    def watched(module, batch, index):
+        sizes.append(tuple(batch["image"].shape[-2:]))
+        return step(module, batch, index)
+
+    monkeypatch.setattr(SegmentationModule, "predict_step", watched)
+    out = tmp_path / "out"
+    main(["predict", str(checkpoint), "--images", str(new), f"--writer.output_dir={out}", *TINY])
+    expected = {"A_bmp", "a_jpg", "a_jpg_", "a_png", "v1.0/a", "v1.0/deep/a"}
+    written = {path.relative_to(out / "masks").with_suffix("").as_posix() for path in out.rglob("masks/**/*.png")}
+    assert len(written) == 6
+    assert written == expected
+    with Image.open(out / "masks" / "v1.0" / "a.png") as file:
+        assert file.size == (32, 24)
+        assert file.getpalette()[:9] == [10, 20, 30, 40, 50, 60, 70, 80, 90]
+    assert set(sizes) == {(12, 16)}
+    several = [str(new / "a.jpg"), str(new / "v1.0" / "a.png")]  # as a shell expands a pattern
+    for values, names in (
+        ([str(new / "v1.0" / "**" / "*.png")], {"a", "deep/a"}),
+        (several, {"a", "v1.0/a"}),
+        ([str(new / "a_jpg.png")], {"a_jpg"}),
+    ):
+        shutil.rmtree(out)
+        main(["predict", str(checkpoint), "--images", *values, f"--writer.output_dir={out}", *TINY])
+        assert {path.relative_to(out / "masks").with_suffix("").as_posix() for path in out.rglob("masks/**/*.png")} == names
+    line = fails(capsys, ["predict", str(checkpoint), "--images", "nowhere/*.png", *TINY])
+    assert "data.predict_root: no readable image in nowhere/*.png" in line
 
 
 def test_help_lists_verbs_and_recipes(capsys):

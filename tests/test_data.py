@@ -1,6 +1,7 @@
 """SegmentationData, FolderData and SyntheticData: pixels by hand, order, seeds, counts and their cache; label tables and class lists."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -109,7 +110,10 @@ def test_real_camvid_counts():
 def test_folder_fraction_is_a_partition_that_depends_on_the_seed(photo_folder):
     data = FolderData(photo_folder, val_fraction=0.3, test_fraction=0.2)
     parts = [names(data, split) for split in ("train", "val", "test")]
-    assert [len(part) for part in parts] == [5, 3, 2]
+    # An independent draw: the first 8 bytes of the hash as a share of their largest value
+    numbers = {f"photo {i}": int(sha256(f"0:photo {i}".encode()).hexdigest()[:16], 16) / 16**16 for i in range(10)}
+    assert parts[1] == [name for name, number in numbers.items() if number < 0.3]
+    assert parts[2] == [name for name, number in numbers.items() if 0.3 <= number < 0.5]
     assert sorted(parts[0] + parts[1] + parts[2]) == [f"photo {i}" for i in range(10)]
     assert [
         names(FolderData(photo_folder, val_fraction=0.3, test_fraction=0.2), s) for s in ("train", "val", "test")
@@ -614,7 +618,48 @@ def test_malformed_class_lists(content, message):
         table_from_toml(content, "classes.toml")
 
 
-def test_text_list_with_ids_asks_for_toml(tmp_path):
-    (tmp_path / "classes.txt").write_text("0 road\n1 sky\n")
-    with pytest.raises(DataError, match=r"line 1: found '0 road'.*classes\.toml"):
+# Class list -> names, and the mask value of each class
+CLASS_FILES = {
+    "ids first": ("0 background\n1 street light\n", {"background": 0, "street light": 1}),
+    "ids and colons": ("0: background\n7: road\n", {"background": 0, "road": 7}),
+    "ids last": ("background 1\nroad 2\n", {"background": 1, "road": 2}),
+    "colours": ("background 0 0 0\nroad 128 64 128\n", {"background": 0, "road": 1}),
+    "colours first": ("64 128 64\tAnimal\n192 0 128\tArch way\n", {"Animal": 0, "Arch way": 1}),
+    "header of Kaggle": ("name,r,g,b\nAnimal,64,128,64\nlane 1, 192, 0, 128\n", {"Animal": 0, "lane 1": 1}),
+    "header of Roboflow": ("Pixel Value, Class\n0, background\n3, cat\n", {"background": 0, "cat": 3}),
+    "labelmap of CVAT": ("# label:color_rgb:parts:actions\nsky:0,0,0::\nroad:1,2,3::\n", {"sky": 0, "road": 1}),
+    "header of one word": ("class\nroad\nsky\n", {"road": 0, "sky": 1}),
+    "void as 255": ("id;name\n0;road\n4;sky\n255;void\n", {"road": 0, "sky": 4}),
+    "numbers of names": ("lane 1\nlane 2\nroad\n", {"lane 1": 0, "lane 2": 1, "road": 2}),
+    "quoted": ('"zone 1"\n"2 wheels"\nroad, wet\n', {"zone 1": 0, "2 wheels": 1, "road, wet": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", CLASS_FILES)
+def test_forms_of_class_lists(tmp_path, kind):
+    text, expected = CLASS_FILES[kind]
+    (tmp_path / "classes.txt").write_text(text)
+    table = table_from_file(tmp_path / "classes.txt", by_color=False)
+    assert {table.names[train]: raw for raw, train in table.raw_ids.items() if train != 255} == expected
+    assert table.raw_ids[255] == 255
+    assert table.names == tuple(expected)
+
+
+def test_colours_below_a_header(tmp_path):
+    (tmp_path / "class_dict.csv").write_text("name,r,g,b\nAnimal,64,128,64\nArchway, 192, 0, 128\n")
+    table = table_from_file(tmp_path / "class_dict.csv", by_color=True)
+    assert dict(table.raw_ids) == {0x408040: 0, 0xC00080: 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0 road\nsky\n", r"line 1: found '0 road'.*classes\.toml"),
+        ("name,r,g,b\nroad,1,2\nsky,1,2,3\n", r"line 2: found 'road,1,2', expected the columns of the header, name, R G B"),
+        ("road 300 0 0\nsky 1 2 3\n", r"class road: found the colour \[300, 0, 0\]"),
+    ],
+)
+def test_unclear_class_lists_are_refused(tmp_path, text, message):
+    (tmp_path / "classes.txt").write_text(text)
+    with pytest.raises(DataError, match=message):
         table_from_file(tmp_path / "classes.txt", by_color=False)

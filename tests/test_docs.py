@@ -139,7 +139,7 @@ def test_commands_name_verbs_and_recipes_that_exist(words):
     verb, *rest = words
     assert verb in {"fit", "validate", "test", "predict", "bound", "download", "show", "check", "stats", "compare"}
     recipes = [value for flag, value in itertools.pairwise(rest) if flag == "--config"]
-    recipes += rest[: bool(rest and not rest[0].startswith("-"))]
+    recipes += [word for word in rest[:1] if not word.startswith("-") and not word.upper().endswith("CKPT")]
     assert {name for name in recipes if not name.endswith(".yaml")} <= set(recipe_names())
 
 

@@ -24,6 +24,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys):
     """Run an example in this process; return its variables and its output."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as Python does for a script
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def example(name, *arguments):

@@ -244,7 +244,7 @@ def test_check_and_fit_refuse_bands_and_ranges(tiles):
             matching := [line for line in check(folder(tiles, **options), progress=False).problems if expected in line]
         )
         assert "\n" not in matching[0]
-        with pytest.raises(DataError, match=re.escape(expected.replace("10 images", "8 images"))):
+        with pytest.raises(DataError, match=re.escape(expected).replace("10", r"\d", 1)):
             folder(tiles, **options).setup("fit")
     data = folder(tiles, bands=4, value_range=(0, 4095))
     assert check(data, progress=False).problems == []

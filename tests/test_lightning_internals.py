@@ -20,6 +20,8 @@ from torch import nn
 
 import mcseg
 from mcseg import lightning_internals as internals
+from mcseg.data import SyntheticData
+from mcseg.module import SegmentationModule
 
 PACKAGE = Path(mcseg.__file__).parent
 
@@ -221,6 +223,39 @@ def test_position_of_a_resumed_training(tmp_path, step, expected):
     Order.run.fit(Line(), batches, ckpt_path=tmp_path / "x.ckpt")
     assert Order.seen[0] == expected
     assert Order.run.global_step == 18
+
+
+class Noted(pl.Callback):
+    """Notes batches, ends of epochs and validations."""
+
+    def __init__(self):
+        self.events = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.events.append(f"{trainer.current_epoch}.{batch_idx}")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.events.append("end")
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "epoch.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable.*")
+@pytest.mark.parametrize(
+    ("first", "second"), [(2, ["1.0", "1.1", "end", "2.0", "end"]), (4, ["2.0", "end"]), (3, ["1.1", "end", "2.0", "end"])]
+)
+def test_a_run_with_max_steps_is_resumed_where_it_ended(tmp_path, first, second):
+    """Two batches an epoch: at the end of an epoch the next one begins, within an epoch it continues; no epoch ends twice."""
+    module = SegmentationModule("unet", "tu-test_resnet.r160_in1k", num_classes=8)
+    data = SyntheticData(train_scenes=4, val_scenes=1, size=(32, 48), crop_size=(32, 32), batch_size=2, num_workers=0)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    runs = []
+    for steps, path in ((first, None), (5, tmp_path / "epoch.ckpt"), (7, tmp_path / "epoch.ckpt")):
+        noted = Noted()
+        limits = {"max_epochs": -1, "max_steps": steps, "limit_val_batches": 0, "enable_checkpointing": False}
+        trainer = pl.Trainer(**quiet, **limits, default_root_dir=tmp_path, callbacks=[noted])
+        trainer.fit(module, data, ckpt_path=path)
+        runs.append(noted.events)
+    assert runs[1:] == [second, ["2.1", "end", "3.0", "end"]]
 
 
 def test_rows_are_appended_to_a_csv_file(tmp_path):

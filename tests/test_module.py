@@ -1,8 +1,11 @@
 """SegmentationModule: it learns, ignores void, rebuilds from checkpoints, and handles losses that are NaN or infinite."""
 
 import csv
+import importlib
 import json
+import logging
 import math
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -19,7 +22,7 @@ from mcseg.callbacks.scores import JaccardCallback
 from mcseg.checkpoints.compatibility import initialize_network
 from mcseg.data import SyntheticData
 from mcseg.evaluation.inference import Inference, labels_at
-from mcseg.losses import MarginCalibrationLoss
+from mcseg.losses import CrossEntropyLoss, MarginCalibrationLoss
 from mcseg.margins import margin_offsets
 from mcseg.module import SegmentationModule
 from mcseg.networks import SegmentationNetwork
@@ -135,10 +138,12 @@ def test_without_counts_an_uncalibrated_objective_is_refused(tmp_path):
         None,
         MarginCalibrationLoss(8, scheme="miou", max_margin=2.0),
         nn.CrossEntropyLoss(ignore_index=255),
+        nn.CrossEntropyLoss(torch.arange(1.0, 9.0), ignore_index=255),
+        CrossEntropyLoss(weight=range(1, 9)),
         partial(smp.losses.LovaszLoss, mode="multiclass", ignore_index=255),
         KeepsItsArguments(0.5),
     ],
-    ids=["default", "miou", "cross entropy", "lovasz", "user"],
+    ids=["default", "miou", "cross entropy", "weight", "list of weights", "lovasz", "user"],
 )
 def test_checkpoint_round_trip_from_python(tmp_path, objective):
     module = SegmentationModule(
@@ -157,7 +162,8 @@ def test_checkpoint_round_trip_from_python(tmp_path, objective):
     assert same_weights(module, loaded)
     assert type(loaded.objective) is type(module.objective)
     for name in ("tau", "scheme", "max_margin", "weight", "ignore_index"):
-        assert getattr(loaded.objective, name, None) == getattr(module.objective, name, None)
+        here, there = (getattr(objective, name, None) for objective in (module.objective, loaded.objective))
+        assert torch.equal(here, there) if isinstance(here, torch.Tensor) else here == there
     image = torch.randint(0, 256, (1, 3, 40, 40), dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(image), module.eval()(image))
@@ -304,6 +310,10 @@ def test_resuming_keeps_the_offsets_and_the_schedule(tmp_path):
     assert not torch.equal(fresh.objective.offsets.background, whole.objective.offsets.background)
 
 
+def defined_in(module, base=nn.CrossEntropyLoss):
+    return type("Foreign", (base,), {"__module__": module})
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -316,6 +326,11 @@ def test_resuming_keeps_the_offsets_and_the_schedule(tmp_path):
             "optimizer: found <function .*lambda.*cannot be recreated from a checkpoint",
         ),
         ({"scheduler": partial(lambda o: o)}, "cannot be imported by name"),
+        ({"objective": defined_in("__main__")}, r"__main__\.Foreign, which cannot be imported.*move it to a file"),
+        ({"objective": partial(defined_in("__main__"))}, r"__main__\.Foreign, which cannot be imported"),
+        ({"objective": defined_in("no_such_module")}, r"no_such_module\.Foreign, which cannot be imported"),
+        ({"optimizer": defined_in("__main__", torch.optim.SGD)}, r"optimizer: found __main__\.Foreign"),
+        ({"objective": KeepsItsArguments(torch.ones(2))}, r"objective\.weight: found a tensor"),
     ],
 )
 def test_arguments_that_a_checkpoint_cannot_rebuild_are_refused_before_training(tmp_path, arguments, message):
@@ -323,6 +338,86 @@ def test_arguments_that_a_checkpoint_cannot_rebuild_are_refused_before_training(
     with pytest.raises(ValueError, match=message) as error:
         trainer(tmp_path).fit(module, data())
     assert "\n" not in str(error.value)
+
+
+def test_a_tensor_in_a_partial_is_stored_as_a_list():
+    objective = partial(nn.CrossEntropyLoss, weight=torch.tensor([1.0, 0.5, 2.0]), ignore_index=255)
+    stored = SegmentationModule(**TINY, num_classes=3, objective=objective).hparams["objective"]
+    assert stored["init_args"] == {"weight": [1.0, 0.5, 2.0], "ignore_index": 255}
+
+
+FOREIGN = """
+import torch
+
+class Loss(torch.nn.Module):
+    def __init__(self, weight=1.0):
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("scale", torch.ones(8))
+
+    def forward(self, logits, target):
+        return self.weight * torch.nn.functional.cross_entropy(logits, target, self.scale, ignore_index=255)
+
+class Optimizer(torch.optim.SGD):
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+"""
+
+
+@pytest.fixture
+def checkpoint_of_foreign_classes(tmp_path, monkeypatch):
+    """Write a checkpoint whose objective and optimiser are classes of a file; return its path, the file and the module."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file = tmp_path / "foreign_classes.py"
+    file.write_text(FOREIGN)
+    foreign = importlib.import_module("foreign_classes")
+    module = SegmentationModule(**TINY, num_classes=8, objective=foreign.Loss(2.0), optimizer=foreign.Optimizer)
+    path = tmp_path / "foreign.ckpt"
+    content = {"state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
+    torch.save(content | {"pytorch-lightning_version": "2.6.6"}, path)
+    monkeypatch.delitem(sys.modules, "foreign_classes")
+    return path, file, module
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda file: file.unlink(), "ModuleNotFoundError: No module named 'foreign_classes'"),
+        (lambda file: file.write_text("class Other: pass"), "AttributeError"),
+        (lambda file: file.write_text("class Loss(:"), "SyntaxError"),
+        (lambda file: file.write_text(FOREIGN.replace("weight=1.0", "alpha")), "missing a required argument: 'alpha'"),
+    ],
+    ids=["no file", "no class", "not Python", "other arguments"],
+)
+def test_labelling_needs_no_class_of_the_objective(checkpoint_of_foreign_classes, tmp_path, caplog, change, reason):
+    path, file, module = checkpoint_of_foreign_classes
+    change(file)
+    importlib.invalidate_caches()
+    with caplog.at_level(logging.INFO):
+        loaded = SegmentationModule.load_from_checkpoint(path)
+    sys.modules.pop("foreign_classes", None)
+    [note] = [line for line in caplog.messages if "objective foreign_classes.Loss cannot be built" in line]
+    assert reason in note
+    assert "only training needs it; val/loss and test/loss are not computed" in note
+    for name, value in loaded.network.state_dict().items():
+        assert torch.equal(value, module.network.state_dict()[name])
+    scores = trainer(tmp_path).validate(loaded, data(), verbose=False)[0]
+    assert "val/miou" in scores
+    assert "val/loss" not in scores
+    with pytest.raises(ValueError, match="objective: the checkpoint's foreign_classes.Loss cannot be built") as caught:
+        trainer(tmp_path).fit(loaded, data())
+    assert "\n" not in str(caught.value)
+
+
+def test_training_needs_the_class_of_the_optimizer(checkpoint_of_foreign_classes, tmp_path):
+    path, file, _ = checkpoint_of_foreign_classes
+    file.write_text(FOREIGN.replace("class Optimizer", "class Former"))
+    importlib.invalidate_caches()
+    loaded = SegmentationModule.load_from_checkpoint(path)
+    assert type(loaded.objective).__name__ == "Loss"
+    with pytest.raises(RuntimeError, match="optimizer: the checkpoint's foreign_classes.Optimizer cannot be built"):
+        trainer(tmp_path).fit(loaded, data())
+    sys.modules.pop("foreign_classes", None)
 
 
 def test_test_and_predict_refuse_random_weights(tmp_path):

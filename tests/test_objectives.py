@@ -8,6 +8,7 @@ from decimal import Decimal, getcontext
 from functools import partial
 
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from conftest import golden_cases
 from torch import nn
@@ -28,6 +29,7 @@ from mcseg.losses import (
     TverskyLoss,
 )
 from mcseg.losses.combine import SumLoss
+from mcseg.losses.probe import build_objective, check_objective
 
 C = 4
 COUNTS = [5000, 30, 900, 7]
@@ -40,7 +42,9 @@ OBJECTIVES = {
     "cross_entropy_smooth": partial(CrossEntropyLoss, label_smoothing=0.1),
     **{f"cross_entropy_{w}": partial(CrossEntropyLoss, C, w, beta=0.999) for w in WEIGHTINGS},
     "cross_entropy_enet_smooth": partial(CrossEntropyLoss, C, "enet", label_smoothing=0.1),
+    "cross_entropy_given_weights": partial(CrossEntropyLoss, weight=ALPHA, label_smoothing=0.1),
     "focal": FocalLoss,
+    "focal_given_weights": partial(FocalLoss, weight=ALPHA),
     "focal_root": partial(FocalLoss, gamma=0.5, alpha=ALPHA),
     "logit_adjustment": partial(LogitAdjustmentLoss, C, tau=1.5),
     "balanced_softmax": partial(BalancedSoftmaxLoss, C),
@@ -375,6 +379,15 @@ def test_objectives_without_counts_have_no_calibrate():
         (partial(CrossEntropyLoss, label_smoothing=math.nan), "label_smoothing: found nan"),
         (partial(FocalLoss, gamma=-1.0), "gamma: found -1.0, expected a finite number >= 0"),
         (partial(FocalLoss, alpha=[1.0, math.inf]), "alpha: found inf"),
+        (partial(CrossEntropyLoss, weight=[1.0, -2.0]), "weight: found -2.0, expected a finite number >= 0"),
+        (partial(CrossEntropyLoss, weight=torch.tensor([1.0, math.nan])), "weight: found nan"),
+        (partial(CrossEntropyLoss, weight=[0, 0]), "weight: found only zeros"),
+        (partial(CrossEntropyLoss, weight=[[1.0, 2.0]]), r"weight: found shape \(1, 2\)"),
+        (partial(CrossEntropyLoss, 3, weight=[1.0, 2.0]), "weight: found 2 weights, expected 3, one per class"),
+        (partial(CrossEntropyLoss, 2, "enet", weight=[1.0, 2.0]), "found weight and weighting 'enet'"),
+        (partial(CrossEntropyLoss, torch.ones(3)), "num_classes: found .* give class weights as weight="),
+        (partial(FocalLoss, weight=[1.0, math.inf]), "weight: found inf"),
+        (partial(FocalLoss, alpha=[1.0, 2.0], weight=[1.0, 2.0]), "found alpha and weight"),
         (partial(LogitAdjustmentLoss, C, tau=-0.1), "tau: found -0.1"),
         (partial(LDAMLoss, C, max_margin=0.0), "max_margin: found 0.0, expected a finite number > 0"),
         (partial(LDAMLoss, C, scale=0.0), "scale: found 0.0"),
@@ -394,9 +407,10 @@ def test_settings_are_checked_when_built(make, message):
     assert "\n" not in str(caught.value)
 
 
-def test_alpha_with_the_wrong_number_of_classes_is_refused():
-    with pytest.raises(ValueError, match="alpha: found 2 weights, expected 4"):
-        FocalLoss(alpha=[1.0, 2.0])(*case())
+@pytest.mark.parametrize(("make", "name"), [(FocalLoss, "alpha"), (FocalLoss, "weight"), (CrossEntropyLoss, "weight")])
+def test_weights_for_another_number_of_classes_are_refused(make, name):
+    with pytest.raises(ValueError, match=f"{name}: found 2 weights, expected 4, one per class"):
+        make(**{name: [1.0, 2.0]})(*case())
 
 
 # Values: loops in double precision, from the formulas
@@ -686,6 +700,29 @@ def test_weighted_cross_entropy_equals_that_of_torch():
     same(loss, nn.CrossEntropyLoss(loss.class_terms, ignore_index=255, label_smoothing=0.1))
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weight", [ALPHA, tuple(ALPHA), torch.tensor(ALPHA), [0, 2, 1, 1]])
+def test_given_class_weights_are_those_of_torch(weight, smoothing):
+    expected = nn.CrossEntropyLoss(torch.as_tensor(weight, dtype=torch.float64), ignore_index=255, label_smoothing=smoothing)
+    loss = CrossEntropyLoss(weight=weight, label_smoothing=smoothing)
+    same(loss, expected)
+    assert loss.class_constants["weight"].tolist() == pytest.approx(list(map(float, weight)))
+    if not smoothing:
+        same(FocalLoss(gamma=0.0, weight=weight), expected)
+
+
+def test_weighted_focal_against_a_loop():
+    def loop(images):
+        total = norm = 0.0
+        for z, y in (pixel for image in images for pixel in image):
+            p = softmax(z)[y]
+            total -= ALPHA[y] * (1 - p) ** 2 * math.log(p)
+            norm += ALPHA[y]
+        return total / norm
+
+    check(FocalLoss(2.0, weight=ALPHA), loop)
+
+
 @per_set
 @over_classes
 @pytest.mark.parametrize("smooth", [0.0, 2.0])
@@ -834,3 +871,139 @@ def test_modules_do_not_share_their_settings():
 def test_weights_are_finite_and_not_negative(weight):
     with pytest.raises(ValueError, match=f"weight: found {weight}"):
         SumLoss(3, [{"class_path": "mcseg.losses.DiceLoss", "weight": weight}])
+
+
+# Losses of other libraries, and the check before training
+class Foreign(nn.Module):
+    """A user's loss that is a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, logits, target):
+        return self.function(logits, target)
+
+
+class TakesIndex(nn.Module):
+    """A user's loss whose ignore_index cannot be set."""
+
+    ignore_index = -1
+
+    def forward(self, logits, target):
+        return nn.functional.cross_entropy(logits, target, ignore_index=-1)
+
+
+void_cross_entropy = partial(nn.functional.cross_entropy, ignore_index=255)
+SMP = smp.losses
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (nn.CrossEntropyLoss(), r"CrossEntropyLoss does not leave out void.*255.*out of bounds.*ignore_index -100; set ign"),
+        (nn.CrossEntropyLoss(ignore_index=0), "ignore_index 0; set ignore_index to 255"),
+        (nn.NLLLoss(), "NLLLoss does not leave out void"),
+        (SMP.DiceLoss("multiclass"), "DiceLoss does not leave out void.*ignore_index None; set ignore_index to 255"),
+        (SMP.JaccardLoss("multiclass"), "JaccardLoss does not leave out void"),
+        (SMP.TverskyLoss("multiclass"), "TverskyLoss does not leave out void"),
+        (SMP.SoftCrossEntropyLoss(smooth_factor=0.1), "SoftCrossEntropyLoss does not leave out void"),
+        (SMP.LovaszLoss("multiclass"), "LovaszLoss does not leave out void.*its value depends on their logits"),
+        (SMP.FocalLoss("multiclass"), "FocalLoss does not leave out void.*its value depends on their logits"),
+        (SMP.FocalLoss("multiclass", ignore_index=1), "FocalLoss has ignore_index 1; set ignore_index to 255"),
+        (
+            SumLoss(
+                C, [{"class_path": "segmentation_models_pytorch.losses.FocalLoss", "init_args": {"mode": "multiclass"}}], 100
+            ),
+            "SumLoss does not leave out void.*its FocalLoss depends",  # although the warm-up leaves it out of the sum
+        ),
+        (CrossEntropyLoss(ignore_index=0), "CrossEntropyLoss has ignore_index 0"),
+        (TakesIndex(), "TakesIndex has ignore_index -1; it cannot be set; leave out the pixels where target == 255"),
+        (Foreign(nn.functional.cross_entropy), "Foreign does not leave out void.*in its forward"),
+        (Foreign(lambda z, y: z.mean() + 0 * z.gather(1, y[:, None]).mean()), "Foreign does not leave out void"),
+        (Foreign(lambda z, y: z.mean() * torch.where(y == 255, math.nan, 1.0).mean()), "its value is nan"),
+        (
+            nn.CrossEntropyLoss(torch.ones(3), ignore_index=255),
+            r"CrossEntropyLoss fails for logits \(2, 4, 32, 32\).*weight",
+        ),
+        (CrossEntropyLoss(weight=[1.0, 2.0]), "CrossEntropyLoss: weight: found 2 weights, expected 4, one per class"),
+        (nn.BCEWithLogitsLoss(), "BCEWithLogitsLoss fails for logits"),
+        (nn.MSELoss(), "MSELoss fails for logits"),
+        (SMP.DiceLoss("binary"), "DiceLoss fails for logits"),
+        (nn.CrossEntropyLoss(ignore_index=255, reduction="none"), r"shape \(2, 32, 32\), expected a scalar; set its red"),
+        (Foreign(lambda z, y: void_cross_entropy(z, y)[None]), r"shape \(1,\), expected a scalar"),
+        (Foreign(lambda z, y: {"loss": z.mean()}), "Foreign returns dict, expected a scalar tensor"),
+        (Foreign(lambda z, y: void_cross_entropy(z, y).item()), "Foreign returns float"),
+        (Foreign(lambda z, y: (z.argmax(1) == y).float().mean()), "returns a value without gradient"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_unfit_losses_are_named_before_training(objective, message):
+    with pytest.raises(ValueError, match="objective: .*" + message) as caught:
+        check_objective(objective, C, torch.device("cpu"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_two_classes_are_not_taken_for_two_images():
+    with pytest.raises(ValueError, match="MSELoss fails for logits"):
+        check_objective(nn.MSELoss(), 2, torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "objective",
+    [
+        nn.CrossEntropyLoss(ignore_index=255),
+        *(
+            kind("multiclass", ignore_index=255)
+            for kind in (SMP.DiceLoss, SMP.JaccardLoss, SMP.TverskyLoss, SMP.LovaszLoss, SMP.FocalLoss)
+        ),
+        SMP.SoftCrossEntropyLoss(smooth_factor=0.1, ignore_index=255),
+        Foreign(void_cross_entropy),
+        Foreign(lambda z, y: void_cross_entropy(nn.functional.avg_pool2d(z, 64), y[:, ::64, ::64])),  # needs 64 pixels
+        Foreign(lambda z, y: void_cross_entropy(nn.functional.dropout(z), y)),
+        Foreign(lambda z, y: void_cross_entropy(z, y) * math.nan),  # not the fault of void pixels
+    ],
+    ids=lambda objective: type(objective).__name__,
+)
+def test_losses_that_leave_out_void_pass(objective):
+    before = torch.get_rng_state()
+    check_objective(objective, C, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_own_objectives_pass_unchanged(name):
+    loss = ready(name)
+    before = {key: value.clone() for key, value in loss.state_dict().items()}
+    check_objective(loss, C, torch.device("cpu"))
+    assert all(torch.equal(value, before[key]) for key, value in loss.state_dict().items())
+
+
+def test_a_loss_that_counts_all_pixels_by_intent_gets_a_warning():
+    with pytest.warns(UserWarning, match="its value depends on their logits.*unless this is intended"):
+        check_objective(Foreign(lambda z, y: void_cross_entropy(z, y) + z.square().mean()), C, torch.device("cpu"))
+
+
+def test_an_objective_that_cannot_be_copied_is_not_checked():
+    class Single(nn.CrossEntropyLoss):
+        def __deepcopy__(self, memo):
+            raise TypeError("one of a kind")
+
+    check_objective(Single(), C, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (nn.functional.cross_entropy, "objective: cross_entropy cannot be called without arguments"),
+        (SMP.DiceLoss, "objective: DiceLoss cannot be called without arguments.*'mode'"),
+        (lambda: 3, "returns int; expected a torch.nn.Module"),
+    ],
+)
+def test_an_objective_is_a_module_or_builds_one(build, message):
+    with pytest.raises(ValueError, match=message):
+        build_objective(build)
+    assert type(build_objective(partial(SMP.DiceLoss, "multiclass"))) is SMP.DiceLoss

@@ -334,3 +334,25 @@ def test_a_resumed_run_of_two_processes_appends_to_its_log(tmp_path):
     assert after[: len(before)] == before
     assert {row["step"] for row in before} == {"0", "1"}
     assert {row["step"] for row in after[len(before) :]} == {"2", "3"}
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_packaged_recipe_and_count_all_predictions(tmp_path):
+    """The recipe uses three quarters of its encoder; parameters that no loss reaches stop a training of several processes."""
+    words = ["--data.crop_size=[64,64]", "--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.devices=2"]
+    fit = ["--data.train_scenes=8", "--data.val_scenes=2", "--data.batch_size=2", "--trainer.max_epochs=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+    def mcseg(command, *more):
+        line = [sys.executable, "-m", "mcseg", command, "synthetic", *words, *more]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    mcseg("fit", *fit, f"--trainer.default_root_dir={tmp_path / 'run'}")
+    said = mcseg(
+        "predict", "--data.test_scenes=5", f"--ckpt_path={tmp_path / 'run/checkpoints/last.ckpt'}",
+        f"--trainer.default_root_dir={tmp_path / 'predicted'}",
+    )  # fmt: skip
+    assert len(list((tmp_path / "predicted" / "masks").rglob("*.png"))) == 5
+    assert said.count("5 predictions written to") == 1

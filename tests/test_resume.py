@@ -17,10 +17,11 @@ from conftest import at_work
 
 from mcseg.checkpoints.files import CheckpointFile, steps_done
 from mcseg.run import signals
+from mcseg.run.resume import expand_resume, refuse_other_batches
 
 # Imports once and forks for each attempt. The parent computes nothing, as its threads would be missing in the children.
 ATTEMPTS = """
-import json, os, signal, sys
+import functools, json, os, signal, sys
 import pytorch_lightning as pl
 from mcseg.checkpoints import files as checkpoints
 from mcseg.run.main import main
@@ -62,6 +63,7 @@ for moment in [*moments, None]:
     if child == 0:
         if moment:
             make = pl.Trainer.__init__
+            @functools.wraps(make)  # the parser reads the types of the arguments
             def init(self, *args, callbacks=None, **options):
                 make(self, *args, callbacks=[*(callbacks or []), Killer(moment)], **options)
             pl.Trainer.__init__ = init
@@ -306,6 +308,11 @@ def test_a_checkpoint_with_a_malicious_pickle_is_refused(tmp_path):
     [
         (["validate", "--resume", "runs"], "--resume: found the verb 'validate', expected mcseg fit --resume RUN_FOLDER"),
         (["--resume", "runs"], "--resume: found no verb, expected mcseg fit --resume RUN_FOLDER"),
+        (
+            ["fit", "--resume", "runs", "--ckpt_path=x"],
+            "--resume: found --ckpt_path, but a resumed run has its own last.ckpt",
+        ),
+        (["fit", "--resume", "runs", "--trainer.default_root_dir", "x"], "found --trainer.default_root_dir, but a resumed"),
         (["fit", "--resume", "nowhere"], "no nowhere/config.yaml; expected the folder of a run"),
     ],
 )
@@ -353,6 +360,59 @@ def test_changed_settings_of_a_resumed_run(tmp_path, capsys, caplog):
         main(["fit", "--resume", str(folder)])
     assert f"{folder}: the run is complete after 10 steps" in caplog.text
     assert yaml.safe_load(settings.read_text()) == new
+
+
+@pytest.mark.slow
+def test_settings_of_a_resumed_run_are_obeyed(tmp_path, monkeypatch):
+    """Batch size, epochs, clipping, precision and patience; the rates reach 0 at the new end."""
+    from pytorch_lightning.callbacks import EarlyStopping
+
+    from mcseg.run.cli import SegmentationCLI
+    from mcseg.run.main import main
+
+    folder, ends = tmp_path / "run", []
+    monkeypatch.setattr(SegmentationCLI, "after_fit", lambda cli: ends.append(cli.trainer))
+    stop = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/miou", "--trainer.callbacks.patience=1"]
+    main(["fit", *WORDS, *stop, "--trainer.max_epochs=1", f"--trainer.default_root_dir={folder}"])
+    others = ["--trainer.callbacks.patience=7", "--trainer.gradient_clip_val=0.5", "--trainer.precision=bf16-true"]
+    main(["fit", "--resume", str(folder), "--trainer.max_epochs=3", "--data.batch_size=10", *others])
+    trainer = ends[-1]
+    assert trainer.global_step == 5 + 2 * 2  # 20 images
+    assert [c.patience for c in trainer.callbacks if isinstance(c, EarlyStopping)] == [7]
+    assert (trainer.gradient_clip_val, trainer.precision) == (0.5, "bf16-true")
+    rates = [float(row["lr-AdamW"]) for row in rows(folder) if "lr-AdamW" in row]
+    assert rates[5:] == pytest.approx([0.002 * (1 - step / 9) ** 0.9 for step in range(5, 9)])
+
+
+@pytest.mark.parametrize(
+    ("changed", "found"),
+    [
+        ({"data.batch_size": (4, 8)}, "data.batch_size 8 instead of 4"),
+        ({"data.val_fraction": (0.2, 0.1), "trainer.max_epochs": (1, 2)}, "data.val_fraction 0.1 instead of 0.2"),
+        ({"trainer.limit_train_batches": (None, 3)}, "trainer.limit_train_batches 3 instead of null"),
+        ({"data.num_workers": (0, 2), "data.eval_batch_size": (1, 2), "trainer.precision": ("32", "16")}, ""),
+    ],
+)
+def test_other_batches_within_an_epoch_are_refused(changed, found, tmp_path):
+    progress = {"is_last_batch": False, "current": {"processed": 3}}
+    for last, message in ((False, found), (True, "")):  # at the end of an epoch, all settings may change
+        loops = {"fit_loop": {"epoch_loop.batch_progress": {**progress, "is_last_batch": last}}}
+        torch.save({"state_dict": {}, "loops": loops}, tmp_path / "last.ckpt")
+        if message:
+            with pytest.raises(ValueError, match=f"--resume: found {message}, but the run stopped after 3 batches"):
+                refuse_other_batches(changed, tmp_path / "last.ckpt")
+        else:
+            refuse_other_batches(changed, tmp_path / "last.ckpt")
+
+
+def test_resume_finds_the_checkpoint_where_the_run_keeps_it(tmp_path):
+    """``checkpoint.dirpath`` may be another folder; without its last.ckpt the run would start again."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(f"checkpoint:\n  dirpath: {tmp_path}/kept\n")
+    words = ["fit", "--resume", str(tmp_path / "run")]
+    assert "--ckpt_path" not in expand_resume(words)[0]
+    CheckpointFile().save_checkpoint({"global_step": 1}, tmp_path / "kept" / "last.ckpt")
+    assert expand_resume(words)[0][-2:] == ["--ckpt_path", f"{tmp_path}/kept/last.ckpt"]
 
 
 def test_resume_names_the_folder_of_the_run(tmp_path, capsys):

@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from mcseg import SegmentationModule
-from mcseg.checkpoints.translate import translate_config, translate_hyperparameters
+from mcseg.callbacks import BestCheckpoint, LastCheckpoint
+from mcseg.checkpoints.translate import rename_checkpoint_callbacks, translate_config, translate_hyperparameters
 from mcseg.losses import CrossEntropyLoss, DiceLoss, IoUWeightedLoss, JaccardLoss, MarginCalibrationLoss, SumLoss
 from mcseg.run.main import main
 
@@ -106,8 +107,11 @@ def test_an_objective_without_successor_is_refused_in_one_line(given, tmp_path):
         },
         tmp_path / "a.ckpt",
     )
-    with pytest.raises(ValueError, match=r"a\.ckpt \(written by an earlier mcseg.*no successor"):
-        SegmentationModule.load_from_checkpoint(tmp_path / "a.ckpt")
+    labels = SegmentationModule.load_from_checkpoint(tmp_path / "a.ckpt")  # only training needs the objective
+    assert all(torch.equal(value, state[f"network.{name}"]) for name, value in labels.network.state_dict().items())
+    with pytest.raises(ValueError, match="MarginCalibrationLoss cannot be built.*no successor.*training needs it") as caught:
+        labels.setup("fit")
+    assert "\n" not in str(caught.value)
     loaded = SegmentationModule.load_from_checkpoint(tmp_path / "a.ckpt", objective=partial(CrossEntropyLoss))
     assert isinstance(loaded.objective, CrossEntropyLoss)
 
@@ -153,7 +157,10 @@ def test_the_default_is_the_schedule_of_checkpoints_that_name_none():
 
 
 def test_another_schedule_stays_and_settings_without_effect_are_dropped():
-    assert translate_hyperparameters({"scheduler": STEP, "lr_power": 0.5, "warmup_steps": 7}) == ({"scheduler": STEP}, [])
+    assert translate_hyperparameters({"scheduler": STEP, "lr_power": 0.5, "warmup_steps": 7}) == (
+        {"scheduler": STEP, "scheduler_interval": "step"},
+        ["scheduler: StepLR of an earlier version counts optimiser steps (scheduler_interval step)"],
+    )
 
 
 def test_arguments_of_this_version_stay_as_they_are():
@@ -271,3 +278,50 @@ def test_a_config_file_whose_objective_has_no_successor_is_named(tmp_path, capsy
     with pytest.raises(SystemExit):
         main(["fit", "synthetic", "--config", str(path)])
     assert f"--config {path}: objective: MarginCalibrationLoss" in capsys.readouterr().err
+
+
+def test_states_of_the_checkpoint_callbacks_of_an_earlier_version():
+    """The keys are those that Lightning 2.6 wrote; the best score of the run so far must survive."""
+    best = "ModelCheckpoint{'monitor': 'val/miou', 'mode': 'max', 'every_n_train_steps': 0, 'every_n_epochs': 1, 'train_time_interval': None}"
+    last = best.replace("'val/miou'", "None").replace("max", "min")
+    wanted = {best.replace("Model", "Best", 1), last.replace("Model", "Last", 1)}
+    states = {best: {"best_model_score": 0.5}, last: {"best_model_score": None}, "TrainingCurves": {}}
+    rename_checkpoint_callbacks(states, wanted)
+    assert states.keys() == wanted | {"TrainingCurves"}
+    assert states[best.replace("Model", "Best", 1)]["best_model_score"] == 0.5
+    assert {best.replace("Model", "Best", 1), last.replace("Model", "Last", 1)} == {
+        BestCheckpoint("folder").state_key,
+        LastCheckpoint("folder").state_key,
+    }
+    own = {best: {"best_model_score": 0.5}}
+    rename_checkpoint_callbacks(own, {best, *wanted})  # a ModelCheckpoint of a user's own script
+    assert own.keys() == {best}
+
+
+def test_schedules_of_an_earlier_version_count_steps():
+    """In checkpoints and in the config.yaml of a run; a recipe has this version's meaning."""
+    step = {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 2}}
+    arguments, (remark,) = translate_hyperparameters({"scheduler": step})
+    assert arguments == {"scheduler": step, "scheduler_interval": "step"}
+    assert "StepLR of an earlier version counts optimiser steps" in remark
+    for same in (
+        {"scheduler": step, "scheduler_interval": None},
+        {"scheduler": {"class_path": "mcseg.schedules.WarmupPolynomialLR"}},
+    ):
+        assert translate_hyperparameters(same) == (same, [])
+    saved, (remark,) = translate_config({"ckpt_path": None, "model": {"scheduler": step}})
+    assert saved["model"]["scheduler_interval"] == "step"
+    recipe = {"model": {"scheduler": step}}
+    assert translate_config(recipe) == (recipe, [])
+
+
+def test_a_run_that_drew_images_by_their_order_keeps_its_split():
+    settings = {"root": "photos", "split": "auto", "val_fraction": 0.2, "test_fraction": 0.0, "split_seed": 0}
+    settings |= {"images_dir": "images", "masks_dir": "masks", "mask_suffix": ""}
+    data = {"class_path": "mcseg.data.FolderData", "init_args": settings}
+    after, (remark,) = translate_config({"data": data, "trainer": {}})
+    assert after == {"data": {**data, "init_args": {**settings, "draw": "order"}}, "trainer": {}}
+    assert remark == "data: a random split is kept as it was (draw order); new runs draw each image by its name"
+    for same in ({**settings, "draw": "name"}, {"root": "photos", "val_fraction": 0.3}):  # a new run, a recipe
+        content = {"data": {**data, "init_args": same}}
+        assert translate_config(content) == (content, [])

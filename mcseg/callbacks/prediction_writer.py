@@ -100,15 +100,14 @@ class PredictionWriter(BasePredictionWriter):
             self._written += 1
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pack the archive; print the paths."""
+        """Pack the archive; print the paths and the number of predictions of all processes."""
         folder = self._folder(trainer)
+        # also waits for the files of all processes
+        written = int(trainer.strategy.reduce(torch.tensor(self._written, device=pl_module.device), reduce_op="sum"))
         if self.format is None:
-            rank_zero_info(f"{self._written} predictions written to {folder / 'masks'}")
+            rank_zero_info(f"{written} predictions written to {folder / 'masks'}")
             return
-        trainer.strategy.barrier()  # wait for the files of all processes
         if trainer.is_global_zero:
             kind = self._submission(trainer).archive
             archive = pictures.pack(folder / "submission", folder / f"{self.format}.{kind}")
-            rank_zero_info(
-                f"{self._written} label maps for {self.format} written to {folder / 'submission'}; upload {archive}"
-            )
+            rank_zero_info(f"{written} label maps for {self.format} written to {folder / 'submission'}; upload {archive}")

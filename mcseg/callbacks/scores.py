@@ -33,6 +33,12 @@ class JaccardCallback(EvaluationCallback):
         self._metric: SegmentationScores | None = None
         self._tail: Tensor | None = None
         self._silent: set[str] = set()
+        self._reported_void = False
+
+    def score_names(self, trainer: pl.Trainer, split: str) -> list[str]:
+        """Return the names under which the scores of a split are logged."""
+        totals = ("miou", "miou_tail", "pixel_accuracy", "classes_averaged")
+        return [f"{split}/{name}" for name in (*totals, *(f"iou/{name}" for name in class_names(trainer, self.class_names)))]
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Determine the rarest third of the classes."""
@@ -63,6 +69,12 @@ class JaccardCallback(EvaluationCallback):
         if trainer.sanity_checking:
             return
         self.scores[split] = scores
+        if not (scores.share > 0).any() and not self._reported_void:
+            self._reported_void = True
+            rank_zero_warn(
+                f"{split}: no pixel of the targets has a class, all are void (255), so the scores have no meaning; expected "
+                "labelled images; mcseg check names the masks"
+            )
         module.log(f"{split}/miou", scores.miou, prog_bar=True)
         values = {"pixel_accuracy": scores.pixel_accuracy, "classes_averaged": float(scores.classes_averaged)}
         values |= {
@@ -105,12 +117,6 @@ class JaccardCallback(EvaluationCallback):
     def _print(self, trainer: pl.Trainer, split: str) -> None:
         if split in self.scores:
             rank_zero_info("\n" + score_table(self.scores[split], class_names(trainer, self.class_names), split))
-
-
-def score_names(split: str, names: Sequence[str]) -> list[str]:
-    """Return the keys under which `JaccardCallback` logs the scores of a split with classes of these ``names``."""
-    totals = ("miou", "miou_tail", "pixel_accuracy", "classes_averaged")
-    return [f"{split}/{name}" for name in (*totals, *(f"iou/{name}" for name in names))]
 
 
 def score_table(scores: Scores, names: Sequence[str], split: str) -> str:

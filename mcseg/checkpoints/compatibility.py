@@ -1,11 +1,11 @@
 """Compare a checkpoint with a network; copy the weights of another run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from mcseg.checkpoints.files import read_checkpoint, written_by
 
@@ -43,9 +43,36 @@ def warn_of_other_classes(checkpoint: Mapping[str, Any], names: Sequence[str]) -
         )
 
 
-def check_network(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if the network tensors of a checkpoint and of a module's ``state`` differ in name or shape."""
-    stored, own = _network_tensors(checkpoint.get("state_dict", {})), _network_tensors(state)
+def warn_of_other_split(checkpoint: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
+    """Warn if the data's random split is drawn in another way than that of the checkpoint's training.
+
+    Args:
+        checkpoint: The checkpoint.
+        own: Settings of the data's random split; None if the split is not random.
+    """
+    if own is None or not checkpoint.get("class_names"):
+        return
+    risk = "validation images may be among its training images, and scores too high"
+    if "random_split" not in checkpoint:  # of an earlier version
+        if own.get("draw") != "order":
+            rank_zero_warn(
+                f"the checkpoint does not contain its random split; {risk}; if it was trained on this folder by an earlier "
+                "version, give --data.draw order"
+            )
+        return
+    stored = checkpoint["random_split"] or {}
+    if differing := [name for name, value in own.items() if stored and stored.get(name) != value]:
+        found = ", ".join(f"{name} {own[name]}" for name in differing)
+        there = ", ".join(f"{name} {stored.get(name)}" for name in differing)
+        rank_zero_warn(f"the checkpoint was trained with the random split {there}, the data have {found}; {risk}")
+
+
+def check_network(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor], removed: Collection[str] = ()) -> None:
+    """Raise ValueError if the network tensors of a checkpoint and of a module's ``state`` differ in name or shape.
+
+    Tensors named in ``removed`` (`mcseg.networks.SegmentationNetwork.removed`) may be in the checkpoint.
+    """
+    stored, own = _network_tensors(checkpoint.get("state_dict", {}), removed), _network_tensors(state)
     differ = _differing(stored, own)
     if stored and differ:
         raise ValueError(
@@ -54,14 +81,51 @@ def check_network(checkpoint: Mapping[str, Any], state: Mapping[str, Tensor]) ->
         )
 
 
-def initialize_network(network: nn.Module, path: str) -> None:
+def drop_removed_parameters(checkpoint: Mapping[str, Any], network: Any) -> None:
+    """Remove the parameters that a network no longer has from a checkpoint's optimisers, which number all parameters.
+
+    Optimisers with other parameters than those of the network are left as they are.
+
+    Args:
+        checkpoint: Modified.
+        network: The `mcseg.networks.SegmentationNetwork` that loads the checkpoint.
+    """
+    removed = {name for name, is_parameter in network.removed.items() if is_parameter}
+    own = {name for name, _ in network.named_parameters()}
+    stored = [name for name in _network_tensors(checkpoint.get("state_dict", {})) if name in own | removed]
+    if not removed.intersection(stored):
+        return
+    kept = [number for number, name in enumerate(stored) if name in own]
+    for optimizer in checkpoint.get("optimizer_states", ()):
+        groups, state = optimizer["param_groups"], optimizer["state"]
+        if len(groups) == 1 and len(groups[0]["params"]) == len(stored):
+            old = [groups[0]["params"][number] for number in kept]
+            groups[0]["params"] = list(range(len(kept)))
+            optimizer["state"] = {new: state[number] for new, number in enumerate(old) if number in state}
+
+
+def load_initial_weights(network: Any, init_from: str | None, encoder_weights: str | None) -> None:
+    """Load the weights that a run starts from, if it names any.
+
+    Args:
+        network: The network of a `mcseg.module.SegmentationModule`; modified.
+        init_from: Checkpoint of another run, see `initialize_network`.
+        encoder_weights: Pretrained weights of the encoder; not used with ``init_from``.
+    """
+    if init_from:
+        initialize_network(network, init_from)
+    elif encoder_weights:
+        network.load_pretrained_encoder(encoder_weights)
+
+
+def initialize_network(network: Any, path: str) -> None:
     """Copy the network of another run's checkpoint into ``network``.
 
     A last layer that is missing from the file, or has another shape, keeps its fresh initialisation, as does an auxiliary
     head.
 
     Args:
-        network: The network of a `mcseg.module.SegmentationModule`; modified.
+        network: A `mcseg.networks.SegmentationNetwork`; modified.
         path: The checkpoint.
 
     Raises:
@@ -70,7 +134,7 @@ def initialize_network(network: nn.Module, path: str) -> None:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"model.init_from: no checkpoint {path}; expected the path of a .ckpt file")
-    stored, own = _network_tensors(read_checkpoint(path)["state_dict"]), network.state_dict()
+    stored, own = _network_tensors(read_checkpoint(path)["state_dict"], network.removed), network.state_dict()
     differ = _differing(stored, own)
     unequal = [name for name in differ if "aux_head" not in name and ("segmentation_head" not in name or name not in own)]
     if unequal:
@@ -85,8 +149,9 @@ def initialize_network(network: nn.Module, path: str) -> None:
     rank_zero_info(f"network initialised from {path}{head}")
 
 
-def _network_tensors(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(_NETWORK): value for name, value in state.items() if name.startswith(_NETWORK)}
+def _network_tensors(state: Mapping[str, Tensor], removed: Collection[str] = ()) -> dict[str, Tensor]:
+    tensors = {name.removeprefix(_NETWORK): value for name, value in state.items() if name.startswith(_NETWORK)}
+    return {name: value for name, value in tensors.items() if name not in removed}
 
 
 def _differing(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:

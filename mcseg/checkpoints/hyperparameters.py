@@ -4,19 +4,30 @@ import functools
 import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import register_type
 from pytorch_lightning import LightningModule
 from pytorch_lightning.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from mcseg.checkpoints.files import read_checkpoint, written_by
-from mcseg.checkpoints.translate import translate_hyperparameters
+from mcseg.checkpoints.unavailable import labelling_hyperparameters
 from mcseg.lightning_internals import CLASS_PATH_KEY, INSTANTIATOR, INSTANTIATOR_KEY, argument_keys, as_settings
 from mcseg.messages import one_line
+
+
+def _to_tensor(value: Any) -> Tensor:
+    """Convert numbers of a YAML file, a command or a checkpoint to a float32 tensor."""
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float32)
+
+
+# Makes the parser read and write tensors as lists of numbers, for example the weight of torch.nn.CrossEntropyLoss.
+register_type(Tensor, serializer=Tensor.tolist, deserializer=_to_tensor)
 
 
 def plain_hyperparameters(arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -47,6 +58,7 @@ def plain_hyperparameters(arguments: dict[str, Any]) -> tuple[dict[str, Any], di
 def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a checkpoint's module that an earlier version stored differently, translated.
 
+    An objective, optimiser or scheduler that cannot be built is replaced by a placeholder, which only training refuses.
     Reports each change in a line, and checks all stored arguments with `refuse_calls`.
 
     Args:
@@ -63,7 +75,7 @@ def changed_arguments(kind: type[LightningModule], source: Any, given: Mapping[s
     checkpoint = read_checkpoint(source)
     stored = {name: value for key in argument_keys(kind) for name, value in checkpoint.get(key, {}).items()}
     try:
-        arguments, remarks = translate_hyperparameters({name: value for name, value in stored.items() if name not in given})
+        arguments, remarks = labelling_hyperparameters({name: value for name, value in stored.items() if name not in given})
         refuse_calls(kind, arguments, given)
     except ValueError as error:
         raise ValueError(f"{source} ({written_by(checkpoint)}): {error}") from None
@@ -146,7 +158,8 @@ def _plain(value: Any, name: str) -> Any:
     if isinstance(value, nn.Module):
         return {"class_path": _path(type(value), name), "init_args": _constructor_arguments(value, name)}
     if isinstance(value, functools.partial) and not value.args:
-        return {"class_path": _path(value.func, name), "init_args": _plain(value.keywords, name)}
+        path = _path(value.func, name)
+        return {"class_path": path, "init_args": {k: _argument(value.func, k, v, name) for k, v in value.keywords.items()}}
     if inspect.isclass(value):
         return {"class_path": _path(value, name)}
     raise ValueError(
@@ -157,10 +170,11 @@ def _plain(value: Any, name: str) -> Any:
 
 def _path(callable_: Callable[..., Any], name: str) -> str:
     path = f"{callable_.__module__}.{callable_.__qualname__}"
-    if not inspect.isclass(callable_) or "<" in path:
+    is_local = not inspect.isclass(callable_) or "<" in path or callable_.__module__ in ("__main__", "__mp_main__")
+    if is_local or not inspect.isclass(_resolve(path)):
         raise ValueError(
             f"{name}: found {path}, which cannot be imported by name when a checkpoint is loaded; expected a class at the "
-            "top level of a module"
+            f"top level of a module; move it to a file, for example my_{name}s.py, and import it from there"
         )
     return path
 
@@ -179,5 +193,25 @@ def _constructor_arguments(module: nn.Module, name: str) -> dict[str, Any]:
                 f"{name}: {type(module).__name__} has no attribute for its argument {parameter.name}, so it cannot be "
                 f"recreated from a checkpoint; give functools.partial({type(module).__name__}, ...), or a class path in YAML"
             )
-        arguments[parameter.name] = _plain(value, f"{name}.{parameter.name}")
+        arguments[parameter.name] = _argument(type(module), parameter.name, value, name)
     return arguments
+
+
+def _argument(cls: Callable[..., Any], key: str, value: Any, name: str) -> Any:
+    """Return an argument of a class in plain types; a floating-point tensor is a list if the class declares a tensor."""
+    if not isinstance(value, Tensor):
+        return _plain(value, f"{name}.{key}")
+    if not value.is_floating_point() or not _declares_tensor(cls, key):
+        raise ValueError(
+            f"{name}.{key}: found a tensor, which a checkpoint stores as a list of numbers; give {cls.__qualname__} a list, "
+            f"or a floating-point tensor that its constructor declares ({key}: torch.Tensor | None)"
+        )
+    return value.tolist()
+
+
+def _declares_tensor(cls: Callable[..., Any], key: str) -> bool:
+    try:
+        hint = get_type_hints(cls.__init__).get(key)
+    except Exception:  # an annotation of the user's class that cannot be evaluated
+        return False
+    return Tensor in (hint, *get_args(hint))

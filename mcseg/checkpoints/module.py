@@ -6,14 +6,45 @@ from types import FrameType
 from typing import Any, Self
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
 from pytorch_lightning.strategies import FSDPStrategy
 
-from mcseg.checkpoints.compatibility import check_bands, check_network, check_num_classes, warn_of_other_classes
+from mcseg.checkpoints.compatibility import (
+    check_bands,
+    check_network,
+    check_num_classes,
+    drop_removed_parameters,
+    warn_of_other_classes,
+    warn_of_other_split,
+)
 from mcseg.checkpoints.files import VERSION
 from mcseg.checkpoints.hyperparameters import changed_arguments, plain_hyperparameters
-from mcseg.checkpoints.translate import drop_unused_offsets
-from mcseg.lightning_internals import classmethod_of_the_class
+from mcseg.checkpoints.translate import (
+    drop_unused_offsets,
+    rename_checkpoint_callbacks,
+    translate_hyperparameters,
+)
+from mcseg.checkpoints.unavailable import UnavailableObjective
+from mcseg.lightning_internals import begin_next_epoch, classmethod_of_the_class, continue_epoch
 from mcseg.version import __version__
+
+_HAD_WEIGHTS = "had_weights"  # key of a checkpoint that was written before on_fit_start
+
+
+def _refuse_finders(trainer: pl.Trainer) -> None:
+    """Raise ValueError: a finder would lose the progress of a resumed run, which has learning rate and batch size."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
+            raise ValueError(
+                f"{type(callback).__name__}: found in a resumed run, which keeps what its start found; remove it"
+            )
+
+
+def _keep_patience(trainer: pl.Trainer, states: dict[str, Any]) -> None:
+    """Keep the patience of the callbacks, which Lightning would replace by that of the checkpoint."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and callback.state_key in states:
+            states[callback.state_key]["patience"] = callback.patience
 
 
 class CheckpointModule(pl.LightningModule):
@@ -26,10 +57,13 @@ class CheckpointModule(pl.LightningModule):
             random weights.
     """
 
+    network: Any  # a `mcseg.networks.SegmentationNetwork`, which this package does not import
+
     def __init__(self) -> None:
         super().__init__()
         self.has_weights = False
         self._resumed = False  # True from restoring a checkpoint for training until on_fit_start
+        self._prepared = True  # False from the setup of a fit until on_fit_start
         self._not_plain: dict[str, str] = {}  # argument that cannot be stored in a checkpoint -> reason
 
     def save_plain_hyperparameters(self, frame: FrameType | None) -> None:
@@ -58,6 +92,7 @@ class CheckpointModule(pl.LightningModule):
 
         The checkpoint names the classes of its objective, optimiser and scheduler, which are imported and instantiated.
         Any other class or function raises ValueError before it is called, as do objects other than tensors and plain types.
+        If one of the three classes no longer exists, the module labels images nevertheless, and ``fit`` raises ValueError.
 
         Args:
             checkpoint_path: Path, URL or open file.
@@ -86,10 +121,13 @@ class CheckpointModule(pl.LightningModule):
         """Raise ValueError before training if checkpoints could not rebuild the module."""
         if stage == "fit" and self._not_plain:
             raise ValueError("; ".join(self._not_plain.values()))
+        if stage == "fit" and isinstance(self.objective, UnavailableObjective):
+            raise ValueError(self.objective.message)
 
     def on_train_start(self) -> None:
         """Set ``has_weights``: checkpoints contain trained weights from here on."""
         self.has_weights = True
+        begin_next_epoch(self.trainer)
 
     def on_test_start(self) -> None:
         """Raise RuntimeError if the weights are random."""
@@ -100,10 +138,22 @@ class CheckpointModule(pl.LightningModule):
         self._require_weights("predict")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the version, and the class names, so that loading for other classes gives a warning."""
+        """Store the version, and what prediction needs of the data: names and colours of the classes, and settings.
+
+        Loading for data with other names gives a warning.
+        """
         checkpoint[VERSION] = __version__
+        if not self._prepared:  # by one of Lightning's finders, which restores the module from it
+            checkpoint[_HAD_WEIGHTS] = self.has_weights
         if names := self._class_names():
             checkpoint["class_names"] = names
+        data = getattr(self._attached_trainer, "datamodule", None)
+        if palette := getattr(data, "palette", None):
+            checkpoint["palette"] = [list(color) for color in palette]
+        if settings := getattr(data, "prediction_settings", None):
+            checkpoint["prediction_settings"] = dict(settings)
+        if data is not None and hasattr(data, "random_split"):
+            checkpoint["random_split"] = data.random_split
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that a checkpoint fits, and set ``has_weights``.
@@ -114,12 +164,27 @@ class CheckpointModule(pl.LightningModule):
         check_num_classes(checkpoint, self.hparams["num_classes"])
         check_bands(checkpoint, self.hparams["in_channels"])
         warn_of_other_classes(checkpoint, self._class_names())
+        if self._attached_trainer is not None and self._attached_trainer.state.fn != "predict":
+            data = getattr(self._attached_trainer, "datamodule", None)
+            warn_of_other_split(checkpoint, getattr(data, "random_split", None))
         drop_unused_offsets(checkpoint.get("state_dict", {}), self.state_dict())
         trainer = self._attached_trainer
         if trainer is None or not isinstance(trainer.strategy, FSDPStrategy):  # FSDP gives the tensors other names
-            check_network(checkpoint, self.state_dict())
-        self.has_weights = True
-        self._resumed = trainer is not None and trainer.state.fn == "fit"
+            check_network(checkpoint, self.state_dict(), self.network.removed)
+            drop_removed_parameters(checkpoint, self.network)
+        if trainer is not None:
+            keys = {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
+            rename_checkpoint_callbacks(checkpoint.get("callbacks", {}), keys)
+            _keep_patience(trainer, checkpoint.get("callbacks", {}))
+        self.has_weights = checkpoint.get(_HAD_WEIGHTS, True)
+        self._resumed = trainer is not None and trainer.state.fn == "fit" and _HAD_WEIGHTS not in checkpoint
+        if trainer is not None and self._resumed:
+            _refuse_finders(trainer)
+            if trainer.max_steps != -1:
+                continue_epoch(checkpoint)
+        if self._resumed and self.hparams.get("scheduler_interval") is None:  # an earlier version counted steps
+            stored, _ = translate_hyperparameters(checkpoint["hyper_parameters"])
+            self.hparams["scheduler_interval"] = stored.get("scheduler_interval")
         for name in self._not_plain:  # an object that the instantiator created from the checkpoint's plain argument
             self.hparams[name] = checkpoint["hyper_parameters"][name]
         self._not_plain = {}

@@ -1,6 +1,6 @@
 """Translate the settings in checkpoints and config files of earlier versions."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -21,13 +21,19 @@ _FAMILY = {
 _SCALES = {"ijcv2022": ("tau", "upsilon"), "miou": ("max_margin",), "none": ()}
 # Former arguments of the module for its polynomial schedule -> arguments of WarmupPolynomialLR
 _SCHEDULE = {"lr_power": "power", "warmup_steps": "warmup_steps"}
+# Schedules that count what they always counted
+_INTERVAL_UNCHANGED = ("WarmupPolynomialLR", "OneCycleLR", "CyclicLR", "ReduceLROnPlateau")
+
+# Settings of FolderData in the config.yaml of runs of earlier versions, which drew random splits by the images' order
+_FOLDER_SETTINGS = {"split", "val_fraction", "test_fraction", "split_seed", "images_dir", "masks_dir", "mask_suffix"}
 
 
-def translate_hyperparameters(stored: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def translate_hyperparameters(stored: Mapping[str, Any], *, counted_steps: bool = True) -> tuple[dict[str, Any], list[str]]:
     """Translate a checkpoint's hyperparameters into arguments of this version's module.
 
     Args:
         stored: The module's arguments in plain types; not modified.
+        counted_steps: Whether a schedule without ``scheduler_interval`` counted optimiser steps, as all once did.
 
     Returns:
         The arguments, and a line for each change.
@@ -40,6 +46,8 @@ def translate_hyperparameters(stored: Mapping[str, Any]) -> tuple[dict[str, Any]
     if isinstance(objective := arguments.get("objective"), Mapping):
         arguments["objective"] = _objective(objective, remarks)
     _schedule(arguments, remarks)
+    if counted_steps:
+        _interval(arguments, remarks)
     return arguments, remarks
 
 
@@ -55,13 +63,16 @@ def translate_config(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[s
     Raises:
         ValueError: The objective has no successor.
     """
+    content, split_remarks = _data_split(content)
     model = content.get("model")
     if not isinstance(model, Mapping):
-        return dict(content), []
-    if not _SCHEDULE.keys() & model.keys() and not _has_former_arguments(model.get("objective")):
-        return dict(content), []
-    arguments, remarks = translate_hyperparameters(model)
-    return {**content, "model": arguments}, remarks
+        return dict(content), split_remarks
+    # only a config.yaml that a run wrote has this key; an older one counted steps, but a recipe has this version's meaning
+    is_saved = "ckpt_path" in content and "scheduler_interval" not in model
+    if not is_saved and not _SCHEDULE.keys() & model.keys() and not _has_former_arguments(model.get("objective")):
+        return dict(content), split_remarks
+    arguments, remarks = translate_hyperparameters(model, counted_steps=is_saved)
+    return {**content, "model": arguments}, [*split_remarks, *remarks]
 
 
 def drop_unused_offsets(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -76,6 +87,39 @@ def drop_unused_offsets(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> 
             del state[name]
 
 
+def rename_checkpoint_callbacks(states: dict[str, Any], wanted: Collection[str]) -> None:
+    """Rename the states of the command's two checkpoint callbacks, which were plain ``ModelCheckpoint``s.
+
+    Args:
+        states: State of each callback by its key; modified.
+        wanted: Keys of the callbacks that will load their states.
+    """
+    for key in [key for key in states if key.startswith("ModelCheckpoint{") and key not in wanted]:
+        for kind in ("BestCheckpoint", "LastCheckpoint"):
+            if (new := kind + key.removeprefix("ModelCheckpoint")) in wanted and new not in states:
+                states[new] = states.pop(key)
+                break
+
+
+def _data_split(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[str]]:
+    """Keep the random split of a run whose images were drawn by their order.
+
+    The ``config.yaml`` of a run has all settings of its data, a recipe has a few: `_FOLDER_SETTINGS` are those of a folder
+    before ``draw`` existed.
+    """
+    data = content.get("data")
+    given = data.get("init_args") if isinstance(data, Mapping) else None
+    if not isinstance(data, Mapping) or not isinstance(given, Mapping):
+        return content, []
+    is_folder = str(data.get("class_path", "")).rpartition(".")[2] == "FolderData"
+    if not is_folder or "draw" in given or not given.keys() >= _FOLDER_SETTINGS:
+        return content, []
+    remarks = []
+    if given["split"] in ("auto", "fraction"):
+        remarks.append("data: a random split is kept as it was (draw order); new runs draw each image by its name")
+    return {**content, "data": {**data, "init_args": {**given, "draw": "order"}}}, remarks
+
+
 def _schedule(arguments: dict[str, Any], remarks: list[str]) -> None:
     """Translate ``lr_power`` and ``warmup_steps``, which a module without a ``scheduler`` used."""
     old = {new: arguments.pop(name) for name, new in _SCHEDULE.items() if name in arguments}
@@ -86,6 +130,16 @@ def _schedule(arguments: dict[str, Any], remarks: list[str]) -> None:
         arguments["scheduler"] = {"class_path": "mcseg.schedules.WarmupPolynomialLR", "init_args": old}
         given = ", ".join(f"{name} {value}" for name, value in old.items())
         remarks.append(f"scheduler: lr_power and warmup_steps are read as mcseg.schedules.WarmupPolynomialLR ({given})")
+
+
+def _interval(arguments: dict[str, Any], remarks: list[str]) -> None:
+    """Let a schedule without ``scheduler_interval`` count optimiser steps, as all schedules did."""
+    if "scheduler_interval" in arguments or not isinstance(scheduler := arguments.get("scheduler"), Mapping):
+        return
+    kind = str(scheduler.get("class_path")).rpartition(".")[2]
+    if kind not in _INTERVAL_UNCHANGED:
+        arguments["scheduler_interval"] = "step"
+        remarks.append(f"scheduler: {kind} of an earlier version counts optimiser steps (scheduler_interval step)")
 
 
 def _is_margin_loss(path: str) -> bool:

@@ -25,6 +25,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from mcseg.atomic import write_atomically
+from mcseg.callbacks.last_validation import LastValidation
 from mcseg.callbacks.objective_monitor import ObjectiveMonitor
 from mcseg.callbacks.panels import ConfusionPicture, PredictionPanel, TrainingCurves
 from mcseg.callbacks.prediction_writer import PredictionWriter
@@ -45,7 +46,7 @@ class _Run(SegmentationCLI):
         """Build the trainer without callbacks for pictures and checkpoints."""
         trainer = super().instantiate_trainer(**kwargs)
         pictures = (ConfusionPicture, ObjectiveMonitor, PredictionPanel, PredictionWriter, TrainingCurves)
-        excluded = (*pictures, pl.callbacks.ModelCheckpoint, CheckpointOnSignal)
+        excluded = (*pictures, pl.callbacks.ModelCheckpoint, CheckpointOnSignal, LastValidation)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         trainer.callbacks = [callback for callback in callbacks if not isinstance(callback, excluded)]  # type: ignore[attr-defined]
         return trainer

@@ -64,8 +64,8 @@ class SegmentationData(pl.LightningDataModule):
             the inverse of the classes' training pixels as weights; 0 draws all crops uniformly.
         max_side: Images with a longer side above this are first shrunk to it; for data sets with very large images.
             Predictions are still scored at the mask's stored size.
-        predict_root: Image file, or folder that is searched with its subfolders, for ``predict``; None predicts the images
-            of ``predict_split``.
+        predict_root: Image file, folder that is searched with its subfolders, glob pattern, or a list of these, for
+            ``predict``; None predicts the images of ``predict_split``.
         predict_split: Split to predict if ``predict_root`` is not given; a missing test split is replaced by the
             validation split.
         held_out: Glob patterns of names of training images, for example ``0006R0_*`` for one of CamVid's sequences. Matching
@@ -104,7 +104,7 @@ class SegmentationData(pl.LightningDataModule):
         color_jitter: float = 0.3,
         rare_crop_share: float = 0.0,
         max_side: int | None = None,
-        predict_root: str | os.PathLike[str] | None = None,
+        predict_root: list[str] | str | os.PathLike[str] | None = None,
         predict_split: Literal["train", "val", "test"] = "test",
         held_out: Sequence[str] = (),
         on_error: Literal["stop", "skip"] = "stop",
@@ -161,7 +161,8 @@ class SegmentationData(pl.LightningDataModule):
             max_side=max_side,
             rare_crop_share=rare_crop_share,
         )
-        self.predict_root = Path(predict_root).expanduser() if predict_root is not None else None
+        given = [predict_root] if isinstance(predict_root, str | os.PathLike) else predict_root or ()
+        self.predict_roots = tuple(Path(path).expanduser() for path in given)
         self.predict_split = predict_split
         self.held_out = tuple(held_out)
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
@@ -197,6 +198,22 @@ class SegmentationData(pl.LightningDataModule):
         return self.reader.table.palette
 
     @property
+    def prediction_settings(self) -> dict[str, Any]:
+        """Arguments that change how images are given to the network; checkpoints store them for prediction."""
+        return {"image_scale": self.image_scale, "max_side": self.max_side}
+
+    @property
+    def random_split(self) -> dict[str, Any] | None:
+        """Settings of the random split, which checkpoints store; None if the split is not random."""
+        return None
+
+    def set_palette(self, palette: Sequence[Sequence[int]]) -> None:
+        """Set the RGB colour of each class, for prediction with the colours of a checkpoint."""
+        if isinstance(self.reader, FileReader):
+            colors = tuple((int(r), int(g), int(b)) for r, g, b in palette)
+            self.reader = replace(self.reader, table=replace(self.reader.table, palette=colors))
+
+    @property
     def recipe(self) -> str:
         """Name of the packaged recipe of these data, for messages."""
         return "folder"
@@ -215,6 +232,10 @@ class SegmentationData(pl.LightningDataModule):
 
     def remarks(self, split: str) -> list[str]:
         """List warnings about a usable split, one line each; none by default."""
+        return []
+
+    def layout(self) -> list[str]:
+        """Describe where images, masks and classes were found, one line each; none by default."""
         return []
 
     def expected(self, split: str) -> str:
@@ -236,8 +257,8 @@ class SegmentationData(pl.LightningDataModule):
         return self._splits[split]
 
     def _prepare(self, split: str) -> list[Sample]:
-        if split == "predict" and self.predict_root is not None:
-            return images_below(self.predict_root)
+        if split == "predict" and self.predict_roots:
+            return images_below(*self.predict_roots)
         source = self.predict_split if split == "predict" else split
         samples = self._samples_in_use(source)
         reason = "" if samples else "no test split found"
@@ -415,7 +436,7 @@ class SegmentationData(pl.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """Load images of any size, one per batch, without masks."""
-        reader = FileReader(self.reader.table, images=self.images) if self.predict_root is not None else self.reader
+        reader = FileReader(self.reader.table, images=self.images) if self.predict_roots else self.reader
         return self._loader(self._whole_images(reader, "predict", masks=False), 1)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

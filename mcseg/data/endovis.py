@@ -49,7 +49,7 @@ class EndoVisReader(FileReader):
         """Read and merge the masks of the instruments, (H,W) uint8 train ids."""
         path = mask_path(sample)
         if path.parent.name == self.test_folder:
-            return self._cut(torch.from_numpy(self.test_table.train_ids(self._stored(path), path)), path)
+            return self._cut(torch.from_numpy(self.test_table.train_ids(self._stored(path)[0], path)), path)
         merged = self._instrument(path)
         for file in sample.more_masks:
             part = self._instrument(file)
@@ -82,7 +82,7 @@ class EndoVisReader(FileReader):
 
     def _instrument(self, path: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """Read one instrument's mask as train ids (H,W); 0, the background, outside the instrument."""
-        values = self.instruments.train_ids(self._stored(path), path)
+        values = self.instruments.train_ids(self._stored(path)[0], path)
         if self.types is not None:
             return (values > 0) * np.uint8(type_id(path.parent.name, self.types))
         return np.array(values)  # a writable copy

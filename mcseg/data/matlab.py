@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mcseg.data.files import FileReader
+from mcseg.data.files import FileReader, MaskSurvey, Sample, count_labels, mask_path
 from mcseg.data.labels import DataError, MissingFileError
 from mcseg.messages import one_line
 
@@ -16,8 +16,8 @@ from mcseg.messages import one_line
 class MatReader(FileReader):
     """Reader of masks in ``.mat`` files; all `~mcseg.data.files.FileReader` reads all other files."""
 
-    def _stored(self, path: Path) -> NDArray[np.integer[Any]]:
-        return read_mat(path) if path.suffix == ".mat" else super()._stored(path)
+    def _stored(self, path: Path) -> tuple[NDArray[np.integer[Any]], NDArray[np.uint8] | None]:
+        return (read_mat(path), None) if path.suffix == ".mat" else super()._stored(path)
 
     def _stored_size(self, path: Path) -> tuple[int, int] | None:
         if path.suffix != ".mat":
@@ -26,8 +26,11 @@ class MatReader(FileReader):
             raise MissingFileError(f"{path}: no such file")
         return None
 
-    def _histogram(self, path: Path) -> NDArray[np.int64] | None:
-        return None if path.suffix == ".mat" else super()._histogram(path)
+    def survey(self, sample: Sample) -> MaskSurvey:
+        """Count the pixels of each class in the mask, without palette."""
+        if mask_path(sample).suffix != ".mat":
+            return super().survey(sample)
+        return MaskSurvey(count_labels(self.mask(sample), self.table.num_classes))
 
 
 def read_mat(path: Path) -> NDArray[np.integer[Any]]:

@@ -101,13 +101,13 @@ def open_source(path: Path, bands: int = 3) -> Iterator[Source]:
 
 
 def _first_bytes(path: Path) -> bytes:
-    if not path.is_file():  # opening a pipe would block; opening the image gives the error
-        return b""
     try:
-        with path.open("rb") as file:
-            return file.read(4)
-    except OSError:
-        return b""
+        if path.is_file():  # opening a pipe would block
+            with path.open("rb") as file:
+                return file.read(4)
+    except OSError:  # opening the image raises the error again, with the name of the file
+        pass
+    return b""
 
 
 class PillowSource:

@@ -38,10 +38,16 @@ def absent_classes(names: Sequence[str], pixels: Tensor, split: str, hint: bool 
     absent = [f"{names[index]} (train id {index})" for index in (pixels == 0).nonzero().flatten().tolist()]
     if not absent:
         return ""
+    if not pixels.any():
+        remedy = "; the value 255 is void: if it stands for a class, give it to the class in classes.toml" if hint else ""
+        return f"no pixel of the {split} labels has a class, all are void{remedy}"
     if len(absent) > 1:
         return f"classes {', '.join(absent[:-1])} and {absent[-1]} have no pixel in the {split} labels"
-    # Some tools save a binary mask as 0 and 255, and 255 is void.
-    remedy = "; if its value in the masks is 255, write id = 255 in classes.toml" if hint and len(names) == 2 else ""
+    remedy = ""
+    if hint and len(names) == 2:  # some tools save a binary mask as 0 and 255, and 255 is void
+        remedy = "; if its value in the masks is 255, write id = 255 in classes.toml"
+    elif hint and not pixels[0]:  # some tools number the classes from 1
+        remedy = "; if the values of the masks begin at 1, write the id of each class in classes.toml"
     return f"class {absent[0]} has no pixel in the {split} labels{remedy}"
 
 

@@ -1,7 +1,7 @@
 """Objectives that are a mean over pixels: cross entropy and its variants."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Self
 
 import torch
@@ -22,9 +22,10 @@ class CrossEntropyLoss(CountedLoss):
 
         - sum over labelled pixels of sum_k w_k t_k log p_k  /  sum over labelled pixels of w_y
 
-    but 0, not NaN, if nothing is labelled. The class weights ``w`` follow from the counts ``n_c``, ``N = sum n_c``:
+    but 0, not NaN, if nothing is labelled. The class weights ``w`` are those of ``weight``, or follow from the counts
+    ``n_c``, ``N = sum n_c``:
 
-    * ``"none"``: 1 for each class; needs no counts and has no method ``calibrate``.
+    * ``"none"``: ``weight``, or 1 for each class; needs no counts and has no method ``calibrate``.
     * ``"inverse"``: ``1 / n_c``, scaled to mean 1.
     * ``"median_frequency"``: ``median(f) / f_c``, ``f_c = n_c / N``, after Eigen and Fergus, ICCV 2015, arXiv 1411.4734.
       In the paper, N counts the pixels of the images that contain the class; here it counts all labelled pixels.
@@ -42,19 +43,28 @@ class CrossEntropyLoss(CountedLoss):
         enet_c: Parameter of ``"enet"``, > 1. Weights lie between ``1 / ln(enet_c + 1)`` and ``1 / ln(enet_c)``.
         label_smoothing: Amount of label smoothing, 0..1; Szegedy et al., CVPR 2016.
         ignore_index: Label of void pixels.
+        weight: Weight of each class, C finite numbers >= 0 that are not all 0; list or tensor. Needs
+            ``weighting="none"``. The mean divides by the sum of the pixels' weights, as in `torch.nn.CrossEntropyLoss`.
 
     Attributes:
         class_terms: Class weights, float64 ``(C,)``, NaN until calibrated; absent with ``weighting="none"``.
 
     Raises:
-        ValueError: A setting is out of range.
+        ValueError: A setting is out of range, or both ``weight`` and ``weighting`` are given; when called, ``weight`` has
+            another number of entries than there are classes.
 
     Example:
         >>> import torch
         >>> from mcseg.losses import CrossEntropyLoss
         >>> CrossEntropyLoss()(torch.tensor([[2.0, -1.0]]), torch.tensor([0]))
         tensor(0.0486)
+        >>> logits, target = torch.tensor([[2.0, -1.0], [0.5, 1.0]]), torch.tensor([0, 1])
+        >>> CrossEntropyLoss(weight=[1.0, 3.0])(logits, target)
+        tensor(0.3677)
     """
+
+    class_weight: Tensor
+    weight: list[float] | None = None
 
     _term = "weight"
     _absent = "its weight is 0"
@@ -67,7 +77,10 @@ class CrossEntropyLoss(CountedLoss):
         enet_c: float = 1.02,
         label_smoothing: float = 0.0,
         ignore_index: int = 255,
+        weight: Sequence[float] | Tensor | None = None,
     ) -> None:
+        if hasattr(num_classes, "__len__"):  # torch's first argument is the weight
+            raise ValueError(f"num_classes: found {num_classes!r}, expected a number; give class weights as weight=[...]")
         check_choice("weighting", weighting, Weighting)
         if not 0 <= beta < 1:
             raise ValueError(f"beta: found {beta}, expected a number >= 0 and < 1")
@@ -75,13 +88,23 @@ class CrossEntropyLoss(CountedLoss):
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: found {label_smoothing}, expected a number between 0 and 1")
         super().__init__(num_classes, ignore_index, counted=weighting != "none")
+        self.weight = _checked_weights("weight", weight)
+        if self.weight is not None:
+            if weighting != "none":
+                raise ValueError(f"found weight and weighting {weighting!r}, expected one of them; remove the other")
+            _check_length("weight", self.weight, len(self.weight) if num_classes is None else num_classes)
+        self._reset_buffers()
         self.weighting: Weighting = weighting
         self.beta = beta
         self.enet_c = enet_c
         self.label_smoothing = label_smoothing
 
     def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
-        weights = self._terms_for(logits) if self._counted else None
+        weights: Tensor | None = None
+        if self.weight is not None:
+            weights = _weights_for("weight", self.class_weight, logits)
+        elif self._counted:
+            weights = self._terms_for(logits)
         total = F.cross_entropy(
             logits,
             target,
@@ -93,6 +116,11 @@ class CrossEntropyLoss(CountedLoss):
         if weights is None:
             return mean_over_processes(total, labelled.sum())
         return mean_over_processes(total, (weights[target.masked_fill(~labelled, 0)] * labelled).sum())
+
+    @property
+    def class_constants(self) -> dict[str, Tensor]:
+        """The weight of each class, ``(C,)``; empty without weights and before calibration."""
+        return super().class_constants if self.weight is None else {self._term: self.class_weight}
 
     @property
     def calibrate(self) -> Callable[[ClassPixels], Self]:
@@ -116,6 +144,11 @@ class CrossEntropyLoss(CountedLoss):
             weights = weights / weights[present].mean()
         return weights.where(present, 0.0)
 
+    def _reset_buffers(self) -> None:
+        super()._reset_buffers()
+        if self.weight is not None:
+            self.register_buffer("class_weight", torch.tensor(self.weight, dtype=torch.float64), persistent=False)
+
 
 class FocalLoss(Objective):
     r"""Focal loss in its softmax form: cross entropy that down-weights well-classified pixels.
@@ -128,13 +161,16 @@ class FocalLoss(Objective):
     for two classes and divides by the number of foreground anchors.
 
     Args:
-        gamma: Exponent >= 0; 0 gives cross entropy, weighted by ``alpha``.
+        gamma: Exponent >= 0; 0 gives cross entropy, weighted by ``alpha`` or ``weight``.
         alpha: C class weights >= 0; None is 1 for each class. The mean divides by the number of labelled pixels, not
             by the sum of their weights.
         ignore_index: Label of void pixels.
+        weight: Class weights instead of ``alpha``, C finite numbers >= 0 that are not all 0; list or tensor. The mean
+            divides by the sum of the pixels' weights, as in `CrossEntropyLoss`.
 
     Raises:
-        ValueError: A setting is out of range.
+        ValueError: A setting is out of range, or both ``alpha`` and ``weight`` are given; when called, the number of weights
+            is not that of the classes.
 
     Example:
         >>> import torch
@@ -144,20 +180,25 @@ class FocalLoss(Objective):
         tensor(0.0338)
     """
 
-    class_alpha: Tensor
+    class_weight: Tensor
 
-    def __init__(self, gamma: float = 2.0, alpha: list[float] | None = None, ignore_index: int = 255) -> None:
+    def __init__(
+        self,
+        gamma: float = 2.0,
+        alpha: Sequence[float] | Tensor | None = None,
+        ignore_index: int = 255,
+        weight: Sequence[float] | Tensor | None = None,
+    ) -> None:
         super().__init__(ignore_index)
         check_range("gamma", gamma, 0)
-        for value in alpha or []:
-            check_range("alpha", value, 0)
         self.gamma = gamma
-        self.alpha = None if alpha is None else list(alpha)
+        self.alpha = _checked_weights("alpha", alpha)
+        self.weight = _checked_weights("weight", weight)
+        if self.alpha is not None and self.weight is not None:
+            raise ValueError("found alpha and weight, expected one of them; remove the other")
         self._reset_buffers()
 
     def _loss(self, logits: Tensor, target: Tensor, labelled: Tensor) -> Tensor:
-        if self.alpha is not None and len(self.alpha) != logits.shape[1]:
-            raise ValueError(f"alpha: found {len(self.alpha)} weights, expected {logits.shape[1]}, one per class")
         labels = target.masked_fill(~labelled, 0)
         log_p = logits.log_softmax(1)
         pixels = -log_p.gather(1, labels[:, None])[:, 0]
@@ -166,13 +207,18 @@ class FocalLoss(Objective):
             # of its power is infinite for gamma < 1. Clamp the sum, as the loss is 0 there.
             others = log_p.exp().scatter(1, labels[:, None], 0.0).sum(1)
             pixels = others.clamp(min=torch.finfo(others.dtype).tiny) ** self.gamma * pixels
-        if self.alpha is not None:
-            pixels = self.class_alpha.to(logits.dtype).to(logits.device)[labels] * pixels
-        return mean_over_processes((pixels * labelled).sum(), labelled.sum())
+        number = labelled
+        if self.alpha is not None or self.weight is not None:
+            name = "alpha" if self.weight is None else "weight"
+            weights = _weights_for(name, self.class_weight, logits)[labels]
+            pixels = weights * pixels
+            number = labelled if self.weight is None else weights * labelled
+        return mean_over_processes((pixels * labelled).sum(), number.sum())
 
     def _reset_buffers(self) -> None:
-        if self.alpha is not None:
-            self.register_buffer("class_alpha", torch.tensor(self.alpha, dtype=torch.float64), persistent=False)
+        weights = self.alpha if self.weight is None else self.weight
+        if weights is not None:
+            self.register_buffer("class_weight", torch.tensor(weights, dtype=torch.float64), persistent=False)
 
 
 class LogitAdjustmentLoss(CountedLoss):
@@ -300,3 +346,29 @@ class LDAMLoss(CountedLoss):
     def _terms(self, n: Tensor) -> Tensor:
         present = n > 0
         return (self.max_margin * (n / n[present].min()) ** -0.25).where(present, 0.0)
+
+
+def _checked_weights(name: str, weights: Sequence[float] | Tensor | None) -> list[float] | None:
+    """Return class weights as a list. Raises ValueError unless they are finite numbers >= 0 and not all 0."""
+    if weights is None:
+        return None
+    values = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+    if values.ndim != 1:
+        raise ValueError(f"{name}: found shape {tuple(values.shape)}, expected a list of numbers, one per class")
+    numbers: list[float] = values.tolist()
+    for number in numbers:
+        check_range(name, number, 0)
+    if not any(numbers):
+        raise ValueError(f"{name}: found only zeros, expected at least one weight > 0")
+    return numbers
+
+
+def _check_length(name: str, weights: Sequence[float] | Tensor, classes: int) -> None:
+    if len(weights) != classes:
+        raise ValueError(f"{name}: found {len(weights)} weights, expected {classes}, one per class")
+
+
+def _weights_for(name: str, weights: Tensor, logits: Tensor) -> Tensor:
+    """Return class weights ``(C,)`` in the dtype and on the device of the logits. Raises ValueError for another C."""
+    _check_length(name, weights, logits.shape[1])
+    return weights.to(logits.dtype).to(logits.device)

@@ -1,20 +1,20 @@
 """Networks by name, from segmentation_models_pytorch (SMP) or COPLE-Net, with normalisation and padding inside."""
 
-import contextlib
 import functools
 import inspect
+import math
 import warnings
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mcseg.messages import one_line
 from mcseg.networks.coplenet import COPLENet
+from mcseg.networks.probe import Sizes, accepted_sizes, native_sizes, probe, remove_unused, second_to_last
+from mcseg.networks.recompute import recompute_blocks
 
 
 class SegmentationNetwork(nn.Module):
@@ -24,7 +24,12 @@ class SegmentationNetwork(nn.Module):
 
     Normalisation and padding are part of the network, so that they always match its weights. Images are scaled to [0, 1],
     normalised with the mean and standard deviation of each band (the encoder's for RGB), and padded at the right and bottom
-    to a multiple of the output stride. The logits of the padding are cropped.
+    to a multiple of the output stride. The logits of the padding are cropped. Padding is part of a traced or exported
+    network as well.
+
+    Parts of the architecture that the logits do not use, for example the last stages of an encoder whose decoder starts
+    earlier, are not part of the network; old weights with them still load. A transformer that takes a single image size is
+    built to take any size where timm can.
 
     Args:
         arch: SMP architecture, for example ``unet``, ``deeplabv3plus``, ``segformer``; or ``coplenet`` for
@@ -46,9 +51,14 @@ class SegmentationNetwork(nn.Module):
         aux_channels: width of an auxiliary head on the encoder's second-to-last feature map, for
             :meth:`forward_with_aux`; None is no auxiliary head.
 
+    Attributes:
+        removed: name of each tensor that the architecture has and this network does not, because its output does not depend
+            on it -> whether it is a parameter.
+
     Raises:
-        ValueError: the architecture, the encoder or an option is unknown, or the encoder has no blocks to checkpoint or no
-            feature map for the auxiliary head; the message is one line.
+        ValueError: the architecture, the encoder or an option is unknown, an option belongs to another argument, they do not
+            fit together, or the encoder has no blocks to checkpoint or no feature map for the auxiliary head; the message is
+            one line.
     """
 
     mean: Tensor
@@ -68,20 +78,27 @@ class SegmentationNetwork(nn.Module):
         aux_channels: int | None = None,
     ) -> None:
         super().__init__()
-        for name in ("in_channels", "in_chans"):
-            if name in (options or {}):
-                raise ValueError(
-                    f"network_options: found {name}, which is given by the bands of the data (data.bands); remove it"
-                )
+        _check_options(options or {})
         options = {**(options or {}), "in_channels": in_channels}
-        self.model = _build(arch, encoder, num_classes, None, options)
         self.arch = arch.lower()
         self._encoder, self._options = encoder, options
-        # the forward methods upsample instead of the model; None if the model does not end in an upsampling
-        self._align_corners = _remove_upsampling(self.model)
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            self.model, self._sizes = _build_for_any_size(arch, encoder, num_classes, options)
+            run = functools.partial(probe, self.model.eval(), with_aux=aux_channels is not None, bands=in_channels)
+            # the forward methods upsample instead of the model; None if the logits have the size of the image
+            self._align_corners = _remove_upsampling(self.model)
+            if self._align_corners is None and run(*self._sizes.minimum)[0].shape[-2:] != self._sizes.minimum:
+                self._align_corners = True  # as SMP's heads upsample
+            self.removed = {
+                f"model.{name}": is_parameter
+                for name, is_parameter in remove_unused(self.model, run, self._sizes.minimum).items()
+            }
+            self.model.train()
+        self.register_load_state_dict_pre_hook(_ignore_removed)  # type: ignore[no-untyped-call]
         self.channels_last = channels_last
         self.frozen_batch_norm = frozen_batch_norm
         self._is_compiled = False
+        self._handles_single_values = False
         self.aux_head: nn.Sequential | None = None
         if aux_channels is not None:
             self.aux_head = _aux_head(self.model.encoder.out_channels[-2], aux_channels, num_classes)
@@ -93,7 +110,7 @@ class SegmentationNetwork(nn.Module):
             for part in self.children():
                 part.to(memory_format=torch.channels_last)
         if checkpointing:
-            _recompute_blocks(self.model.encoder, encoder)
+            recompute_blocks(self.model.encoder, encoder)
         if frozen_batch_norm:
             for norm in self._batch_norms():
                 for parameter in norm.parameters(recurse=False):
@@ -107,8 +124,7 @@ class SegmentationNetwork(nn.Module):
     @property
     def output_stride(self) -> int:
         """Number of pixels; height and width are padded to multiples of it."""
-        stride = int(self.model.encoder.output_stride)
-        return 2 * stride if self.arch == "dpt" else stride  # DPT halves the grid of patches once more
+        return self._sizes.step[0]
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute logits.
@@ -132,11 +148,16 @@ class SegmentationNetwork(nn.Module):
             (N,C,h,w) logits, and height, width and align_corners of the final bilinear upsampling; :meth:`forward` returns
             its first H rows and W columns. The second value is None if the network does not end in an upsampling; the
             logits are (N,C,H,W) then.
+
+        Raises:
+            ValueError: the network takes images of one size, and an image is larger.
         """
         prepared = self._prepare(image)
+        if self.training and len(image) == 1 and not self._handles_single_values:
+            self._handle_single_values()
         logits = self._run(prepared)
         if self._align_corners is None:
-            return logits[..., : image.shape[-2], : image.shape[-1]], None
+            return _crop(logits, image.shape[-2:]), None
         return logits, (prepared.shape[-2], prepared.shape[-1], self._align_corners)
 
     def forward_with_aux(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -157,14 +178,13 @@ class SegmentationNetwork(nn.Module):
         if not self.training:
             return self(image), None
         logits = self(image)
-        feature, self._feature = self._feature, None
-        height, width, stride = *image.shape[-2:], self.output_stride
-        padded = (height + -height % stride, width + -width % stride, False)
+        feature, self._feature = cast(Tensor, self._feature), None
+        padded = (*self._sizes.padded(*image.shape[-2:]), False)
         return logits, _upsample(self.aux_head(feature), padded, image.shape[-2:])
 
-    def _keep_feature(self, encoder: nn.Module, images: tuple[Tensor], features: Sequence[Tensor]) -> None:
+    def _keep_feature(self, encoder: nn.Module, images: tuple[Tensor], outputs: Sequence[Any]) -> None:
         if self.training:
-            self._feature = features[-2]
+            self._feature = second_to_last(outputs)
 
     def compile(self, **options: Any) -> None:
         """Compile the network in place for training; evaluation stays eager, since its images may differ in size.
@@ -191,6 +211,17 @@ class SegmentationNetwork(nn.Module):
                 norm.eval()
         return self
 
+    def _handle_single_values(self) -> None:
+        """Make batch norms use their running statistics where a batch of one image has one value per channel.
+
+        PyTorch refuses it. Batch norms after a global pooling always have it, for example those of DeepLab.
+        """
+        self._handles_single_values = True
+        for norm in self._batch_norms():
+            if not isinstance(norm, nn.SyncBatchNorm):  # it has the values of all processes
+                norm.register_forward_pre_hook(_begin_single_value)
+                norm.register_forward_hook(_end_single_value)
+
     def _batch_norms(self) -> list[nn.Module]:
         return [module for module in self.modules() if isinstance(module, _BATCH_NORMS)]
 
@@ -199,10 +230,11 @@ class SegmentationNetwork(nn.Module):
         if not image.is_floating_point():
             image = image.to(self.mean.dtype) / 255
         image = (image - self.mean) / self.std
-        height, width, stride = *image.shape[-2:], self.output_stride
-        padding = (0, -width % stride, 0, -height % stride)
-        if any(padding):
-            image = F.pad(image, padding, mode="replicate")
+        height, width = image.shape[-2:]
+        rows, columns = self._sizes.padded(height, width)
+        # a traced network pads images of other sizes than the example's as well; otherwise padding by 0 would be a copy
+        if _is_traced() or (rows, columns) != (height, width):
+            image = F.pad(image, (0, columns - width, 0, rows - height), mode="replicate")
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
 
     def set_normalization(self, mean: Tensor, std: Tensor) -> None:
@@ -238,7 +270,9 @@ class SegmentationNetwork(nn.Module):
                 f"encoder_weights: {weights} for {encoder} are not in the local cache and cannot be downloaded "
                 f"({one_line(error, limit=300)}); set encoder_weights to null to train from scratch"
             ) from None
-        self.model.encoder.load_state_dict(source.encoder.state_dict())
+        removed = {name.removeprefix("model.encoder.") for name in self.removed}
+        weights_left = {name: value for name, value in source.encoder.state_dict().items() if name not in removed}
+        self.model.encoder.load_state_dict(weights_left)
         high = (preprocessing["input_range"] or [0, 1])[1]  # some encoders are trained on 0..255
         if self.mean.shape[1] == 3:
             self.mean.copy_(torch.tensor(preprocessing["mean"]).view(1, 3, 1, 1) / high)
@@ -246,6 +280,34 @@ class SegmentationNetwork(nn.Module):
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _is_traced() -> bool:
+    tracing = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return bool(tracing or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export())
+
+
+def _ignore_removed(network: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Ignore weights of older checkpoints for the parts that are not in the network."""
+    for name in network.removed:  # type: ignore[union-attr]
+        state.pop(prefix + name, None)
+
+
+def _begin_single_value(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    if norm.training and args[0].numel() == args[0].shape[1]:
+        norm.eval()
+        norm._single_value = True  # type: ignore[assignment]
+        warnings.warn(
+            "a training batch of one image: batch norms with one value per channel use their running statistics; use more "
+            "images per process (data.batch_size), or model.frozen_batch_norm",
+            stacklevel=2,
+        )
+
+
+def _end_single_value(norm: nn.Module, args: Any, output: Any) -> None:
+    if getattr(norm, "_single_value", False):
+        norm._single_value = False  # type: ignore[assignment]
+        norm.train()
 
 
 def _remove_upsampling(model: nn.Module) -> bool | None:
@@ -271,7 +333,88 @@ def _upsample(coarse: Tensor, upsampling: tuple[int, int, bool], size: torch.Siz
     """Upsample logits (N,C,h,w) bilinearly and crop them to the first rows and columns, ``size`` (H,W)."""
     height, width, align_corners = upsampling
     full = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=align_corners)
-    return full[..., : size[0], : size[1]]
+    return _crop(full, size)
+
+
+def _crop(logits: Tensor, size: torch.Size) -> Tensor:
+    """Return the first rows and columns, ``size`` (H,W), of logits (N,C,h,w)."""
+    if not _is_traced():
+        return logits[..., : size[0], : size[1]]
+    # torch.export would fix whether a slice is the whole tensor
+    for axis in (-2, -1):
+        logits = logits.index_select(axis, torch.arange(size[axis], device=logits.device))
+    return logits
+
+
+# Arguments of SMP and timm that other arguments of the network give -> those
+_GIVEN = {
+    "arch": "arch",
+    "encoder_name": "encoder",
+    "encoder_weights": "encoder_weights",
+    "pretrained": "encoder_weights",
+    "in_channels": "the bands of the data (data.bands)",
+    "in_chans": "the bands of the data (data.bands)",
+    "classes": "num_classes",
+    "num_classes": "num_classes",
+}
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raise ValueError for options that other arguments give, or with which the output is not logits."""
+    for name in options:
+        if name in _GIVEN:
+            raise ValueError(f"network_options: found {name}, which is given by {_GIVEN[name]}; remove it")
+    if options.get("activation") not in (None, "identity"):
+        raise ValueError(
+            f"network_options: found activation {options['activation']}, expected none: objectives and scores take logits; "
+            "remove it"
+        )
+    if options.get("aux_params") is not None:
+        raise ValueError(
+            "network_options: found aux_params, a head that classifies whole images, which nothing trains; remove it "
+            "(aux_weight gives an auxiliary head that segments)"
+        )
+
+
+# Options with which timm builds a transformer for any image size
+_ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False})
+
+
+def _build_for_any_size(arch: str, encoder: str, num_classes: int, options: dict[str, Any] | None) -> tuple[Any, Sizes]:
+    """Build a model that takes any image size, if there is one; arguments as for :class:`SegmentationNetwork`."""
+    model = _build(arch, encoder, num_classes, None, options)
+    bands = (options or {}).get("in_channels", 3)
+    run = functools.partial(probe, model.eval(), bands=bands)
+    if sizes := accepted_sizes(run, _stride(model, arch)):
+        return model, sizes
+    for more in _ANY_SIZE:
+        try:
+            other = _build(arch, encoder, num_classes, None, {**more, **(options or {})})
+        except ValueError:  # an option of other encoders
+            continue
+        if sizes := accepted_sizes(functools.partial(probe, other.eval(), bands=bands), _stride(other, arch)):
+            return other, sizes
+    try:
+        return model, native_sizes(model, run)
+    except ValueError as error:
+        raise ValueError(
+            f"network {arch} with encoder {encoder}: they do not fit together ({error}); choose another encoder or other "
+            "network_options"
+        ) from None
+
+
+def _stride(model: Any, arch: str) -> int:
+    """Return the number of pixels of which SMP expects a multiple."""
+    stride = int(model.encoder.output_stride)
+    if arch.lower() != "dpt":
+        return stride
+    if stride & (stride - 1):
+        raise ValueError(
+            f"network dpt: found an encoder with patches of {stride} pixels, expected a power of two, as dpt computes 1/4, "
+            "1/8, 1/16 and 1/32 of the image; choose another encoder, for example one with patch16 in its name"
+        )
+    # DPT halves the grid of patches once more; its coarsest scale is 1/4 for depth 1, 1/8 for depth 2, ...
+    return math.lcm(2 * stride, 2 ** (len(model.encoder.out_channels) + 1))
 
 
 def _build(arch: str, encoder: str, num_classes: int, weights: str | bool | None, options: dict[str, Any] | None) -> Any:
@@ -308,79 +451,3 @@ def _aux_head(in_channels: int, channels: int, num_classes: int) -> nn.Sequentia
         nn.Dropout(0.1),
         nn.Conv2d(channels, num_classes, 1),
     )
-
-
-def _recompute_blocks(encoder: nn.Module, name: str) -> None:
-    """Make each block of an encoder store only its input for the backward pass.
-
-    timm's ``set_grad_checkpointing`` would update the batch-norm statistics twice.
-    """
-    blocks = _find_blocks(encoder)
-    if not blocks:
-        raise ValueError(f"checkpointing: the encoder {name} is not made of blocks; set checkpointing to false")
-    for block in blocks:
-        # set on the instance, which keeps the names in the state_dict; a partial is copied and pickled with its block
-        block.forward = functools.partial(_run_checkpointed, block)
-
-
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-
-
-def _find_blocks(module: nn.Module) -> list[nn.Module]:
-    """Find the blocks of a module: submodules made of layers that are neither containers nor stages of blocks."""
-    blocks: list[nn.Module] = []
-    for child in module.children():
-        if not _has_layers(child):
-            continue
-        if isinstance(child, _CONTAINERS) or _has_repeated_blocks(child):
-            blocks += _find_blocks(child)
-        else:
-            blocks.append(child)
-    return blocks
-
-
-def _has_layers(module: nn.Module) -> bool:
-    return any(next(child.parameters(), None) is not None for child in module.children())
-
-
-def _has_repeated_blocks(module: nn.Module) -> bool:
-    for container in module.modules():
-        if isinstance(container, _CONTAINERS):
-            types = Counter(type(c) for c in container.children() if _has_layers(c) and not isinstance(c, _CONTAINERS))
-            if any(count > 1 for count in types.values()):
-                return True
-    return False
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch.compile does not support context_fn
-def _run_checkpointed(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a block's forward and store only its arguments for the backward pass."""
-    forward = functools.partial(type(block).forward, block)
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    # DenseNet appends to the list of features that it passes to its layers; the second run needs the original list
-    arguments = [list(value) if isinstance(value, list) else value for value in args]
-    return checkpoint(
-        forward,
-        *arguments,
-        use_reentrant=False,
-        context_fn=lambda: (contextlib.nullcontext(), _preserve_statistics(block)),
-        **kwargs,
-    )
-
-
-@contextlib.contextmanager
-def _preserve_statistics(block: nn.Module) -> Iterator[None]:
-    """Make norms in training mode update copies of their running statistics, and discard the copies."""
-    norms = [module for module in block.modules() if module.training and getattr(module, "track_running_stats", False)]
-    originals = [dict(norm.named_buffers(recurse=False)) for norm in norms]
-    try:
-        for norm, buffers in zip(norms, originals, strict=True):
-            # copies, not None: the second run must save as many tensors, of the same shapes, as the first
-            for name, value in buffers.items():
-                setattr(norm, name, value.clone())
-        yield
-    finally:
-        for norm, buffers in zip(norms, originals, strict=True):
-            for name, value in buffers.items():
-                setattr(norm, name, value)

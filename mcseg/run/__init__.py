@@ -11,9 +11,9 @@ A run starts with ``mcseg fit camvid --root DATA``:
     error if settings contradict each other. ``folder.run_folder`` creates ``runs/camvid/<time>``, into which loggers and
     checkpoints write.
 4.  ``cli.py`` creates the data module, the module, and the Trainer with mcseg's callbacks: ``signals.CheckpointOnSignal``,
-    and two ModelCheckpoints, which write ``checkpoints/best.ckpt`` when ``val/miou`` rises and ``checkpoints/last.ckpt``
-    after each epoch. Both write through ``checkpoints/files.CheckpointFile``, which replaces a file only when the new one is
-    complete.
+    ``LastValidation``, and two ModelCheckpoints, which write ``checkpoints/best.ckpt`` when ``val/miou`` rises and
+    ``checkpoints/last.ckpt`` after each epoch. Both write through ``checkpoints/files.CheckpointFile``, which replaces a
+    file only when the new one is complete.
 5.  ``Trainer.fit`` runs while ``folder.exclusive_lock`` keeps other processes out of the folder. Lightning writes
     ``config.yaml``, ``module.on_fit_start`` loads pretrained weights and calibrates the objective, and the epochs follow.
 6.  At the end ``folder.run_folder_tidied`` removes a folder without results, for example after a wrong setting.

@@ -5,7 +5,7 @@ import json
 import logging
 import pkgutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,28 +15,36 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning_fabric.plugins import CheckpointIO
 from pytorch_lightning import LightningModule, Trainer
-from pytorch_lightning.callbacks import LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
 
 from mcseg.atomic import write_atomically
+from mcseg.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from mcseg.callbacks.last_validation import LastValidation
 from mcseg.callbacks.objective_monitor import ObjectiveMonitor
 from mcseg.callbacks.panels import ConfusionPicture, PredictionPanel, TrainingCurves
 from mcseg.callbacks.prediction_writer import PredictionWriter
-from mcseg.callbacks.scores import JaccardCallback, score_names
+from mcseg.callbacks.scores import JaccardCallback
 from mcseg.callbacks.trackers import log_configuration
 from mcseg.checkpoints.files import CheckpointFile, read_checkpoint, steps_done, written_by
 from mcseg.checkpoints.hyperparameters import refuse_calls
 from mcseg.checkpoints.translate import translate_hyperparameters
+from mcseg.checkpoints.unavailable import labelling_hyperparameters
 from mcseg.data import SegmentationData
 from mcseg.evaluation.inference import Inference
 from mcseg.lightning_internals import CheckpointSettingsCLI, as_settings, cpu_computes_bfloat16
 from mcseg.messages import one_line
 from mcseg.module import SegmentationModule
+from mcseg.monitors import wanted_mode
+from mcseg.run.finders import SaveFound, remove_finders
 from mcseg.run.folder import exclusive_lock, run_folder
 from mcseg.run.recipes import default_objective
-from mcseg.run.resume import changed_settings, describe_changes, refuse_model_settings, resume_logger
+from mcseg.run.resume import changed_settings, describe_changes, refuse_model_settings, refuse_other_batches, resume_logger
 from mcseg.run.signals import CheckpointOnSignal
+
+# Arguments that tell callbacks of one class apart, as in Lightning's `ModelCheckpoint.state_key`
+_KEY_OF_CALLBACK = ("monitor", "every_n_train_steps", "every_n_epochs", "train_time_interval")
 
 
 class SaveConfig(SaveConfigCallback):
@@ -78,6 +86,7 @@ class SegmentationCLI(CheckpointSettingsCLI):
     def __init__(self, recipe: str, args: Sequence[str], run: bool = True, resume: Path | None = None) -> None:
         self.recipe = recipe
         self.resume = resume
+        self._palette: list[list[int]] | None = None  # colours of the checkpoint's classes, for prediction
         self._updated_config: tuple[str, str] | None = None  # content of a resumed run's config.yaml, and its changes
         strict: dict[str, Any] = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
@@ -105,9 +114,9 @@ class SegmentationCLI(CheckpointSettingsCLI):
             (ObjectiveMonitor, "monitor"),
             (TrainingCurves, "curves"),
             (PredictionWriter, "writer"),
-            (ModelCheckpoint, "checkpoint"),
         ):
             parser.add_lightning_class_args(callback, key)
+        parser.add_class_arguments(BestCheckpoint, "checkpoint")  # no callback of a run with enable_checkpointing false
         parser.add_class_arguments(Inference, "inference")
         parser.set_defaults(
             {
@@ -116,11 +125,6 @@ class SegmentationCLI(CheckpointSettingsCLI):
                     "class_path": "CSVLogger",
                     "init_args": {"save_dir": ".", "name": "", "version": ""},
                 },
-                "checkpoint.monitor": "val/miou",
-                "checkpoint.mode": "max",
-                "checkpoint.filename": "best",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.enable_version_counter": False,
             }
         )
 
@@ -144,9 +148,17 @@ class SegmentationCLI(CheckpointSettingsCLI):
         objects: Namespace = self.config_init[self.subcommand] if self.subcommand else self.config_init
         return objects
 
+    @property
+    def _parsed(self) -> Namespace:
+        """The settings of the subcommand, already while they are parsed."""
+        config: Namespace = self.config[self.config.subcommand] if self.config.get("subcommand") else self.config
+        return config
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, then check ``--ckpt_path``, which validate, test and predict need, and the changes of a resumed run."""
         super().parse_arguments(parser, args)
+        self._set_modes(parser, args)
+        _replace_callbacks(self._parsed)
         if self.resume:
             self._compare_with_run(parser, args)
         subcommand = self.config.get("subcommand")  # self.subcommand is set after parsing
@@ -154,6 +166,20 @@ class SegmentationCLI(CheckpointSettingsCLI):
             _check_checkpoint(Path(self.config[subcommand].ckpt_path))
         elif subcommand in ("validate", "test", "predict"):
             raise ValueError(f"mcseg {self.verb} needs trained weights: give --ckpt_path RUN_FOLDER/checkpoints/best.ckpt")
+
+    def _set_modes(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
+        """Set the mode of what follows a score; raise ValueError if the user's mode contradicts the score."""
+        settings = _that_follow_scores(self._parsed)
+        if not settings:
+            return
+        given = parser.parse_args(args, defaults=False)
+        given = given[given.subcommand] if given.get("subcommand") else given
+        for setting, chosen in zip(settings, _that_follow_scores(given), strict=True):
+            monitor, mode = setting.init_args.get("monitor", "val/miou"), setting.init_args.mode
+            if monitor is not None:
+                default = None if chosen.get("init_args.mode") else mode
+                name = setting.class_path.rpartition(".")[2]
+                setting.init_args.mode = wanted_mode(name, monitor, mode, default)
 
     def _compare_with_run(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
         """Refuse changes of the module's settings; note the other changes for the run's config.yaml."""
@@ -165,6 +191,8 @@ class SegmentationCLI(CheckpointSettingsCLI):
             given.model.network_options = self.config.fit.model.network_options = run.model.network_options
         changed = changed_settings(run, given)
         refuse_model_settings(changed)
+        if self.config.fit.ckpt_path:
+            refuse_other_batches(changed, Path(self.config.fit.ckpt_path))
         given.model = run.model
         if changed:
             settings = Namespace(subcommand="fit", fit=given)  # type: ignore[no-untyped-call]
@@ -178,7 +206,9 @@ class SegmentationCLI(CheckpointSettingsCLI):
         """
         checkpoint = read_checkpoint(path)
         try:
-            stored, remarks = translate_hyperparameters(checkpoint.get("hyper_parameters", {}))
+            # Only training needs objective, optimiser and scheduler, so their classes need not exist to label images.
+            translate = translate_hyperparameters if verb == "fit" else labelling_hyperparameters
+            stored, remarks = translate(checkpoint.get("hyper_parameters", {}))
             refuse_calls(SegmentationModule, stored, {})
             if stored:
                 self.config = self.parser.parse_object({verb: {"model": as_settings(stored)}}, self.config)
@@ -198,15 +228,40 @@ class SegmentationCLI(CheckpointSettingsCLI):
     def before_instantiate_classes(self) -> None:
         """Check class paths; set run folder, loggers, precision and what Lightning prints."""
         self._check_class_paths()
+        self._take_checkpoint_classes()
         self._set_run_folder()
         self._set_loggers()
         config = self.verb_config
+        if self.resume and config.ckpt_path:
+            remove_finders(config)
         if config.trainer.precision is None:
             config.trainer.precision = _default_precision(config.trainer.accelerator)
         if self.subcommand in ("validate", "test"):
             config.verbose = False  # JaccardCallback prints a table
         if self.subcommand == "predict":
             config.return_predictions = False  # they would fill the memory; PredictionWriter writes them
+
+    def _take_checkpoint_classes(self) -> None:
+        """Predict images without the folder of the training: take classes and settings of the data from the checkpoint."""
+        config = self.verb_config
+        data = config.get("data")
+        if self.subcommand != "predict" or not data.class_path.endswith(".FolderData") or not data.init_args.predict_root:
+            return
+        path, given = Path(config.ckpt_path), data.init_args
+        checkpoint = read_checkpoint(path) if path.is_file() else {}
+        if "palette" not in checkpoint and given.root is not None and Path(given.root).expanduser().is_dir():
+            return  # a checkpoint of an earlier version
+        names = checkpoint.get("class_names")
+        count = len(names or ()) or checkpoint.get("hyper_parameters", {}).get("num_classes", 0)
+        if not count:
+            return
+        given.classes, given.root = list(names or (f"class {index}" for index in range(count))), None
+        given.pairs = None
+        self._palette = checkpoint.get("palette")
+        defaults = inspect.signature(SegmentationData).parameters
+        for name, value in checkpoint.get("prediction_settings", {}).items():
+            if name in given and name in defaults and given[name] == defaults[name].default:
+                given[name] = value
 
     def _check_class_paths(self) -> None:
         config = self.verb_config
@@ -246,6 +301,8 @@ class SegmentationCLI(CheckpointSettingsCLI):
         objective = self.verb_config.model.objective
         super().instantiate_classes()
         self.model.inference = self._objects.inference
+        if self._palette:
+            self.datamodule.set_palette(self._palette)
         classes = objective.get("init_args.num_classes") if isinstance(objective, Namespace) else None
         # A checkpoint's number of classes is checked when it is loaded.
         if classes not in (None, self.datamodule.num_classes) and not self.verb_config.ckpt_path:
@@ -253,40 +310,37 @@ class SegmentationCLI(CheckpointSettingsCLI):
                 f"model.objective.init_args.num_classes: found {classes}, but the data have {self.datamodule.num_classes} "
                 "classes; remove the setting; it is taken from the data"
             )
-        if self.subcommand == "fit":
-            self._check_monitors()
-
-    def _check_monitors(self) -> None:
-        """Raise ValueError if a score to monitor is not logged; Lightning would fail only after the first epoch."""
-        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(not type(callback).__module__.startswith(("mcseg.", "pytorch_lightning.")) for callback in callbacks):
-            return  # a user's callback may log any score
-        known = ["val/loss", *score_names("val", self.datamodule.class_names)]
-        monitors = [(type(callback).__name__, getattr(callback, "monitor", None)) for callback in callbacks]
-        scheduler = self.verb_config.model.scheduler
-        if scheduler is not None:
-            monitors.append((scheduler.class_path.rpartition(".")[2], scheduler.get("init_args.monitor")))
-        for name, monitor in monitors:
-            if monitor and monitor.startswith("val/") and monitor not in known:
-                raise ValueError(f"{name}: no score {monitor}; expected one of {', '.join(known)}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Create the Trainer, with ``last.ckpt`` after every epoch, and the learning rate if there is a logger."""
-        plugins = self._objects.get("trainer.plugins") or []
+        """Create the Trainer with the run's checkpoints, and with the learning rate if there is a logger."""
+        settings = self._objects.trainer
+        plugins = settings.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, CheckpointFile()]
+        callbacks = settings.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        saves = settings.get("enable_checkpointing") is not False
+        kwargs["callbacks"] = [*callbacks, *(self._checkpoints(callbacks) if saves else [])]
         trainer = super().instantiate_trainer(**kwargs)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # ModelCheckpoint's save_last would write only when there is a new best.
-            folder = self.verb_config.checkpoint.dirpath
-            trainer.callbacks.append(  # type: ignore[attr-defined]
-                ModelCheckpoint(folder, "last", enable_version_counter=False, save_on_train_epoch_end=True)
-            )
-            trainer.callbacks.append(CheckpointOnSignal(Path(folder) / "last.ckpt"))  # type: ignore[attr-defined]
+            path = Path(self.verb_config.checkpoint.dirpath) / "last.ckpt" if saves else None
+            trainer.callbacks += [SaveFound(), LastValidation(), CheckpointOnSignal(path)]  # type: ignore[attr-defined]
             if trainer.loggers:
                 trainer.callbacks.insert(0, LearningRateMonitor("step"))  # type: ignore[attr-defined]
         return trainer
+
+    def _checkpoints(self, callbacks: Sequence[Callback]) -> list[Callback]:
+        """Return the callbacks that write ``best.ckpt`` and ``last.ckpt``; raise ValueError if another one would as well."""
+        best = self._objects.checkpoint
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.filename in ("best", "last", best.filename):
+                raise ValueError(
+                    f"trainer.callbacks: found {type(callback).__name__} with filename {callback.filename}, which the "
+                    "command's own checkpoints have; choose another filename, or set checkpoint.monitor and the other keys "
+                    "of checkpoint"
+                )
+        return [best, LastCheckpoint(self.verb_config.checkpoint.dirpath)]
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Train while holding the lock of the run folder."""
@@ -304,12 +358,12 @@ class SegmentationCLI(CheckpointSettingsCLI):
         if self.trainer.global_step == former_steps:
             rank_zero_info(
                 f"{folder}: the run is complete after {former_steps} steps, nothing was trained; to train longer, resume it "
-                "with a larger --trainer.max_epochs"
+                f"with a larger --trainer.{'max_steps' if former_steps == self.trainer.max_steps else 'max_epochs'}"
             )
 
     def after_fit(self) -> None:
         """Print the run folder and the best checkpoint."""
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        best = self._objects.checkpoint.describe()
         rank_zero_info(f"run folder: {self.trainer.default_root_dir}" + (f"\nbest checkpoint: {best}" if best else ""))
 
 
@@ -321,6 +375,41 @@ class ParseOnlyCLI(SegmentationCLI):
 
     def instantiate_classes(self) -> None:
         """Do nothing."""
+
+
+def _replace_callbacks(config: Namespace) -> None:
+    """Keep the last of several callbacks of Lightning that are saved under one key, and report which one it replaces."""
+    kept: dict[Any, Namespace] = {}
+    for index, setting in enumerate(config.get("trainer.callbacks") or []):
+        kind = pkgutil.resolve_name(setting.class_path)
+        key = index if not kind.__module__.startswith("pytorch_lightning.") else (kind, *map(_of(setting), _KEY_OF_CALLBACK))
+        former = kept.pop(key, None)
+        if former is not None and former != setting:
+            changed = {key.removeprefix("init_args."): values for key, values in changed_settings(former, setting).items()}
+            name = " of ".join([kind.__name__, *filter(None, [_of(setting)("monitor")])])
+            rank_zero_info(f"trainer.callbacks: a later {name} replaces an earlier one: {describe_changes(changed)}")
+        kept[key] = setting
+    if kept:
+        config.trainer.callbacks = list(kept.values())
+
+
+def _of(setting: Namespace) -> Callable[[str], Any]:
+    return lambda name: setting.get(f"init_args.{name}")
+
+
+def _that_follow_scores(config: Namespace) -> list[Namespace]:
+    """Return the settings of the callbacks, and of the schedule, that have a mode which depends on a score."""
+    callbacks = config.get("trainer.callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    scheduler = config.get("model.scheduler")
+    follows = [setting for setting in callbacks if {"monitor", "mode"} <= _parameters(setting.class_path)]
+    if isinstance(scheduler, Namespace) and scheduler.class_path.endswith(".ReduceLROnPlateau"):
+        follows.append(scheduler)
+    return follows
+
+
+def _parameters(class_path: str) -> set[str]:
+    return set(inspect.signature(pkgutil.resolve_name(class_path)).parameters)
 
 
 def _check_checkpoint(path: Path) -> None:
@@ -351,6 +440,7 @@ def silence_warnings() -> None:
         ".*does not have many workers.*",  # data.num_workers follows from the machine's cores
         ".*intended to run from within Python.*",
         ".*exists and is not empty.*",  # a resumed run
+        ".*your dataloader is not resumable.*",  # TrainingOrder skips the batches that are done
         ".*smaller than the logging interval.*",
         ".*is not supported by the model summary.*",
         ".*recommended to use `self.log.*sync_dist=True.*",  # the scores are reduced before they are logged

@@ -29,6 +29,8 @@ def run(words: Sequence[str]) -> None:
         SystemExit: As for `mcseg.run.main.main`.
     """
     words = list(words)
+    if os.getcwd() not in sys.path:  # the installed script, unlike `python -m mcseg`, does not search the current folder
+        sys.path.append(os.getcwd())
     if isinstance(sys.__stdout__, io.TextIOWrapper):  # sys.stdout may be a library's wrapper around it
         sys.__stdout__.reconfigure(errors="backslashreplace")  # for class names that the terminal cannot encode
     if "LOCAL_RANK" not in os.environ:

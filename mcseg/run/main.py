@@ -14,7 +14,7 @@ _HELP = """usage: mcseg VERB [RECIPE] [--config NAME_OR_PATH ...] [--KEY VALUE .
   validate  score a checkpoint on the validation split       (--ckpt_path)
   test      score a checkpoint on the test split             (--ckpt_path)
   bound     lower bounds of mIoU for unseen images           (--ckpt_path, --split val --level 0.95)
-  predict   masks and overlays for a folder of images        (--ckpt_path, --data.predict_root)
+  predict   masks and overlays for images                    (mcseg predict CKPT --images FILE, FOLDER or PATTERN)
             or a submission for a benchmark's server         (--ckpt_path, --format BENCHMARK)
   download  fetch a benchmark, or print how to get it        (mcseg download BENCHMARK --root DIR)
   compare   train objectives with several seeds and compare them: tables, intervals, a report

@@ -1,6 +1,7 @@
 """Recipes, the YAML files that come with mcseg, and short forms of command-line arguments."""
 
 import difflib
+import json
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from mcseg.messages import one_line
 
 RECIPES = Path(__file__).parents[1] / "configs"
 _CONFIG = ("--config", "-c")
+_CALLBACKS = "--trainer.callbacks"
 _NO_OBJECTIVE = "--model.objective=null"
 _NO_OPTIONS = "--model.network_options=null"
+_TRAINING = ("fit", "compare")  # the verbs that need the objective
 
 
 def recipe_names() -> list[str]:
@@ -28,22 +31,44 @@ def default_objective() -> dict[str, Any]:
 
 
 def expand_shorthand(words: Sequence[str]) -> list[str]:
-    """Expand short forms: a recipe after the verb, ``--root``, ``--format``, the settings of ``bound``."""
+    """Expand short forms: a recipe or a checkpoint after the verb, ``--root``, ``--images``, ``--format``, ``bound``'s."""
     verb, *rest = words
+    if verb == "predict":
+        rest = _one_value(rest, "--images")
+    if verb in ("validate", "test", "predict", "bound"):
+        is_value = [False, *(word.startswith("-") and "=" not in word for word in rest)]
+        rest = [
+            f"--ckpt_path={word}" if word.endswith(".ckpt") and word[0] != "-" and not after_flag else word
+            for word, after_flag in zip(rest, is_value, strict=False)
+        ]
     if rest and not rest[0].startswith("-"):
         rest.insert(0, "--config")
-    short = {"--root": "--data.root", "--format": "--writer.format"}
+    short = {"--root": "--data.root", "--format": "--writer.format", "--model.lr": "--model.optimizer.lr"}
+    if verb == "predict":
+        short["--images"] = "--data.predict_root"
     if verb == "bound":
         short |= {f"--{name}": f"--bound.{name}" for name in ("level", "group", "selected_from", "largest_pixels")}
     pairs = (word.partition("=") for word in rest)
     return [verb, *(short.get(flag, flag) + equals + value for flag, equals, value in pairs)]
 
 
+def _one_value(words: Sequence[str], flag: str) -> list[str]:
+    """Join the values of a flag to one list, so that a shell may expand a pattern: ``--images a.jpg b.jpg``."""
+    if flag not in words:
+        return list(words)
+    start = list(words).index(flag) + 1
+    ends = (index for index in range(start, len(words)) if words[index].startswith("-") or words[index].endswith(".ckpt"))
+    end = next(ends, len(words))
+    values = list(words[start:end])
+    return [*words[:start], *([json.dumps(values)] if len(values) > 1 else values), *words[end:]]
+
+
 def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
     """Replace the names of recipes by their paths.
 
     Args:
-        words: Verb and arguments, short forms expanded. If no recipe has data, ``synthetic`` is the first recipe.
+        words: Verb and arguments, short forms expanded. If no recipe has data, ``synthetic`` is the first recipe,
+            or ``folder`` for the prediction of images.
 
     Returns:
         The name of the first recipe, for the run folder, and the arguments for the parser.
@@ -53,17 +78,21 @@ def find_recipes(words: Sequence[str]) -> tuple[str, list[str]]:
         ValueError: A recipe is not a YAML mapping.
     """
     if _lacks_data(words):
-        words = [*words[:1], "--config", "synthetic", *words[1:]]  # embedded data, so that every verb runs without arguments
+        # Embedded data, so that every verb runs without arguments; for images to predict, the checkpoint has the classes.
+        predicts = words[0] == "predict" and any(word.startswith("--data.predict_root") for word in words)
+        words = [*words[:1], "--config", "folder" if predicts else "synthetic", *words[1:]]
     expanded: list[str] = []
     names: list[str] = []
     recipes_end = 1  # index after the last recipe in `expanded`
     for flag, value in _flags_and_values(words):
         if flag in _CONFIG and value:
             names.append(value)
-            expanded += _layer(recipe_path(value, words[0]), first=len(names) == 1)
+            expanded += _layer(recipe_path(value, words[0]), first=len(names) == 1, trains=words[0] in _TRAINING)
             recipes_end = len(expanded)
         elif flag == "--model.objective" and value:
             expanded += [_NO_OBJECTIVE, f"{flag}={_full_name(value)}"]
+        elif flag == _CALLBACKS and value and yaml.safe_load(value):  # null and [] remove the recipe's callbacks
+            expanded.append(f"{flag}+={value}")
         else:  # the parser reports missing values
             expanded.append(flag if value is None else f"{flag}={value}")
         if flag == "--model.arch":  # replaces the recipe's options, but not those on the command line
@@ -88,7 +117,7 @@ def _flags_and_values(words: Sequence[str]) -> Iterator[tuple[str, str | None]]:
     while rest:
         word = rest.pop(0)
         flag, equals, value = word.partition("=")
-        if flag not in (*_CONFIG, "--model.objective", "--model.arch"):
+        if flag not in (*_CONFIG, "--model.objective", "--model.arch", _CALLBACKS):
             yield word, None
         elif equals:
             yield flag, value
@@ -137,26 +166,34 @@ def _content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _layer(recipe: Path, first: bool) -> list[str]:
+def _layer(recipe: Path, *, first: bool, trains: bool) -> list[str]:
     """Return the arguments that layer a recipe on the previous ones, or on the defaults if it is the ``first``.
 
     A recipe with the class of an objective replaces the objective: without the null, the parser would keep arguments of the
     previous objective that the new class accepts as well. A recipe with an architecture replaces the network's options. The
-    settings of an earlier version are translated, and passed to the parser as text instead of the path.
+    callbacks of recipes add up. Changed settings, also those of an earlier version that are translated, are passed to the
+    parser as text instead of the path. Unless the verb ``trains``, an objective, optimiser or scheduler that cannot be built
+    is left out.
     """
-    content, source = _translated(recipe)
+    content, source = _translated(recipe, trains=trains)
+    trainer, callbacks = content.get("trainer"), []
+    if not first and isinstance(trainer, dict) and trainer.get("callbacks"):
+        callbacks = [f"{_CALLBACKS}+={json.dumps(trainer['callbacks'])}"]  # the parser appends
+        trainer = {key: value for key, value in trainer.items() if key != "callbacks"}
+        source = yaml.safe_dump({**content, "trainer": trainer}, sort_keys=False)
     model = content.get("model")
     objective = model.get("objective") if isinstance(model, dict) else None
     replaces = isinstance(objective, str) or (isinstance(objective, dict) and "class_path" in objective)
     other_arch = not first and isinstance(model, dict) and "arch" in model
-    return [*[_NO_OBJECTIVE] * replaces, *[_NO_OPTIONS] * other_arch, "--config", source]
+    return [*[_NO_OBJECTIVE] * replaces, *[_NO_OPTIONS] * other_arch, "--config", source, *callbacks]
 
 
-def _translated(recipe: Path) -> tuple[dict[str, Any], str]:
+def _translated(recipe: Path, *, trains: bool) -> tuple[dict[str, Any], str]:
     """Return a recipe's content, translated to this version's names, and its path or, if translated, its text."""
     from pytorch_lightning.utilities import rank_zero_info
 
     from mcseg.checkpoints.translate import translate_config
+    from mcseg.checkpoints.unavailable import unavailable
 
     content = _content(recipe)
     try:
@@ -165,4 +202,30 @@ def _translated(recipe: Path) -> tuple[dict[str, Any], str]:
         raise ValueError(f"--config {recipe}: {error}") from None
     for remark in remarks:
         rank_zero_info(f"{recipe}: {remark}")
+    translation = _with_learning_rate(translation, recipe)
+    model = translation.get("model")
+    if not trains and isinstance(model, dict) and (reasons := unavailable(model)):
+        translation = translation | {"model": {name: value for name, value in model.items() if name not in reasons}}
+        for name, reason in reasons.items():
+            rank_zero_info(
+                f"{recipe}: {name} {model[name]['class_path']} cannot be built ({reason}); only training needs it"
+            )
     return translation, str(recipe) if translation == content else yaml.safe_dump(translation, sort_keys=False)
+
+
+def _with_learning_rate(content: dict[str, Any], recipe: Path) -> dict[str, Any]:
+    """Move ``model.lr`` to the optimiser, so that later layers and arguments can override it."""
+    model = content.get("model")
+    if not isinstance(model, dict) or model.get("lr") is None:
+        return content
+    optimizer = model.get("optimizer") or {}
+    optimizer = {"class_path": optimizer} if isinstance(optimizer, str) else dict(optimizer)
+    arguments = {key: value for key, value in optimizer.items() if key not in ("class_path", "init_args")}
+    arguments |= optimizer.get("init_args") or {}
+    if arguments.get("lr", model["lr"]) != model["lr"]:
+        raise ValueError(
+            f"--config {recipe}: found model.lr {model['lr']} and lr {arguments['lr']} of model.optimizer; remove one"
+        )
+    known = {"class_path": optimizer["class_path"]} if "class_path" in optimizer else {}
+    optimizer = {**known, "init_args": {**arguments, "lr": model["lr"]}}
+    return {**content, "model": {**model, "lr": None, "optimizer": optimizer}}

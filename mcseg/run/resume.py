@@ -5,14 +5,33 @@ import csv
 import os
 import pkgutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from jsonargparse import Namespace
 from lightning_fabric.loggers.logger import rank_zero_experiment
 from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
 
-from mcseg.lightning_internals import set_csv_columns
+from mcseg.checkpoints.files import read_checkpoint
+from mcseg.lightning_internals import batches_of_unfinished_epoch, set_csv_columns
+
+# Options that belong to the run that is resumed -> what they set
+_OF_THE_RUN = {"--ckpt_path": "last.ckpt", "--trainer.default_root_dir": "folder"}
+# Settings outside the data that decide which images the batches of an epoch have
+_ORDER = (
+    "seed_everything", "trainer.devices", "trainer.num_nodes", "trainer.limit_train_batches", "trainer.overfit_batches",
+    "trainer.accumulate_grad_batches",
+)  # fmt: skip
+# Settings of the data that do not
+_NO_ORDER = (
+    "root", "eval_batch_size", "num_workers", "crop_size", "image_scale", "scale_range", "max_class_share", "flip",
+    "color_jitter", "rare_crop_share", "max_side", "predict_root", "predict_split", "cache_dir", "val_scenes", "test_scenes",
+    "test_root",
+)  # fmt: skip
 
 
 class ContinuedCSVLogger(CSVLogger):
@@ -101,17 +120,30 @@ def expand_resume(words: list[str]) -> tuple[list[str], Path | None]:
     chosen, rest = options.parse_known_args(words)
     if chosen.resume is None:
         return words, None
+    for word in rest:
+        if (flag := word.partition("=")[0]) in _OF_THE_RUN:
+            raise ValueError(f"--resume: found {flag}, but a resumed run has its own {_OF_THE_RUN[flag]}; remove it")
     if rest[:1] != ["fit"]:
         verb = f"the verb {rest[0]!r}" if rest else "no verb"
         raise ValueError(f"--resume: found {verb}, expected mcseg fit --resume RUN_FOLDER")
     folder = Path(chosen.resume)
-    settings, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    settings = folder / "config.yaml"
     if not settings.is_file():
         run = _run_near(folder)
         advice = f"use --resume {run}" if run else "expected the folder of a run, such as runs/camvid/<time>"
         raise FileNotFoundError(f"--resume: no {settings}; {advice}")
+    last = _checkpoint_folder(settings) / "last.ckpt"
     words = ["fit", "--config", str(settings), "--trainer.default_root_dir", str(folder), *rest[1:]]
     return words + (["--ckpt_path", str(last)] if last.is_file() else []), folder
+
+
+def _checkpoint_folder(settings: Path) -> Path:
+    """Return the folder of a run's checkpoints, which ``checkpoint.dirpath`` may have set."""
+    default = settings.parent / "checkpoints"
+    with suppress(yaml.YAMLError, AttributeError):  # find_recipes reports a broken file
+        content = yaml.safe_load(settings.read_text(encoding="utf-8"))
+        return Path((content.get("checkpoint") or {}).get("dirpath") or default)
+    return default
 
 
 def _run_near(path: Path) -> Path | None:
@@ -145,6 +177,8 @@ def changed_settings(run: Namespace, given: Namespace) -> dict[str, tuple[Any, A
 def _is_same(key: str, old: Any, new: Any) -> bool:
     if key.endswith(".class_path") and old and new:  # a class may have several paths
         return pkgutil.resolve_name(old) is pkgutil.resolve_name(new)
+    if isinstance(old, Tensor) and isinstance(new, Tensor):  # class weights of a loss of torch
+        return torch.equal(old, new)
     return bool(old == new)
 
 
@@ -155,6 +189,23 @@ def refuse_model_settings(changed: Mapping[str, tuple[Any, Any]]) -> None:
         kept = " and ".join(f"{name} {_text(old)}" for name, (old, _) in model.items())
         found = " and ".join(_text(new) for _, new in model.values())
         raise ValueError(f"--resume keeps the run's {kept}; found {found}; start a new run with --model.init_from")
+
+
+def refuse_other_batches(changed: Mapping[str, tuple[Any, Any]], checkpoint: Path) -> None:
+    """Raise ValueError if a setting changes the batches of an epoch of which the checkpoint has done a part."""
+    done = batches_of_unfinished_epoch(read_checkpoint(checkpoint))
+    names = [
+        name
+        for name in changed
+        if name in _ORDER or (name.partition(".")[0] == "data" and name.removeprefix("data.") not in _NO_ORDER)
+    ]
+    if done and names:
+        found = " and ".join(f"{name} {_text(changed[name][1])} instead of {_text(changed[name][0])}" for name in names)
+        raise ValueError(
+            f"--resume: found {found}, but the run stopped after {done} batches of an epoch, and the rest of it would have "
+            "other images; resume with the former value until the end of the epoch, or start a new run with "
+            "--model.init_from"
+        )
 
 
 def describe_changes(changed: Mapping[str, tuple[Any, Any]]) -> str:

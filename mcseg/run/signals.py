@@ -27,12 +27,12 @@ class CheckpointOnSignal(Callback):
     collective at that time.
 
     Args:
-        path: File of the checkpoint. A run resumed from it continues with the next batch, and repeats a validation that
-            was interrupted.
+        path: File of the checkpoint; None saves none. A run resumed from it continues with the next batch, and repeats a
+            validation that was interrupted.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.path = None if path is None else Path(path)
         self._signal = 0  # its number; 0 if none
         self._steps, self._period, self._exchanged = 0, 1, time.monotonic()
 
@@ -109,6 +109,8 @@ class CheckpointOnSignal(Callback):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):  # restores the weights, replaced by averages during validation
                     callback.on_validation_epoch_end(trainer, pl_module)
-        if trainer.training or trainer.validating:
+        if self.path is None:
+            rank_zero_info("stopped by a signal; nothing was saved, as trainer.enable_checkpointing is false")
+        elif trainer.training or trainer.validating:
             trainer.save_checkpoint(self.path, weights_only=False)
             rank_zero_info(f"stopped by a signal; resume with: mcseg fit --resume {trainer.default_root_dir}")

@@ -130,6 +130,8 @@ def check(recipe: str, args: Sequence[str]) -> None:
 
     _, data = _data(recipe, args)
     report = check_data(data)
+    for line in data.layout():
+        print(line)
     for split, images in report.images.items():
         print(
             f"{split}: {images} {'image' if images == 1 else 'images'}, {int(report.pixels[split].sum()):,} labelled pixels"
