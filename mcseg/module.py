@@ -131,7 +131,7 @@ class SegmentationModule(CheckpointModule):
         )
         self.objective = build_objective(objective)
         self.optimizer = optimizer
-        self.lr = self._configured_lr = lr
+        self.lr = self.configured_lr = lr
         self.scheduler = scheduler
         self.inference = Inference()
         self._aux_objective = CrossEntropyLoss()
@@ -173,7 +173,7 @@ class SegmentationModule(CheckpointModule):
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser and its schedule."""
-        self._configured_lr = self.lr
+        self.configured_lr = self.lr
         return optimizer_and_schedule(self)
 
     def _training_loss(self, image: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

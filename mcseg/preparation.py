@@ -28,7 +28,7 @@ def prepare(module: Any) -> None:
     """
     if not module.has_weights:
         load_initial_weights(module.network, module.hparams["init_from"], module.hparams["encoder_weights"])
-    data = getattr(module._attached_trainer, "datamodule", None)
+    data = getattr(module.attached_trainer, "datamodule", None)
     band_statistics = getattr(data, "band_statistics", None)
     has_statistics = module.has_weights or module.hparams["init_from"] or module.hparams["in_channels"] == 3
     if band_statistics is not None and not has_statistics:
@@ -73,8 +73,8 @@ def begin(module: Any) -> None:
     resumed, module._resumed, module._prepared = module._resumed, False, True
     if not resumed:
         prepare(module)
-        if module.lr != module._configured_lr:
+        if module.lr != module.configured_lr:
             module.trainer.strategy.setup_optimizers(module.trainer)
-        if finders(module._attached_trainer):
+        if finders(module.attached_trainer):
             begin_after_search(module.trainer)
     check_objective(module.objective, module.hparams["num_classes"], module.device)

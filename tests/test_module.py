@@ -449,13 +449,12 @@ def test_polynomial_schedule_per_step(tmp_path):
     assert Rates.seen == pytest.approx(expected, rel=1e-12)
 
 
-def test_another_schedule_by_class(tmp_path):
-    module = SegmentationModule(
-        **TINY, num_classes=8, scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
-    )
+@pytest.mark.parametrize(("interval", "factor"), [(None, 0.5), ("epoch", 0.5), ("step", 0.25)])  # one epoch, two steps
+def test_another_schedule_by_class(interval, factor, tmp_path):
+    schedule = partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5)
     run = trainer(tmp_path)
-    run.fit(module, data())
-    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 * 0.5**2)
+    run.fit(SegmentationModule(**TINY, num_classes=8, scheduler=schedule, scheduler_interval=interval), data())
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-3 * factor)
 
 
 def test_prediction_has_the_size_of_the_file():

@@ -147,7 +147,7 @@ class CheckpointModule(pl.LightningModule):
             checkpoint[_HAD_WEIGHTS] = self.has_weights
         if names := self._class_names():
             checkpoint["class_names"] = names
-        data = getattr(self._attached_trainer, "datamodule", None)
+        data = getattr(self.attached_trainer, "datamodule", None)
         if palette := getattr(data, "palette", None):
             checkpoint["palette"] = [list(color) for color in palette]
         if settings := getattr(data, "prediction_settings", None):
@@ -164,11 +164,11 @@ class CheckpointModule(pl.LightningModule):
         check_num_classes(checkpoint, self.hparams["num_classes"])
         check_bands(checkpoint, self.hparams["in_channels"])
         warn_of_other_classes(checkpoint, self._class_names())
-        if self._attached_trainer is not None and self._attached_trainer.state.fn != "predict":
-            data = getattr(self._attached_trainer, "datamodule", None)
+        if self.attached_trainer is not None and self.attached_trainer.state.fn != "predict":
+            data = getattr(self.attached_trainer, "datamodule", None)
             warn_of_other_split(checkpoint, getattr(data, "random_split", None))
         drop_unused_offsets(checkpoint.get("state_dict", {}), self.state_dict())
-        trainer = self._attached_trainer
+        trainer = self.attached_trainer
         if trainer is None or not isinstance(trainer.strategy, FSDPStrategy):  # FSDP gives the tensors other names
             check_network(checkpoint, self.state_dict(), self.network.removed)
             drop_removed_parameters(checkpoint, self.network)
@@ -190,14 +190,15 @@ class CheckpointModule(pl.LightningModule):
         self._not_plain = {}
 
     @property
-    def _attached_trainer(self) -> pl.Trainer | None:
+    def attached_trainer(self) -> pl.Trainer | None:
+        """The Trainer; None if there is none."""
         try:
             return self.trainer
         except RuntimeError:
             return None
 
     def _class_names(self) -> list[str]:
-        return list(getattr(getattr(self._attached_trainer, "datamodule", None), "class_names", ()))
+        return list(getattr(getattr(self.attached_trainer, "datamodule", None), "class_names", ()))
 
     def _require_weights(self, verb: str) -> None:
         if not self.has_weights:

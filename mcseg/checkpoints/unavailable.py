@@ -32,6 +32,7 @@ class UnavailableObjective(nn.Module):
         super().__init__()
         self.name = name
         self.reason = reason
+        self.register_load_state_dict_pre_hook(_drop_tensors)  # type: ignore[no-untyped-call]
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Raise RuntimeError."""
@@ -42,8 +43,10 @@ class UnavailableObjective(nn.Module):
         """Text of the error if it is needed."""
         return _message("objective", self.name, self.reason)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Leave out the tensors of the objective."""
+
+def _drop_tensors(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix)]:
+        del state[name]
 
 
 class UnavailableOptimizer(Optimizer):

@@ -296,7 +296,7 @@ def _ignore_removed(network: nn.Module, state: dict[str, Any], prefix: str, *arg
 def _begin_single_value(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
     if norm.training and args[0].numel() == args[0].shape[1]:
         norm.eval()
-        norm._single_value = True  # type: ignore[assignment]
+        norm.had_single_value = True  # type: ignore[assignment]
         warnings.warn(
             "a training batch of one image: batch norms with one value per channel use their running statistics; use more "
             "images per process (data.batch_size), or model.frozen_batch_norm",
@@ -305,8 +305,8 @@ def _begin_single_value(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
 
 
 def _end_single_value(norm: nn.Module, args: Any, output: Any) -> None:
-    if getattr(norm, "_single_value", False):
-        norm._single_value = False  # type: ignore[assignment]
+    if getattr(norm, "had_single_value", False):
+        norm.had_single_value = False  # type: ignore[assignment]
         norm.train()
 
 
