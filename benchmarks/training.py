@@ -15,7 +15,7 @@ Each contestant runs in a process of its own. The processes take turns, a block 
 machine's speed meets all of them. `ratio` is the median over the blocks of a contestant's time divided by that of PyTorch in
 the same round; the numbers in brackets are the quartiles. `first` is the time of the first step, in which code is compiled.
 Peak memory is that of the allocator on a GPU, and otherwise the resident size of the process. On the CPU, freed memory stays
-with the process (glibc): returning it to the system and asking for it again took up to 10 % of a step, more or less by chance.
+with the process (glibc): returning it to the system and asking for it again took up to 10 % of a step, by chance.
 """
 
 import argparse
@@ -252,7 +252,8 @@ def main() -> None:
         "--output", default=str(Path(__file__).parent / "results" / f"training-{DEVICE}.md"), help='"" for none'
     )
     options = parser.parse_args()
-    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # of the contestants
+    # of the contestants: keep freed memory, and compile anew
+    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     lines = ["# A training step", "", machine(), ""]
     lines += [
         f"Batch {options.batch}, {options.size[0]} x {options.size[1]} pixels, {CLASSES} classes, {options.precision}, "
