@@ -6,6 +6,12 @@ python benchmarks/registers.py --classes 19 --output ""
 Needs triton, whose package contains the assembler. Loads and stores are instructions of a thread, each of one to four of its
 pixels. They and the special functions (ex2, rcp, sqrt, rsqrt) are counted in the PTX code of the whole kernel: with up to 24
 classes in all, with more in the body of each loop of four classes, with upsampling of one.
+
+The prototypes of the kernels at full resolution took 0.49 to 0.61 times as long as cross entropy on an H200. Compiled in the
+same way (bf16, a loop over single classes, 512 pixels in a block), they have, in the columns of the table:
+
+    margin forward 40, 0, 19, 1, 8          margin backward 64, 0, 34, 1, 32
+    soft forward, power half 48, 0, 9, 6, 24          soft backward, power half 56, 0, 17, 1, 36
 """
 
 import argparse

@@ -40,9 +40,8 @@ class SegmentationModule(CheckpointModule):
             mean and standard deviation of the bands are computed from the training images when training starts.
         objective: Module that maps logits ``(N, C, H, W)`` float32 and target ``(N, H, W)`` int64 to a scalar, or a callable
             that builds it. None is `mcseg.losses.default_objective`, power Dice. An objective with a method ``calibrate``
-            gets the pixel counts of the training labels when training starts; `mcseg.losses.ObjectiveProtocol` lists all
-            optional members. For an objective that does not keep its arguments as attributes, give a ``functools.partial``
-            of its class.
+            gets the pixel counts of the training labels when training starts; see `mcseg.losses.ObjectiveProtocol`. For one
+            that does not keep its arguments as attributes, give a ``functools.partial`` of its class.
         optimizer: Callable from parameters to optimiser: a class, or a ``functools.partial`` of one.
         lr: Learning rate, instead of the optimiser's; Lightning's learning-rate finder sets it.
         scheduler: Callable from optimiser to learning-rate schedule. A ``torch.optim.lr_scheduler.ReduceLROnPlateau`` is
@@ -54,8 +53,8 @@ class SegmentationModule(CheckpointModule):
         channels_last: Keep the network in the channels-last memory format.
         checkpointing: Recompute the encoder's activations in the backward pass instead of keeping them.
         frozen_batch_norm: Keep statistics and parameters of all batch norms fixed, to fine-tune with small batches.
-        aux_weight: Weight of the cross entropy of an auxiliary head on the encoder's second-to-last feature map. The head
-            is not used for predictions. 0.4 is usual for DeepLab and PSPNet; 0 means no head.
+        aux_weight: Weight of the cross entropy of an auxiliary head, which predictions do not use, on the encoder's
+            second-to-last feature map. 0.4 is usual for DeepLab and PSPNet; 0 means no head.
         aux_channels: Width of the auxiliary head.
         fused_upsample: Give the objective the logits before the network's last bilinear upsampling; it upsamples them
             itself, which needs less memory and gives the same loss within rounding. None does so where it is faster: on a
@@ -69,9 +68,8 @@ class SegmentationModule(CheckpointModule):
             each step, and reports the number of skipped batches at the end.
 
     Attributes:
-        inference: `mcseg.evaluation.Inference` that labels whole images in validation, test and prediction; by default in
-            one pass. It is not saved in checkpoints. With windows, several scales or mirroring there are no logits of a
-            whole image, and ``<split>/loss`` is not logged.
+        inference: `mcseg.evaluation.Inference` that labels whole images, by default in one pass; not saved in checkpoints.
+            With windows, several scales or mirroring there are no logits of an image, and no ``<split>/loss`` is logged.
         has_weights: True if the weights are trained or loaded from a checkpoint; test and predict raise an error for random
             weights.
 
@@ -197,9 +195,9 @@ class SegmentationModule(CheckpointModule):
 
     @property
     def _fuses_upsampling(self) -> bool:
-        wanted = self.hparams["fused_upsample"]
-        wanted = fuses_upsampling(self.device) if wanted is None else wanted
-        return bool(wanted and offered(self.objective, "takes_coarse_logits"))
+        chosen = self.hparams["fused_upsample"]
+        fuses = fuses_upsampling(self.device) if chosen is None else chosen
+        return bool(fuses and offered(self.objective, "takes_coarse_logits"))
 
     def _logits(self, image: Tensor, *, coarse: bool) -> tuple[Tensor, Upsampling | None]:
         """Compute logits at the image's size, or with ``coarse`` those before the network's last upsampling, if it has one.
