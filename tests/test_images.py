@@ -186,7 +186,14 @@ REFUSED = {
         (0, 10),
         "which do not fit the range 0 to 10 (data.value_range)",
     ),
-    "8 bits for 12": (np.uint8, (8, 9, 3), 3, (0, 4095), "whose largest value is 255, but data.value_range is [0, 4095]"),
+    "8 bits for 12": (
+        np.uint8,
+        (8, 9, 3),
+        3,
+        (0, 4095),
+        "whose largest value is 255, but data.value_range is [0, 4095], so it would be too dark; convert it to the type of the "
+        "other images, or set data.value_range to [0, 255]",
+    ),
     "text": (np.str_, (8, 9, 3), 3, None, "an array of <U"),
 }
 
