@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import tifffile
 import torch
 from conftest import write_png
@@ -315,6 +316,17 @@ def test_the_network_takes_the_bands():
     assert module(torch.rand(1, 6, 40, 50)).shape == (1, 3, 40, 50)
     with pytest.raises(ValueError, match=r"network_options: found in_channels, which is given by the bands of the data"):
         SegmentationModule("unet", ENCODER, num_classes=3, network_options={"in_channels": 4})
+
+
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_a_trainer_refuses_data_of_other_bands(tiles, verb):
+    """Without the command, nothing links the bands of data and network."""
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    data = folder(tiles, bands=4, value_range=(0, 4095))
+    module = SegmentationModule("unet", ENCODER, num_classes=data.num_classes)
+    expected = "images of 4 bands (data.bands), the network takes 3; give SegmentationModule in_channels=4, or the data"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        getattr(trainer, verb)(module, data)
 
 
 def test_a_large_image_is_read_in_windows(tiles, monkeypatch):
