@@ -381,8 +381,8 @@ def run(verb, root, *settings):
 
 
 @pytest.mark.slow
-def test_a_folder_of_four_bands_trains_and_predicts(tiles, tmp_path, capsys):
-    """The checkpoint has the statistics; prediction takes the range of values from it, and keeps the georeference."""
+def test_a_folder_of_four_bands_trains_and_predicts(tiles, capsys, monkeypatch):
+    """The checkpoint has the statistics; prediction takes bands and range from it, and keeps the georeference."""
     bands = ["--data.bands", "4"]
     run(
         *(
@@ -391,6 +391,8 @@ def test_a_folder_of_four_bands_trains_and_predicts(tiles, tmp_path, capsys):
             *bands,
             "--data.value_range",
             "[0,4095]",
+            "--data.show_bands",
+            "[4,1,2]",
             "--model.encoder",
             ENCODER,
             "--model.encoder_weights",
@@ -408,7 +410,16 @@ def test_a_folder_of_four_bands_trains_and_predicts(tiles, tmp_path, capsys):
     assert checkpoint["hyper_parameters"]["in_channels"] == 4
 
     weights = ["--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.default_root_dir", "out"]
-    run("predict", tiles, *bands, *weights, "--data.predict_root", str(tiles / "images"))
+    seen, setup = [], FolderData.setup
+
+    def watched(data, stage):
+        seen.append((data.images.bands, data.show_bands))
+        setup(data, stage)
+
+    monkeypatch.setattr(FolderData, "setup", watched)
+    run("predict", tiles, *weights, "--data.predict_root", str(tiles / "images"))
+    assert checkpoint["prediction_settings"]["show_bands"] == [4, 1, 2]
+    assert seen == [(4, (4, 1, 2))]
     module = SegmentationModule.load_from_checkpoint("run/checkpoints/last.ckpt", map_location="cpu").eval()
     image = torch.from_numpy(tifffile.imread(tiles / "images/tile3.tif") / np.float32(4095)).permute(2, 0, 1)
     with torch.inference_mode():
@@ -421,6 +432,6 @@ def test_a_folder_of_four_bands_trains_and_predicts(tiles, tmp_path, capsys):
     assert image_size(Path("out/overlays/tile3.jpg")) == (40, 48)
 
     with pytest.raises(SystemExit):
-        run("predict", tiles, *weights, "--data.predict_root", str(tiles / "images"))
-    expected = "takes images of 4 bands, the data have 3 (data.bands); set data.bands to 4"
+        run("predict", tiles, "--data.bands", "2", *weights, "--data.predict_root", str(tiles / "images"))
+    expected = "takes images of 4 bands, the data have 2 (data.bands); set data.bands to 4"
     assert expected in capsys.readouterr().err
