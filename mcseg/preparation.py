@@ -46,9 +46,17 @@ def set_up(module: Any, stage: str) -> None:
     """Check the callbacks of a fit before anything is done; prepare the network for compilation and for FSDP.
 
     Raises:
-        ValueError: A callback follows no score or in the wrong direction, or searches a batch size that has no effect.
+        ValueError: The data have another number of bands than the network; a callback follows no score or in the wrong
+            direction, or searches a batch size that has no effect.
     """
     trainer = module.trainer
+    own = module.hparams["in_channels"]
+    bands = getattr(getattr(trainer, "datamodule", None), "bands", own)
+    if bands != own:
+        raise ValueError(
+            f"the data have images of {bands} bands (data.bands), the network takes {own}; give SegmentationModule "
+            f"in_channels={bands}, or the data module bands={own}"
+        )
     if stage == "fit":
         module._prepared = False
         follow_scores(trainer, module)

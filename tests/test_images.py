@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import tifffile
 import torch
 from conftest import write_png
@@ -186,7 +187,14 @@ REFUSED = {
         (0, 10),
         "which do not fit the range 0 to 10 (data.value_range)",
     ),
-    "8 bits for 12": (np.uint8, (8, 9, 3), 3, (0, 4095), "whose largest value is 255, but data.value_range is [0, 4095]"),
+    "8 bits for 12": (
+        np.uint8,
+        (8, 9, 3),
+        3,
+        (0, 4095),
+        "whose largest value is 255, but data.value_range is [0, 4095], so it would be too dark; convert it to the type of the "
+        "other images, or set data.value_range to [0, 255]",
+    ),
     "text": (np.str_, (8, 9, 3), 3, None, "an array of <U"),
 }
 
@@ -310,6 +318,17 @@ def test_the_network_takes_the_bands():
         SegmentationModule("unet", ENCODER, num_classes=3, network_options={"in_channels": 4})
 
 
+@pytest.mark.parametrize("verb", ["fit", "validate"])
+def test_a_trainer_refuses_data_of_other_bands(tiles, verb):
+    """Without the command, nothing links the bands of data and network."""
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    data = folder(tiles, bands=4, value_range=(0, 4095))
+    module = SegmentationModule("unet", ENCODER, num_classes=data.num_classes)
+    expected = "images of 4 bands (data.bands), the network takes 3; give SegmentationModule in_channels=4, or the data"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        getattr(trainer, verb)(module, data)
+
+
 def test_a_large_image_is_read_in_windows(tiles, monkeypatch):
     """The labels of an image that is read in windows are those of the same image in memory."""
     monkeypatch.setattr("mcseg.data.batches._WINDOWED_PIXELS", 1000)
@@ -362,8 +381,8 @@ def run(verb, root, *settings):
 
 
 @pytest.mark.slow
-def test_a_folder_of_four_bands_trains_and_predicts(tiles, tmp_path, capsys):
-    """The checkpoint has the statistics; prediction takes the range of values from it, and keeps the georeference."""
+def test_a_folder_of_four_bands_trains_and_predicts(tiles, capsys, monkeypatch):
+    """The checkpoint has the statistics; prediction takes bands and range from it, and keeps the georeference."""
     bands = ["--data.bands", "4"]
     run(
         *(
@@ -372,6 +391,8 @@ def test_a_folder_of_four_bands_trains_and_predicts(tiles, tmp_path, capsys):
             *bands,
             "--data.value_range",
             "[0,4095]",
+            "--data.show_bands",
+            "[4,1,2]",
             "--model.encoder",
             ENCODER,
             "--model.encoder_weights",
@@ -389,7 +410,16 @@ def test_a_folder_of_four_bands_trains_and_predicts(tiles, tmp_path, capsys):
     assert checkpoint["hyper_parameters"]["in_channels"] == 4
 
     weights = ["--ckpt_path", "run/checkpoints/last.ckpt", "--trainer.default_root_dir", "out"]
-    run("predict", tiles, *bands, *weights, "--data.predict_root", str(tiles / "images"))
+    seen, setup = [], FolderData.setup
+
+    def watched(data, stage):
+        seen.append((data.images.bands, data.show_bands))
+        setup(data, stage)
+
+    monkeypatch.setattr(FolderData, "setup", watched)
+    run("predict", tiles, *weights, "--data.predict_root", str(tiles / "images"))
+    assert checkpoint["prediction_settings"]["show_bands"] == [4, 1, 2]
+    assert seen == [(4, (4, 1, 2))]
     module = SegmentationModule.load_from_checkpoint("run/checkpoints/last.ckpt", map_location="cpu").eval()
     image = torch.from_numpy(tifffile.imread(tiles / "images/tile3.tif") / np.float32(4095)).permute(2, 0, 1)
     with torch.inference_mode():
@@ -402,6 +432,6 @@ def test_a_folder_of_four_bands_trains_and_predicts(tiles, tmp_path, capsys):
     assert image_size(Path("out/overlays/tile3.jpg")) == (40, 48)
 
     with pytest.raises(SystemExit):
-        run("predict", tiles, *weights, "--data.predict_root", str(tiles / "images"))
-    expected = "takes images of 4 bands, the data have 3 (data.bands); set data.bands to 4"
+        run("predict", tiles, "--data.bands", "2", *weights, "--data.predict_root", str(tiles / "images"))
+    expected = "takes images of 4 bands, the data have 2 (data.bands); set data.bands to 4"
     assert expected in capsys.readouterr().err

@@ -199,8 +199,8 @@ class SegmentationData(pl.LightningDataModule):
 
     @property
     def prediction_settings(self) -> dict[str, Any]:
-        """Arguments that change how images are given to the network; checkpoints store them for prediction."""
-        return {"image_scale": self.image_scale, "max_side": self.max_side}
+        """Arguments that change how images are given to the network, or shown; checkpoints store them for prediction."""
+        return {"image_scale": self.image_scale, "max_side": self.max_side, "show_bands": list(self.show_bands)}
 
     @property
     def random_split(self) -> dict[str, Any] | None:

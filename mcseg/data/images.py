@@ -111,7 +111,7 @@ class ImageFormat:
             raise DataError(
                 f"{path}: an image of {_type_name(header.dtype)}, whose largest value is {np.iinfo(header.dtype).max}, but "
                 f"data.value_range is {list(self.value_range)}, so it would be too dark; convert it to the type of the "
-                "other images, or set data.value_range to null"
+                f"other images, or set data.value_range to [0, {np.iinfo(header.dtype).max}]"
             )
 
 

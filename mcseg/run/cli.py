@@ -259,7 +259,11 @@ class SegmentationCLI(CheckpointSettingsCLI):
         given.pairs = None
         self._palette = checkpoint.get("palette")
         defaults = inspect.signature(SegmentationData).parameters
-        for name, value in checkpoint.get("prediction_settings", {}).items():
+        bands = checkpoint.get("hyper_parameters", {}).get("in_channels", 3)
+        stored = {"bands": bands, **checkpoint.get("prediction_settings", {})}
+        if given.bands not in (3, bands):  # refused later, with the number of bands that the network takes
+            stored.pop("show_bands", None)
+        for name, value in stored.items():
             if name in given and name in defaults and given[name] == defaults[name].default:
                 given[name] = value
 
