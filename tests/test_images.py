@@ -159,6 +159,13 @@ def test_values_and_their_range(tmp_path, dtype, value_range, stored, expected):
     assert image.flatten().tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_dark_images_of_a_wide_range_are_read(tmp_path):
+    for name, values in {"zero": np.zeros((4, 5)), "dark": np.linspace(0, 2, 20).reshape(4, 5)}.items():
+        np.save(tmp_path / f"{name}.npy", values.astype(np.float32))
+        image = ImageFormat(1, (0, 4095)).read(tmp_path / f"{name}.npy")
+        assert image[0].numpy() == pytest.approx(values / 4095, abs=1e-7)
+
+
 def test_pixels_without_data_become_0(tmp_path):
     values = random_values(np.uint16, (20, 30)) + 1
     values[3, 4] = 65535
@@ -187,6 +194,13 @@ REFUSED = {
         (0, 10),
         "which do not fit the range 0 to 10 (data.value_range)",
     ),
+    "numbers of 0 to 1 in a wide range": (
+        np.float32,
+        (8, 9, 4),
+        4,
+        (0, 4095),
+        "which do not fit the range 0 to 4095 (data.value_range); set it to the smallest and largest value of all images",
+    ),
     "8 bits for 12": (
         np.uint8,
         (8, 9, 3),
@@ -202,7 +216,8 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_images_of_another_kind_are_refused_by_name(tmp_path, kind):
     dtype, shape, bands, value_range, expected = REFUSED[kind]
-    np.save(tmp_path / "i.npy", random_values(np.uint8, shape).astype(dtype))
+    values = random_values(np.uint8, shape).astype(dtype)
+    np.save(tmp_path / "i.npy", values / np.float32(255) if "of 0 to 1" in kind else values)
     with pytest.raises(DataError, match=re.escape(expected)) as error:
         ImageFormat(bands, value_range).read(tmp_path / "i.npy")
     assert str(error.value).startswith(f"{tmp_path}/i.npy: ")

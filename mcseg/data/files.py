@@ -173,9 +173,10 @@ class FileReader:
     @staticmethod
     def _compare_sizes(sample: Sample, image: tuple[int, int], mask: tuple[int, int]) -> None:
         if image != mask:
+            turned = " (turned by its EXIF orientation, if it has one)" if image == mask[::-1] else ""
             raise DataError(
                 f"{sample.mask}: the mask is {mask[1]}x{mask[0]} pixels but {sample.image} is "
-                f"{image[1]}x{image[0]}; expected equal sizes; save the mask at the image's size"
+                f"{image[1]}x{image[0]}{turned}; expected equal sizes; save the mask at the image's size"
             )
 
 

@@ -99,7 +99,7 @@ class ImageFormat:
             alpha = " and alpha" if header.alpha else ""
             raise DataError(
                 f"{path}: has {colors} {kind}{alpha}, expected {self.bands} (data.bands) in every image; set data.bands to "
-                f"{header.bands}, or convert the images"
+                f"{header.bands}, or convert the images, as a trained network takes {self.bands} only"
             )
         if self.value_range is None:
             if header.dtype.kind != "f" and header.dtype not in (np.uint8, np.uint16):
@@ -173,7 +173,7 @@ class OpenImage:
                 scaled[unknown] = low
         # The default range of integers is that of their type
         is_certain = value_range is None and values.dtype.kind != "f"
-        if not is_certain and (found := self._wrong_range(scaled, high)) is not None:
+        if not is_certain and (found := self._wrong_range(scaled, low, high, values.dtype)) is not None:
             raise DataError(
                 f"{self._path}: has values from {found[0]:.6g} to {found[1]:.6g}, which do not fit the range {low:g} to "
                 f"{high:g} (data.value_range); set it to the smallest and largest value of all images"
@@ -182,12 +182,19 @@ class OpenImage:
         scaled *= 1 / (high - low)
         return torch.from_numpy(scaled.clip(0, 1, out=scaled))
 
-    def _wrong_range(self, values: NDArray[np.float32], high: float) -> tuple[float, float] | None:
-        """Return the smallest and largest value if the range is wrong: most values above, or no numbers around 0..1."""
+    def _wrong_range(
+        self, values: NDArray[np.float32], low: float, high: float, dtype: np.dtype[Any]
+    ) -> tuple[float, float] | None:
+        """Return the smallest and largest value if the range is wrong.
+
+        Without a setting these are numbers far from 0..1. With one they are values that are mostly above the range, or
+        numbers of a floating-point file that were scaled to 0..1 before, and would be black in the range.
+        """
         smallest, largest = float(values.min()), float(values.max())
         if self._settings.value_range is None:  # reflectances from 0 to 1 may exceed them a little
             return (smallest, largest) if smallest < -1 or largest > 2 else None
-        if largest <= high or (values > high).mean() <= 0.5:
+        is_scaled = dtype.kind == "f" and high - low >= 100 and low >= 0 and 0 < largest <= 1
+        if not is_scaled and (largest <= high or (values > high).mean() <= 0.5):
             return None
         return smallest, largest
 
