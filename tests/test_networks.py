@@ -309,7 +309,7 @@ def test_onnx_pads_as_the_network_does(dynamo, tmp_path):
         ({"classes": 5}, "network_options: found classes, which is given by num_classes; remove it"),
         ({"encoder_name": "resnet50"}, "network_options: found encoder_name, which is given by encoder; remove it"),
         ({"encoder_weights": "imagenet"}, "found encoder_weights, which is given by encoder_weights; remove it"),
-        ({"in_channels": 4}, "found in_channels, which is given by the bands of the data; remove it"),
+        ({"in_channels": 4}, r"found in_channels, which is given by the bands of the data \(data.bands\); remove it"),
         ({"activation": "softmax"}, "found activation softmax, expected none: objectives and scores take logits"),
         ({"aux_params": {"classes": 2}}, "found aux_params, a head that classifies whole images"),
         ({"encoder_depth": 9}, "network unet with encoder .* depth should be in range"),
