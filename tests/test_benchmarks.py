@@ -536,7 +536,8 @@ def test_predict_reads_test_images_without_masks(case, built):
     batches = list(data.predict_dataloader())
     assert [batch["name"] for batch in batches] == [[name] for name in expected]
     for batch, sample in zip(batches, data.samples("test") or data.samples("val"), strict=True):
-        assert set(batch) == {"image", "name", "size"}
+        assert set(batch) == {"image", "name", "size", "tags"}
+        assert batch["tags"] == [{}]  # no georeference
         with Image.open(sample.image) as file:
             assert batch["size"] == [(file.height, file.width)]
             assert batch["image"][0].permute(1, 2, 0).tolist() == np.asarray(file.convert("RGB")).tolist()
