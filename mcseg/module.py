@@ -48,7 +48,7 @@ class SegmentationModule(CheckpointModule):
             stepped with ``val/miou`` after each validation; Lightning's class of that name with its ``monitor``. The default
             decays to 0 by a polynomial over the whole run.
         scheduler_interval: What the schedule counts, ``"step"`` (optimiser steps) or ``"epoch"``. None means steps for
-            `mcseg.schedules.WarmupPolynomialLR` and torch's ``OneCycleLR`` and ``CyclicLR``, epochs for all others.
+            ``WarmupPolynomialLR`` and torch's ``OneCycleLR`` and ``CyclicLR``, epochs for all others.
         network_options: Further arguments of the architecture, for example ``{"decoder_channels": [64, 32, 16]}``.
         channels_last: Keep the network in the channels-last memory format.
         checkpointing: Recompute the encoder's activations in the backward pass instead of keeping them.

@@ -48,7 +48,7 @@ class FolderData(SegmentationData):
     Args:
         root: Path of the folder; None is the folder of ``pairs``. Not needed to predict the images of ``predict_root``.
         classes: Class names in the order of their indices, or the path of a class list (see
-            `~mcseg.data.classlist.table_from_file`); None looks for one, see `~mcseg.data.classlist.find_class_list`.
+            `~mcseg.data.classlist.table_from_file`); None looks for one, see ``mcseg.data.classlist.find_class_list``.
         split: ``auto``, ``folder``, ``list`` or ``fraction``, see above.
         val_fraction: Share of the images for validation, above 0 and below 1; for ``fraction``.
         test_fraction: Share of the images for test, 0 or more; for ``fraction``.
@@ -56,7 +56,7 @@ class FolderData(SegmentationData):
         draw: How ``fraction`` draws images: ``name``, by a hash of each name; ``order``, by shuffling the sorted list, as
             earlier versions did, where one image more moves others.
         pairs: CSV file with the columns ``image``, ``mask`` and, optionally, ``split``, used instead of folders and lists;
-            see `~mcseg.data.lists.read_pairs`. A relative path is relative to ``root``.
+            see ``mcseg.data.lists.read_pairs``. A relative path is relative to ``root``.
         images_dir: Path of the image folder, relative to ``root`` or to the folder of each split; None finds it by name.
         masks_dir: Path of the mask folder, likewise.
         image_suffix: Suffix of the images' names that the masks' names do not have, such as ``_sat``; None finds it in the
