@@ -1,4 +1,4 @@
-"""What follows a score: its name must exist, and its mode must be the direction in which the score improves."""
+"""Check the callbacks and schedules that monitor a score: the score must exist, and their mode must fit it."""
 
 import inspect
 from collections.abc import Sequence

@@ -187,7 +187,7 @@ def set_length(schedule: Any, trainer: pl.Trainer, interval: Interval | None = N
 
 
 def _steps(trainer: pl.Trainer) -> int | float:
-    """Return the optimiser steps of a run, of which a resumed run may have done some with another batch size."""
+    """Return the optimiser steps of a run; in a resumed run the first ones may have had another batch size."""
     total = trainer.estimated_stepping_batches
     epochs, length = trainer.max_epochs, trainer.num_training_batches
     if not trainer.global_step or not epochs or epochs < 0 or isinstance(length, float):

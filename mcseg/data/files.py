@@ -47,7 +47,7 @@ class Sample:
 
 
 class MaskSurvey(NamedTuple):
-    """What `mcseg.data.check` compares between the masks of a data set.
+    """Facts about one mask, which `mcseg.data.check` compares with those of the other masks.
 
     Args:
         counts: (C,) int64 pixels of each class.

@@ -321,7 +321,7 @@ class FolderData(SegmentationData):
 
 
 def _drawn_by_name(samples: Sequence[Sample], split: str, fractions: tuple[float, float], seed: int) -> list[Sample]:
-    """Draw by a hash of each name: a number from 0 to 1, of which the first part is val, the next test, the rest train."""
+    """Draw by a hash of each name, a number from 0 to 1: small numbers are val, the next ones test, all others train."""
     if not samples:
         return []
     val, test = fractions

@@ -200,7 +200,7 @@ class OpenImage:
 
 
 class LargeImage:
-    """Image (1,bands,H,W) of which only the requested windows are read from the file.
+    """Image (1,bands,H,W) that stays in its file; only the requested windows are read.
 
     Like a tensor, it is indexed by slices, moved to a device and iterated over; it can be sent to another process.
 

@@ -404,7 +404,7 @@ def _build_for_any_size(arch: str, encoder: str, num_classes: int, options: dict
 
 
 def _stride(model: Any, arch: str) -> int:
-    """Return the number of pixels of which SMP expects a multiple."""
+    """Return the number of pixels that must divide height and width of an image for SMP."""
     stride = int(model.encoder.output_stride)
     if arch.lower() != "dpt":
         return stride

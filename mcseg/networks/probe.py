@@ -141,7 +141,7 @@ def remove_unused(model: nn.Module, run: Run, size: tuple[int, int]) -> dict[str
     parts = list(_parts(model, unused))
     idle = [part for part in parts if not any(module in called for module in getattr(*part).modules())]
     for chosen in (parts, idle):
-        # parts that are computed in vain go as well if nothing changes without them
+        # parts that are computed but not used are removed as well if the outputs stay the same
         originals = [getattr(parent, name) for parent, name in chosen]
         for parent, name in chosen:
             setattr(parent, name, Unused())

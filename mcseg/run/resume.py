@@ -192,7 +192,7 @@ def refuse_model_settings(changed: Mapping[str, tuple[Any, Any]]) -> None:
 
 
 def refuse_other_batches(changed: Mapping[str, tuple[Any, Any]], checkpoint: Path) -> None:
-    """Raise ValueError if a setting changes the batches of an epoch of which the checkpoint has done a part."""
+    """Raise ValueError if a setting changes the batches of an epoch that the checkpoint has begun but not finished."""
     done = batches_of_unfinished_epoch(read_checkpoint(checkpoint))
     names = [
         name
