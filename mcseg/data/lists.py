@@ -25,7 +25,7 @@ def find_list(root: Path, split: str) -> Path | None:
     """
     names = [f"{name}{extension}" for name in SPLIT_NAMES[split] for extension in (".csv", ".txt")]
     found = [path for folder in _FOLDERS for name in names if (path := root / folder / name).is_file()]
-    found = [path for path in found if path.suffix == ".txt" or _columns(path).keys() >= {"image", "mask"}]
+    found = [path for path in found if path.suffix == ".txt" or _columns(_lines(path)).keys() >= {"image", "mask"}]
     if len(found) > 1:
         raise DataError(
             f"{found[0]} and {found[1]}: two lists of the {split} split; expected one; remove or rename the other"
@@ -108,14 +108,13 @@ def read_pairs(path: Path) -> list[Row]:
         DataError: The file cannot be read, lacks a column, or a row is incomplete, repeats an image, or names a file that
             does not exist or an unknown split; the message has the number of the line.
     """
-    columns = _columns(path)
+    lines = _lines(path)
+    columns = _columns(lines)
     if missing := [kind for kind in ("image", "mask") if kind not in columns]:
-        found = _lines(path)[:1]
         raise DataError(
-            f"{path}, line 1: found {found[0] if found else 'an empty file'!r}, expected a header with the columns image, "
+            f"{path}, line 1: found {lines[0] if lines else 'an empty file'!r}, expected a header with the columns image, "
             f"mask and, optionally, split; the column {missing[0]} is missing"
         )
-    lines = _lines(path)
     reader = csv.reader(lines, delimiter=_delimiter(lines[0]))
     next(reader)
     rows: list[Row] = []
@@ -172,9 +171,8 @@ def _delimiter(header: str) -> str:
     return max(",;\t", key=header.count)
 
 
-def _columns(path: Path) -> dict[str, int]:
-    """Map image, mask and split to their columns, as far as the header names them."""
-    lines = _lines(path)
+def _columns(lines: Sequence[str]) -> dict[str, int]:
+    """Map image, mask and split to their columns, as far as the header, the first line, names them."""
     header = next(csv.reader(lines[:1], delimiter=_delimiter(lines[0])), []) if lines else []
     columns: dict[str, int] = {}
     for index, title in enumerate(header):

@@ -214,6 +214,11 @@ def upright(values: NDArray[Any], orientation: int) -> NDArray[Any]:
     return np.ascontiguousarray(values)
 
 
+def _unreadable(path: Path, error: Exception) -> DataError:
+    detail = " ".join(str(getattr(error, "strerror", None) or error).split()).replace(f" '{path}'", "")
+    return DataError(f"{path}: cannot be read ({detail or type(error).__name__}); replace or remove the file")
+
+
 @contextmanager
 def _errors_of(path: Path) -> Iterator[None]:
     """Turn any error of a decoder into a DataError of one line that names the file."""
@@ -222,8 +227,7 @@ def _errors_of(path: Path) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # on a broken file the decoders of tifffile and imagecodecs can raise any exception
-        detail = " ".join(str(getattr(error, "strerror", None) or error).split()).replace(f" '{path}'", "")
-        raise DataError(f"{path}: cannot be read ({detail or type(error).__name__}); replace or remove the file") from None
+        raise _unreadable(path, error) from None
 
 
 @contextmanager
@@ -244,8 +248,7 @@ def _open(path: Path) -> Iterator[ImageFile.ImageFile]:
     except DataError:
         raise
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        detail = " ".join(str(getattr(error, "strerror", None) or error).split()).replace(f" '{path}'", "")
-        raise DataError(f"{path}: cannot be read ({detail or type(error).__name__}); replace or remove the file") from None
+        raise _unreadable(path, error) from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
