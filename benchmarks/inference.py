@@ -8,21 +8,13 @@ labels, and code that the libraries load at the first call. CPU only.
 """
 
 import argparse
-import re
 import time
-from pathlib import Path
 
 import torch
+from kernels import peak_resident
 
 from mcseg.evaluation.inference import Inference
 from mcseg.networks import SegmentationNetwork
-
-
-def peak_mib() -> float:
-    """Return the peak resident size of this process in MiB (Linux only)."""
-    match = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    assert match is not None
-    return int(match[1]) / 1024
 
 
 def main() -> None:
@@ -41,13 +33,14 @@ def main() -> None:
     network = SegmentationNetwork(options.arch, options.encoder, options.classes).eval()
     window = (options.window[0], options.window[1])
     inference = Inference(window, overlap=options.overlap, scales=tuple(options.scales), flip=options.flip)
-    memory_before, start = peak_mib(), time.perf_counter()
+    memory_before, start = peak_resident(), time.perf_counter()
     image = torch.randint(0, 256, (1, 3, *options.size), dtype=torch.uint8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         labels = inference(network, image, (options.size[0], options.size[1]))
+    memory = (peak_resident() - memory_before) / 2**20
     print(
         f"{options.size[1]}x{options.size[0]}, {options.classes} classes, {options.arch} {options.encoder}, {inference}: "
-        f"{peak_mib() - memory_before:.0f} MiB, {time.perf_counter() - start:.0f} s, labels of {tuple(labels.shape)}"
+        f"{memory:.0f} MiB, {time.perf_counter() - start:.0f} s, labels of {tuple(labels.shape)}"
     )
 
 

@@ -208,13 +208,13 @@ def peak(run: Callable[[], None]) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    before = _peak_resident()
+    before = peak_resident()
     run()
-    return _peak_resident() - before
+    return peak_resident() - before
 
 
-def _peak_resident() -> int:
-    """Return the peak resident memory of this process in bytes; getrusage() may report the parent's."""
+def peak_resident() -> int:
+    """Return the peak resident memory of this process in bytes (Linux); getrusage() may report the parent's."""
     match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(match[1]) if match else 0
 

@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import multiprocessing
 import os
-import re
 import statistics
 import tempfile
 import time
@@ -34,7 +33,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from kernels import machine
+from kernels import machine, peak_resident
 from torch import Tensor, nn
 
 from mcseg.data import SegmentationData
@@ -76,11 +75,8 @@ def _now() -> float:
 
 
 def _peak() -> int:
-    """Return the peak memory in bytes: of the allocator on a GPU, otherwise the resident size (Linux)."""
-    if DEVICE == "cuda":
-        return torch.cuda.max_memory_allocated()
-    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return 1024 * int(match[1]) if match else 0
+    """Return the peak memory in bytes: of the allocator on a GPU, otherwise the resident size."""
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else peak_resident()
 
 
 def draw_batch(settings: Settings) -> dict[str, Any]:
@@ -144,14 +140,17 @@ def train_with_pytorch(settings: Settings, turns: Turns) -> None:
 
 def train_with_lightning(settings: Settings, turns: Turns) -> None:
     """Train with a plain module and Trainer."""
-    options: Settings = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    module = PlainModule(SegmentationNetwork(settings["arch"], settings["encoder"], CLASSES))
-    pl.Trainer(accelerator=DEVICE, devices=1, max_epochs=1, precision=settings["precision"], **options).fit(module, turns)
+    trainer = pl.Trainer(
+        accelerator=DEVICE,
+        devices=1,
+        max_epochs=1,
+        precision=settings["precision"],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(PlainModule(SegmentationNetwork(settings["arch"], settings["encoder"], CLASSES)), turns)
 
 
 def train_with_mcseg(settings: Settings, turns: Turns) -> None:
