@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
 from pytorch_lightning.strategies import FSDPStrategy
 
 from mcseg.checkpoints.compatibility import load_initial_weights
+from mcseg.checkpoints.module import finders
 from mcseg.lightning_internals import begin_after_search
 from mcseg.losses import calibrate_from_data
 from mcseg.losses.probe import check_objective
@@ -28,18 +27,12 @@ def prepare(module: Any) -> None:
     """
     if not module.has_weights:
         load_initial_weights(module.network, module.hparams["init_from"], module.hparams["encoder_weights"])
-    data = getattr(module.attached_trainer, "datamodule", None)
+    data = module.attached_data
     band_statistics = getattr(data, "band_statistics", None)
     has_statistics = module.has_weights or module.hparams["init_from"] or module.hparams["in_channels"] == 3
     if band_statistics is not None and not has_statistics:
         module.network.set_normalization(*band_statistics())
     calibrate_from_data(module.objective, data)
-
-
-def finders(trainer: pl.Trainer | None) -> list[str]:
-    """Return the names of Lightning's callbacks that search a learning rate or a batch size before the training."""
-    callbacks: list[Any] = getattr(trainer, "callbacks", [])
-    return [type(callback).__name__ for callback in callbacks if isinstance(callback, LearningRateFinder | BatchSizeFinder)]
 
 
 def set_up(module: Any, stage: str) -> None:
@@ -51,7 +44,7 @@ def set_up(module: Any, stage: str) -> None:
     """
     trainer = module.trainer
     own = module.hparams["in_channels"]
-    bands = getattr(getattr(trainer, "datamodule", None), "bands", own)
+    bands = getattr(module.attached_data, "bands", own)
     if bands != own:
         raise ValueError(
             f"the data have images of {bands} bands (data.bands), the network takes {own}; give SegmentationModule "
@@ -60,7 +53,7 @@ def set_up(module: Any, stage: str) -> None:
     if stage == "fit":
         module._prepared = False
         follow_scores(trainer, module)
-        total = getattr(getattr(trainer, "datamodule", None), "total_batch_size", None)
+        total = getattr(module.attached_data, "total_batch_size", None)
         if total is not None and "BatchSizeFinder" in finders(trainer):
             raise ValueError(
                 f"BatchSizeFinder: found data.total_batch_size {total}, which replaces the batch_size that it searches; set "

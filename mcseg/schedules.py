@@ -12,9 +12,9 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
+from mcseg.checkpoints.module import finders
 from mcseg.lightning_internals import batches_done
 from mcseg.monitors import plateau_monitor, require_score
-from mcseg.preparation import finders
 
 Interval = Literal["step", "epoch"]
 

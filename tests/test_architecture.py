@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "nonfinite": set(),
     "monitors": {"evaluation"},
     "preparation": {"checkpoints", "lightning_internals", "losses", "monitors"},
-    "schedules": {"lightning_internals", "monitors", "preparation"},
+    "schedules": {"checkpoints", "lightning_internals", "monitors"},
     "palette": set(),
     "pictures": {"atomic", "palette"},
     "margins": set(),

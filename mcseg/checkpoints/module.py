@@ -31,13 +31,16 @@ from mcseg.version import __version__
 _HAD_WEIGHTS = "had_weights"  # key of a checkpoint that was written before on_fit_start
 
 
+def finders(trainer: pl.Trainer | None) -> list[str]:
+    """Return the names of Lightning's callbacks that search a learning rate or a batch size before the training."""
+    callbacks: list[Any] = getattr(trainer, "callbacks", [])
+    return [type(callback).__name__ for callback in callbacks if isinstance(callback, LearningRateFinder | BatchSizeFinder)]
+
+
 def _refuse_finders(trainer: pl.Trainer) -> None:
     """Raise ValueError: a finder would lose the progress of a resumed run, which has learning rate and batch size."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, LearningRateFinder | BatchSizeFinder):
-            raise ValueError(
-                f"{type(callback).__name__}: found in a resumed run, which keeps what its start found; remove it"
-            )
+    for name in finders(trainer):
+        raise ValueError(f"{name}: found in a resumed run, which keeps what its start found; remove it")
 
 
 def _keep_patience(trainer: pl.Trainer, states: dict[str, Any]) -> None:
@@ -147,7 +150,7 @@ class CheckpointModule(pl.LightningModule):
             checkpoint[_HAD_WEIGHTS] = self.has_weights
         if names := self._class_names():
             checkpoint["class_names"] = names
-        data = getattr(self.attached_trainer, "datamodule", None)
+        data = self.attached_data
         if palette := getattr(data, "palette", None):
             checkpoint["palette"] = [list(color) for color in palette]
         if settings := getattr(data, "prediction_settings", None):
@@ -164,11 +167,10 @@ class CheckpointModule(pl.LightningModule):
         check_num_classes(checkpoint, self.hparams["num_classes"])
         check_bands(checkpoint, self.hparams["in_channels"])
         warn_of_other_classes(checkpoint, self._class_names())
-        if self.attached_trainer is not None and self.attached_trainer.state.fn != "predict":
-            data = getattr(self.attached_trainer, "datamodule", None)
-            warn_of_other_split(checkpoint, getattr(data, "random_split", None))
-        drop_unused_offsets(checkpoint.get("state_dict", {}), self.state_dict())
         trainer = self.attached_trainer
+        if trainer is not None and trainer.state.fn != "predict":
+            warn_of_other_split(checkpoint, getattr(self.attached_data, "random_split", None))
+        drop_unused_offsets(checkpoint.get("state_dict", {}), self.state_dict())
         if trainer is None or not isinstance(trainer.strategy, FSDPStrategy):  # FSDP gives the tensors other names
             check_network(checkpoint, self.state_dict(), self.network.removed)
             drop_removed_parameters(checkpoint, self.network)
@@ -197,8 +199,13 @@ class CheckpointModule(pl.LightningModule):
         except RuntimeError:
             return None
 
+    @property
+    def attached_data(self) -> Any:
+        """The data module of the Trainer; None if there is none."""
+        return getattr(self.attached_trainer, "datamodule", None)
+
     def _class_names(self) -> list[str]:
-        return list(getattr(getattr(self.attached_trainer, "datamodule", None), "class_names", ()))
+        return list(getattr(self.attached_data, "class_names", ()))
 
     def _require_weights(self, verb: str) -> None:
         if not self.has_weights:

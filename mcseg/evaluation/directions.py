@@ -15,24 +15,8 @@ _LOWER_WORDS = {
     "fnr", "ppl",
 }  # fmt: skip
 _HIGHER_WORDS = {
-    "f1",
-    "f2",
-    "auc",
-    "auroc",
-    "aupr",
-    "ap",
-    "map",
-    "pq",
-    "sq",
-    "rq",
-    "kappa",
-    "mcc",
-    "psnr",
-    "ssim",
-    "nsd",
-    "dsc",
-    "r2",
-}
+    "f1", "f2", "auc", "auroc", "aupr", "ap", "map", "pq", "sq", "rq", "kappa", "mcc", "psnr", "ssim", "nsd", "dsc", "r2",
+}  # fmt: skip
 
 
 def better_mode(score: str) -> Mode | None:

@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import BatchSizeFinder, Callback, LearningRateF
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from mcseg.atomic import write_atomically
-from mcseg.preparation import finders
+from mcseg.checkpoints.module import finders
 
 
 def remove_finders(config: Namespace) -> None:
